@@ -1,0 +1,188 @@
+"""Curvature operators: what answers gradient and matrix-vector questions about an objective.
+
+`HessianOperator` is the exact Hessian by reverse-over-reverse differentiation (Pearlmutter 1994; the paper's L-op) on
+retained gradient graphs. `GaussNewtonOperator` and `FiniteDifferenceOperator` stand in files of their own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.diagnosis import explain
+from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
+from lightning_sfn.newton.objective import Objective, ObjectiveError
+from lightning_sfn.newton.parameters import FlatParameters
+
+__all__ = ["CurvatureOperator", "HessianOperator", "gradient_of"]
+
+
+class CurvatureOperator(ABC):
+    """A symmetric matrix over the flat parameters, known by its products with vectors.
+
+    Args:
+        objective: The loss as one fixed function of the parameters.
+        parameters: The parameters to differentiate by.
+
+    Attributes:
+        products: Number of matrix-vector products computed so far.
+    """
+
+    def __init__(self, objective: Objective, parameters: FlatParameters | Iterable[Tensor]) -> None:
+        """See the class."""
+        self.objective = objective
+        self.parameters = parameters if isinstance(parameters, FlatParameters) else FlatParameters(parameters)
+        self.products = 0
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product of the matrix with a vector.
+
+        Args:
+            vector: Shape ``(n,)``, dtype and device of the parameters.
+
+        Returns:
+            A vector of shape ``(n,)``, averaged over the processes that share the objective.
+
+        Raises:
+            CurvatureError: An operation of the model has no second derivative.
+        """
+        self.products += 1
+        return self.objective.reduce(self._matvec(vector.detach()))
+
+    @abstractmethod
+    def _matvec(self, vector: Tensor) -> Tensor:
+        """This process' part of the product."""
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Loss and gradient of the objective at the present parameters.
+
+        Returns:
+            The loss, and the gradient of shape ``(n,)``.
+
+        Raises:
+            ObjectiveError: A part's loss has no graph.
+        """
+        return gradient_of(self.objective, self.parameters)
+
+    def close(self) -> None:  # noqa: B027  (an operator that holds nothing has nothing to give back)
+        """Gives back what the operator holds; call it before the parameters are changed."""
+
+
+class HessianOperator(CurvatureOperator):
+    """The exact Hessian of an objective by double backward.
+
+    Args:
+        objective: The loss as one fixed function of the parameters.
+        parameters: The parameters to differentiate by.
+        retention: Whether gradient graphs are kept between products: ``"auto"`` keeps as many as the budget allows.
+        budget: Byte budget for kept graphs; 1 GiB if left out.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hessian = HessianOperator(Objective([lambda: 5 * x[0] ** 2 - x[1] ** 2]), [x])
+        >>> hessian.matvec(torch.tensor([1.0, 1.0]))
+        tensor([10., -2.])
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: FlatParameters | Iterable[Tensor],
+        *,
+        retention: Retention = "auto",
+        budget: GraphBudget | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__(objective, parameters)
+        self._graphs = GraphStore(
+            self._build, objective.weights, retention, budget or GraphBudget(), self.parameters.tensors
+        )
+
+    def _build(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss and gradient of one part, the gradient with its graph."""
+        loss = _with_graph(self.objective.evaluate(index).loss)
+        try:
+            gradient = torch.autograd.grad(
+                loss, self.parameters.tensors, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            raise explain(error) from error
+        return loss.detach(), gradient
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        total = torch.zeros_like(vector)
+        directions = self.parameters.unflatten(vector)
+        for index, weight in enumerate(self.objective.weights):
+            gradient = self._graphs.get(index)[1]
+            # A loss that is linear in some parameters gives gradients without a graph: their rows of H are zero.
+            curved = [(g, d) for g, d in zip(gradient, directions, strict=True) if g.requires_grad]
+            if not curved:
+                continue
+            try:
+                product = torch.autograd.grad(
+                    [g for g, _ in curved],
+                    self.parameters.tensors,
+                    grad_outputs=[d for _, d in curved],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                raise explain(error) from error
+            total.add_(self.parameters.flatten(product), alpha=weight)
+        return total
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Loss and gradient, read off the graphs that the products use as well."""
+        parts = ((weight, *self._graphs.get(index)) for index, weight in enumerate(self.objective.weights))
+        return _average(self.objective, self.parameters, parts)
+
+    def close(self) -> None:
+        """Drops the retained graphs."""
+        self._graphs.clear()
+
+
+def gradient_of(objective: Objective, parameters: FlatParameters) -> tuple[float, Tensor]:
+    """Loss and gradient of an objective, part by part, no graph kept.
+
+    Args:
+        objective: The objective.
+        parameters: The parameters to differentiate by.
+
+    Returns:
+        The loss, and the gradient of shape ``(n,)``.
+
+    Raises:
+        ObjectiveError: A part's loss has no graph.
+    """
+
+    def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor | None, ...]]]:
+        for index, weight in enumerate(objective.weights):
+            loss = _with_graph(objective.evaluate(index).loss)
+            yield weight, loss.detach(), torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
+
+    return _average(objective, parameters, parts())
+
+
+def _average(
+    objective: Objective,
+    parameters: FlatParameters,
+    parts: Iterable[tuple[float, Tensor, tuple[Tensor | None, ...]]],
+) -> tuple[float, Tensor]:
+    """Weighted mean of the parts' losses and gradients, over all processes."""
+    total = torch.zeros((), dtype=torch.float64, device=parameters.device)
+    gradient = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
+    for weight, loss, pieces in parts:
+        total += loss.double().to(total.device) * weight
+        gradient.add_(parameters.flatten(pieces), alpha=weight)
+    return float(objective.reduce(total)), objective.reduce(gradient)
+
+
+def _with_graph(loss: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        raise ObjectiveError(
+            "The closure returned a loss without a graph, but the loss must be differentiable: remove .detach(), "
+            ".item() and torch.no_grad() from it."
+        )
+    return loss

@@ -1,0 +1,202 @@
+"""How the damping of a step is chosen: by trial losses (grid, warm), by a ratio (Levenberg-Marquardt), or fixed.
+
+A strategy is shown a function that maps damping values to trial losses. All values of one call share the subspace's
+eigendecomposition and one matrix product, so a strategy asks for several at once where it can.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Choice", "Damping", "FixedDamping", "GridDamping", "LevenbergMarquardt", "WarmDamping", "make_damping"]
+
+TrialLosses = Callable[[Sequence[float]], Sequence[float]]
+"""Maps damping values to the losses after the steps that they give; a loss that is not finite counts as infinite."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a strategy settled on.
+
+    Attributes:
+        damping: The damping with the lowest trial loss.
+        loss: That trial loss; infinite if none was finite.
+        trials: Number of trial losses spent.
+    """
+
+    damping: float
+    loss: float
+    trials: int
+
+
+class Damping(ABC):
+    """A damping strategy, with the state that it carries from step to step.
+
+    Attributes:
+        value: The damping of the last step; ``None`` before the first.
+    """
+
+    def __init__(self) -> None:
+        """See the class."""
+        self.value: float | None = None
+
+    @abstractmethod
+    def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
+        """Chooses the damping of one step.
+
+        Args:
+            trial_losses: The trial losses of several damping values.
+            scale: Largest absolute eigenvalue of the subspace; the unit in which adaptive strategies think.
+            baseline: The trial loss without a step.
+        """
+
+    def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:  # noqa: B027  (most learn nothing)
+        """Learns how the chosen step did.
+
+        Args:
+            accepted: Whether the step was taken.
+            reduction_ratio: Actual over predicted decrease of the loss.
+        """
+
+
+class FixedDamping(Damping):
+    """One damping for every step.
+
+    Args:
+        value: The damping, in the unit of the Hessian's eigenvalues.
+
+    Raises:
+        ValueError: The value is not positive.
+    """
+
+    def __init__(self, value: float) -> None:
+        """See the class."""
+        super().__init__()
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"damping is {value}, but a positive number is expected.")
+        self.value = float(value)
+
+    def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
+        """Tries the one value."""
+        assert self.value is not None
+        return Choice(self.value, trial_losses([self.value])[0], 1)
+
+
+class GridDamping(Damping):
+    """The best of a fixed set of values, chosen anew at each step (the paper's Appendix F).
+
+    Args:
+        values: The set, in the unit of the Hessian's eigenvalues.
+
+    Raises:
+        ValueError: The set is empty or holds a value that is not positive.
+    """
+
+    def __init__(self, values: Sequence[float] = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)) -> None:
+        """See the class."""
+        super().__init__()
+        if not values or any(not (math.isfinite(v) and v > 0) for v in values):
+            raise ValueError(f"The damping grid is {list(values)}, but at least one positive number is expected.")
+        self.values = tuple(float(v) for v in values)
+
+    def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
+        """Tries the whole set and takes the value with the lowest loss."""
+        losses = trial_losses(self.values)
+        best = min(range(len(losses)), key=losses.__getitem__)
+        self.value = self.values[best]
+        return Choice(self.value, losses[best], len(losses))
+
+
+class WarmDamping(Damping):
+    """A few candidates around the last damping, more of them while they improve.
+
+    Tries the last value, a fourth and four times it, and goes on in the direction of improvement by factors of four
+    while the decrease of the loss still grows by a twentieth. If none of the three lowers the loss, it goes up by
+    factors of eight until one does: a trial loss costs little next to the products that built the subspace. Values stay
+    within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs three to five trial losses.
+    """
+
+    _FACTOR, _RESCUE = 4.0, 8.0
+    _WORTHWHILE = 1.05  # growth of the decrease that makes a further trial worth its price
+    _INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # times the largest absolute eigenvalue
+
+    def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
+        """Searches from the last value."""
+        low, high = self._LOWEST * scale, self._HIGHEST * scale
+        middle = min(max(self.value if self.value is not None else self._INITIAL * scale, low), high)
+        first = [middle, max(middle / self._FACTOR, low), min(middle * self._FACTOR, high)]
+        tried = dict(zip(first, trial_losses(first), strict=True))
+        best = min(tried, key=tried.__getitem__)
+        if tried[best] < baseline:
+            factor = self._FACTOR if best > middle else 1 / self._FACTOR
+            while best != middle and low < best < high:
+                following = best * factor
+                tried[following] = trial_losses([following])[0]
+                grown = baseline - tried[following] > self._WORTHWHILE * (baseline - tried[best])
+                best = following if tried[following] < tried[best] else best
+                if not grown:
+                    break
+        else:
+            while tried[best] >= baseline and max(tried) < high:
+                following = max(tried) * self._RESCUE
+                tried[following] = trial_losses([following])[0]
+                best = min(tried, key=tried.__getitem__)
+        self.value = best if tried[best] < baseline else high
+        return Choice(best, tried[best], len(tried))
+
+
+class LevenbergMarquardt(Damping):
+    """One candidate a step; the damping follows the ratio of actual to predicted decrease (Martens 2010).
+
+    A ratio above 3/4 lowers the damping to two thirds, one below 1/4 raises it by a half, a step that is not taken
+    raises it fourfold.
+    """
+
+    _INITIAL = 1e-2  # times the largest absolute eigenvalue of the first step
+
+    def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
+        """Tries the present value."""
+        if self.value is None:
+            self.value = self._INITIAL * scale
+        return Choice(self.value, trial_losses([self.value])[0], 1)
+
+    def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
+        """Adapts the damping to the ratio."""
+        assert self.value is not None
+        if not accepted:
+            self.value *= 4.0
+        elif reduction_ratio > 0.75:
+            self.value *= 2 / 3
+        elif reduction_ratio < 0.25:
+            self.value *= 3 / 2
+
+
+_BY_NAME: dict[str, type[Damping]] = {
+    "grid": GridDamping,
+    "warm": WarmDamping,
+    "levenberg_marquardt": LevenbergMarquardt,
+}
+
+
+def make_damping(damping: "str | float | Damping") -> Damping:
+    """Makes a strategy from what users write.
+
+    Args:
+        damping: ``"grid"``, ``"warm"``, ``"levenberg_marquardt"``, a positive number, or a strategy.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ValueError: There is no such strategy, or the number is not positive.
+    """
+    if isinstance(damping, Damping):
+        return damping
+    if isinstance(damping, str):
+        if damping not in _BY_NAME:
+            raise ValueError(
+                f"damping is {damping!r}, but one of {', '.join(map(repr, _BY_NAME))} or a positive number is expected."
+            )
+        return _BY_NAME[damping]()
+    return FixedDamping(damping)

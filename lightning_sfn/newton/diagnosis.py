@@ -1,0 +1,68 @@
+"""Why a second derivative failed, in one sentence: the operation that has none, and what to do about it."""
+
+import re
+
+__all__ = ["CurvatureError", "explain"]
+
+
+class CurvatureError(RuntimeError):
+    """A Hessian-vector product could not be computed."""
+
+
+_FINITE_DIFFERENCE = "use hvp='finite_difference'"
+
+# Each entry: what autograd says, and our sentence. Group 1 of the pattern, if there is one, is the operation's name.
+_KNOWN: tuple[tuple[str, str], ...] = (
+    (
+        r"(_scaled_dot_product\w*backward)",
+        "The attention kernel {0} has no second derivative: run the forward pass under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or " + _FINITE_DIFFERENCE + ".",
+    ),
+    (
+        r"(_cudnn_rnn_backward|CudnnRnnBackward0?)",
+        "The cuDNN kernel {0} has no second derivative: run the forward pass under "
+        "torch.backends.cudnn.flags(enabled=False), or " + _FINITE_DIFFERENCE + ".",
+    ),
+    (
+        r"aot_autograd does not currently support double backward|donated buffers",
+        "A torch.compile'd module has no second derivative: give the closure the original module (its _orig_mod), "
+        "evaluate under torch.compiler.set_stance('force_eager'), or " + _FINITE_DIFFERENCE + ".",
+    ),
+    (
+        r"[Cc]heckpointing is not compatible with \.grad\(\)|use_reentrant=True",
+        "Reentrant activation checkpointing has no second derivative: checkpoint with use_reentrant=False.",
+    ),
+    (
+        r"marked with @?once_differentiable",
+        "An autograd.Function of the model is marked once_differentiable, so it has no second derivative: write its "
+        "backward with differentiable operations, or " + _FINITE_DIFFERENCE + ".",
+    ),
+    (
+        r"derivative for (\S+) is not implemented|(?:^|\s)(\S*_backward) is not implemented",
+        "The operation {0} has no second derivative: replace it, or " + _FINITE_DIFFERENCE + ".",
+    ),
+    (
+        r"modified by an inplace operation",
+        "A tensor of the gradient graph was changed in place between two products: do not change parameters or "
+        "buffers inside the closure.",
+    ),
+)
+
+
+def explain(error: Exception) -> CurvatureError:
+    """Turns an autograd error met in a second derivative into one sentence.
+
+    Args:
+        error: What autograd raised.
+
+    Returns:
+        The error to raise in its place (``raise explain(error) from error``).
+    """
+    text = str(error)
+    for pattern, sentence in _KNOWN:
+        found = re.search(pattern, text)
+        if found:
+            names = [name for name in found.groups() if name]
+            return CurvatureError(sentence.format(names[0].strip("'\"") if names else ""))
+    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return CurvatureError(f"A second derivative failed ({first_line}): replace the operation, or {_FINITE_DIFFERENCE}.")

@@ -1,0 +1,116 @@
+"""The generalised Gauss-Newton matrix ``J' H_L J``: positive semidefinite wherever the loss is convex in the output."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.diagnosis import explain
+from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
+from lightning_sfn.newton.objective import Objective, ObjectiveError
+from lightning_sfn.newton.parameters import FlatParameters
+
+__all__ = ["GaussNewtonOperator"]
+
+
+@dataclass(frozen=True)
+class _OutputGraph:
+    """What the products of one part need: the output, dL/d(output) with its graph, and J'u with its graph in u."""
+
+    output: Tensor
+    output_gradient: Tensor
+    cotangent: Tensor
+    pullback: tuple[Tensor, ...]
+
+
+class GaussNewtonOperator(CurvatureOperator):
+    """The exact generalised Gauss-Newton matrix of an objective (Schraudolph 2002).
+
+    The closures return ``(loss, output)``, where the loss depends on the parameters through the output alone. ``J v``
+    is the derivative of ``J'u`` by ``u`` (double backward), ``H_L`` the exact Hessian of the loss by the output.
+
+    Args:
+        objective: The objective; its closures return pairs.
+        parameters: The parameters to differentiate by.
+        retention: Whether graphs are kept between products.
+        budget: Byte budget for kept graphs; 1 GiB if left out.
+
+    Raises:
+        ObjectiveError: A closure gives no output, or the loss depends on parameters other than through the output.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: FlatParameters | Iterable[Tensor],
+        *,
+        retention: Retention = "auto",
+        budget: GraphBudget | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__(objective, parameters)
+        self._checked: set[int] = set()
+        self._graphs = GraphStore(
+            self._build, objective.weights, retention, budget or GraphBudget(), self.parameters.tensors
+        )
+
+    def _build(self, index: int) -> _OutputGraph:
+        evaluation = self.objective.evaluate(index)
+        output = evaluation.output
+        if output is None or not output.requires_grad or not evaluation.loss.requires_grad:
+            raise ObjectiveError(
+                "curvature='gauss_newton' needs the model output with its graph: let the closure return the pair "
+                "(loss, output), or use curvature='hessian'."
+            )
+        try:
+            (output_gradient,) = torch.autograd.grad(evaluation.loss, output, create_graph=True)
+            cotangent = torch.zeros_like(output, requires_grad=True)
+            pullback = torch.autograd.grad(
+                output, self.parameters.tensors, cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            raise explain(error) from error
+        if index not in self._checked:
+            self._check_chain(evaluation.loss, output, output_gradient)
+            self._checked.add(index)
+        return _OutputGraph(output, output_gradient, cotangent, pullback)
+
+    def _check_chain(self, loss: Tensor, output: Tensor, output_gradient: Tensor) -> None:
+        """J' dL/d(output) must be the whole gradient, or the matrix would belong to another function."""
+        tensors = self.parameters.tensors
+        whole = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+        through = torch.autograd.grad(output, tensors, output_gradient.detach(), retain_graph=True, allow_unused=True)
+        gradient = self.parameters.flatten(whole)
+        missing = torch.linalg.vector_norm(gradient - self.parameters.flatten(through))
+        if missing > 1e-3 * torch.linalg.vector_norm(gradient):
+            raise ObjectiveError(
+                "curvature='gauss_newton' needs a loss that depends on the parameters through the returned output "
+                "alone, but part of its gradient goes another way (a penalty, a second head): return the whole output, "
+                "or use curvature='hessian'."
+            )
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        tensors = self.parameters.tensors
+        directions = self.parameters.unflatten(vector)
+        total = torch.zeros_like(vector)
+        for index, weight in enumerate(self.objective.weights):
+            graph = self._graphs.get(index)
+            curved = [(p, d) for p, d in zip(graph.pullback, directions, strict=True) if p.requires_grad]
+            if not curved or not graph.output_gradient.requires_grad:
+                continue  # the output does not move, or the loss is linear in it
+            try:
+                (forward,) = torch.autograd.grad(
+                    [p for p, _ in curved], graph.cotangent, [d for _, d in curved], retain_graph=True
+                )
+                (curvature,) = torch.autograd.grad(graph.output_gradient, graph.output, forward, retain_graph=True)
+                product = torch.autograd.grad(graph.output, tensors, curvature, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise explain(error) from error
+            total.add_(self.parameters.flatten(product), alpha=weight)
+        return total
+
+    def close(self) -> None:
+        """Drops the retained graphs."""
+        self._graphs.clear()

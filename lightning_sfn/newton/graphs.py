@@ -1,0 +1,112 @@
+"""Which gradient graphs to keep: all of them while a byte budget lasts, the rest is built again for each product.
+
+A Hessian-vector product on a kept graph costs one backward pass through it; without it, a forward and a backward pass
+come on top (2.8 gradients in place of 1.8 on a deep autoencoder).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["GraphBudget", "GraphStore", "Retention"]
+
+Retention = Literal["auto", "retain", "recompute"]
+"""``"retain"`` keeps every graph, ``"recompute"`` none, ``"auto"`` as many as the budget allows."""
+
+Graph = TypeVar("Graph")
+
+
+class GraphBudget:
+    """How many bytes kept graphs may take, and how many one part takes.
+
+    The bytes of a graph are measured once, on a graph that is thrown away, and scaled by the parts' weights later:
+    hooks that count would slow down each product if they stayed on the graphs in use.
+
+    Args:
+        limit: Bytes that the kept graphs of one operator may take together.
+
+    Raises:
+        ValueError: The limit is negative.
+    """
+
+    def __init__(self, limit: int = 2**30) -> None:
+        """See the class."""
+        if limit < 0:
+            raise ValueError(f"graph_bytes is {limit}, but a number of bytes of zero or more is expected.")
+        self.limit = limit
+        self.bytes_per_weight: float | None = None
+
+    def measure(self, build: Callable[[], object], weight: float, excluded: Sequence[Tensor]) -> None:
+        """Counts the bytes that one part's graph saves for backward, storages of ``excluded`` left out."""
+        known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        count = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal count
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                count += storage.nbytes()
+            return tensor.detach()  # the tensor itself would tie a reference cycle through its own node
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            build()
+        self.bytes_per_weight = count / weight
+
+    def affordable(self, weights: Sequence[float]) -> list[bool]:
+        """Which parts, in order, may keep their graphs (all, as long as nothing has been measured)."""
+        left = float(self.limit)
+        kept = []
+        for weight in weights:
+            cost = (self.bytes_per_weight or 0.0) * weight
+            kept.append(cost <= left)
+            if kept[-1]:
+                left -= cost
+        return kept
+
+
+class GraphStore(Generic[Graph]):
+    """The graphs of the parts of one objective.
+
+    Args:
+        build: Builds the graph of a part.
+        weights: Sizes of the parts relative to each other.
+        retention: Which graphs to keep.
+        budget: The byte budget that ``"auto"`` keeps to.
+        excluded: Tensors that exist anyway (the parameters) and do not count.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[int], Graph],
+        weights: Sequence[float],
+        retention: Retention,
+        budget: GraphBudget,
+        excluded: Sequence[Tensor],
+    ) -> None:
+        """See the class."""
+        self._build = build
+        if retention == "auto" and budget.bytes_per_weight is None:
+            budget.measure(lambda: build(0), weights[0], excluded)
+        self._keep = budget.affordable(weights) if retention == "auto" else [retention == "retain"] * len(weights)
+        self._kept: dict[int, Graph] = {}
+
+    def get(self, index: int) -> Graph:
+        """The graph of a part, kept or built now."""
+        if index in self._kept:
+            return self._kept[index]
+        graph = self._build(index)
+        if self._keep[index]:
+            self._kept[index] = graph
+        return graph
+
+    @property
+    def retained(self) -> int:
+        """Number of graphs held now."""
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Drops every graph, and with it the memory that it held."""
+        self._kept.clear()

@@ -1,0 +1,87 @@
+"""A memory of steps: past updates that join the subspace and bring their own Hessian products.
+
+The difference of two gradients of the same function, ``g(x + d) - g(x)``, is the product of the averaged Hessian with
+the step d (a secant). The gradients are computed anyway, so a remembered step costs no product. Section E of the paper
+adds the last update alone and pays a product for it.
+"""
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+from lightning_sfn.newton.krylov import Direction
+
+__all__ = ["StepMemory"]
+
+
+class StepMemory:
+    """The last accepted steps, newest first.
+
+    Args:
+        capacity: How many steps are remembered; 0 remembers none.
+        secants: Whether remembered steps bring gradient differences as products. Without, each costs a product.
+
+    Raises:
+        ValueError: The capacity is negative.
+    """
+
+    def __init__(self, capacity: int, *, secants: bool) -> None:
+        """See the class."""
+        if capacity < 0:
+            raise ValueError(f"previous_directions is {capacity}, but a count of zero or more is expected.")
+        self._steps: deque[Direction] = deque(maxlen=capacity)
+        self._secants = secants
+        self._pending: Direction | None = None  # a step taken, with the gradient from which it was taken
+
+    def __len__(self) -> int:
+        """Number of steps that would join a subspace now."""
+        return len(self._steps)
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The remembered steps, newest first."""
+        return tuple(self._steps)
+
+    def record(self, step: Tensor, gradient: Tensor) -> None:
+        """Notes an accepted step.
+
+        Args:
+            step: The change of the parameters, shape ``(n,)``.
+            gradient: The gradient before it, shape ``(n,)``.
+        """
+        if self._steps.maxlen == 0:
+            return
+        if self._secants:
+            self._pending = Direction(step, gradient)
+        else:
+            self._steps.appendleft(Direction(step))
+
+    def complete(self, gradient: Tensor) -> None:
+        """Completes the last step's secant with the gradient after it, if a step waits for one."""
+        if self._pending is not None and self._pending.product is not None:
+            self._steps.appendleft(Direction(self._pending.vector, gradient - self._pending.product))
+        self._pending = None
+
+    def abandon(self) -> None:
+        """Drops a waiting secant: the next gradient belongs to another function."""
+        self._pending = None
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._steps.clear()
+        self._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory as lists of tensors."""
+        state: dict[str, Any] = {"steps": [(d.vector, d.product) for d in self._steps]}
+        if self._pending is not None:
+            state["pending"] = (self._pending.vector, self._pending.product)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.clear()
+        self._steps.extend(Direction(vector, product) for vector, product in state["steps"])
+        if "pending" in state:
+            self._pending = Direction(*state["pending"])

@@ -1,0 +1,142 @@
+"""The objective: a loss as one fixed function of the parameters.
+
+An objective is a weighted mean of parts (micro-batches). Every evaluation of a part starts from the same random number
+state, so gradient, Hessian-vector products and trial losses of one step see one function: the same data, the same
+dropout masks, the same weights.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.randomness import RandomState
+
+__all__ = ["Closure", "Evaluation", "Objective", "ObjectiveError"]
+
+Closure = Callable[[], Tensor | tuple[Tensor, Tensor]]
+"""A function without arguments that returns the scalar loss with its graph, or ``(loss, model_output)``."""
+
+
+class ObjectiveError(ValueError):
+    """A closure did not return a loss that can be optimized."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one part.
+
+    Attributes:
+        loss: Scalar loss with its graph.
+        output: The model output from which the loss was computed, if the closure gave it (needed for Gauss-Newton).
+    """
+
+    loss: Tensor
+    output: Tensor | None = None
+
+
+class Objective:
+    """A weighted mean of closures, evaluated again and again as the same function.
+
+    Args:
+        closures: One closure for each part. A closure returns the part's mean loss with its graph, or a pair of the
+            loss and the model output. It runs several times, must not call ``backward``, and may use torch's, NumPy's
+            and Python's global random numbers freely: they are replayed.
+        weights: Relative weights of the parts, for instance their numbers of cases. Equal if left out.
+        random_states: The random number state of each part; by default the state found at its first evaluation.
+        reduce: Mean over processes of a tensor, for objectives shared out over several devices.
+
+    Raises:
+        ObjectiveError: There are no closures, or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> Objective([lambda: (x**2).sum(), lambda: x.sum()], weights=[3, 1]).value()
+        2.0
+    """
+
+    def __init__(
+        self,
+        closures: Sequence[Closure],
+        weights: Sequence[float] | None = None,
+        *,
+        random_states: Sequence[RandomState | None] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """See the class."""
+        if not closures:
+            raise ObjectiveError("An objective needs at least one closure, but none was given.")
+        weights = [1.0] * len(closures) if weights is None else [float(w) for w in weights]
+        if len(weights) != len(closures) or any(not math.isfinite(w) or w <= 0 for w in weights):
+            raise ObjectiveError(
+                f"An objective of {len(closures)} parts needs as many positive weights, but was given {weights}."
+            )
+        total = sum(weights)
+        self.weights = tuple(w / total for w in weights)
+        self._closures = tuple(closures)
+        self._states: list[RandomState | None] = list(random_states or [None] * len(closures))
+        self._reduce = reduce
+
+    def __len__(self) -> int:
+        """Number of parts."""
+        return len(self._closures)
+
+    def evaluate(self, index: int) -> Evaluation:
+        """Evaluates one part with its graph.
+
+        The first evaluation draws from the global random number generators as any call would; later ones replay those
+        draws and leave the generators alone.
+
+        Args:
+            index: Which part.
+
+        Returns:
+            The part's loss (not weighted) and model output.
+
+        Raises:
+            ObjectiveError: The closure returned something else than a real scalar tensor.
+        """
+        state = self._states[index]
+        # Losses that differentiate inside (physics-informed ones) need grad mode even where no gradient is asked for.
+        with torch.enable_grad():
+            if state is None:
+                self._states[index] = RandomState.capture(_first_accelerator())
+                result = self._closures[index]()
+            else:
+                with state.replayed():
+                    result = self._closures[index]()
+            loss, output = result if isinstance(result, tuple) else (result, None)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+                given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ObjectiveError(
+                    f"The closure returned {given}, but a scalar loss is expected: reduce it, for instance by .mean()."
+                )
+            return Evaluation(loss.reshape(()), output)
+
+    def value(self) -> float:
+        """The objective at the present parameters, without keeping a graph.
+
+        Returns:
+            The weighted mean of the parts, accumulated in float64; NaN or infinite where the closures say so.
+        """
+        losses = [self.evaluate(index).loss.detach().double() * weight for index, weight in enumerate(self.weights)]
+        return float(self.reduce(torch.stack(losses).sum()))
+
+    def local(self) -> "Objective":
+        """The same parts, with the same random numbers, without the mean over processes."""
+        objective = Objective(self._closures, self.weights)
+        objective._states = self._states
+        return objective
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Mean of a tensor over the processes that share this objective (the tensor itself if there is one)."""
+        return tensor if self._reduce is None else self._reduce(tensor)
+
+
+def _first_accelerator() -> torch.device | None:
+    """The CUDA device in use, so that its random numbers are replayed as well."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.device("cuda", torch.cuda.current_device()) if in_use else None

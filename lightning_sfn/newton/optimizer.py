@@ -1,0 +1,493 @@
+r"""`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator, gradient_of
+from lightning_sfn.newton.damping import Damping, make_damping
+from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
+from lightning_sfn.newton.gauss_newton import GaussNewtonOperator
+from lightning_sfn.newton.graphs import GraphBudget
+from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.preconditioner import Preconditioner, make_preconditioner
+from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.step import StepRecord, SubspaceModel, build_subspace, clip, take_inner_step
+from lightning_sfn.newton.trust_region import trust_region as find_trust_region
+
+__all__ = ["Driver", "SaddleFreeNewton"]
+
+_DEFAULT_KRYLOV_DIM = 16
+_REPEATABLE = 1e-4  # relative difference of two evaluations at one point that nondeterministic kernels explain
+
+CurvatureName = Literal["hessian", "gauss_newton"]
+ProductMethod = Literal["auto", "retain", "recompute", "finite_difference"]
+
+
+class Driver(Protocol):
+    """A training loop that owns the batches and turns its own closures into objectives (see `trainer/`)."""
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """Runs the loop's closure, and takes a Newton step when enough of them have been seen."""
+
+
+class SaddleFreeNewton(Optimizer):
+    r"""Saddle-free Newton steps in a small Krylov subspace.
+
+    The step is ``-(|H| + damping)^-1 g`` in a subspace spanned by Lanczos vectors and remembered steps: along
+    directions of positive curvature it is Newton's, along negative curvature it goes the same length the other way, so saddle
+    points repel it (Dauphin et al. 2014, Algorithm 1). A step that does not lower the loss is not taken.
+
+    Args:
+        params: Parameters or parameter groups; groups may differ in ``lr``.
+        lr: Factor on each step. Newton steps have a natural length of 1.
+        krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
+            16 (or the number of parameters, if smaller) when left out.
+        inner_steps: Steps m with one subspace and one Hessian, each with a fresh gradient.
+        damping: ``"warm"`` (a few values around the last one), ``"grid"`` (the paper's 1e0 to 1e-5),
+            ``"levenberg_marquardt"``, a positive number, or a `Damping`.
+        trust_region: ``"saddle_free"``, ``"newton"``, ``"damped_newton"``, ``"truncated_newton"`` or ``"gradient"``.
+        curvature: ``"hessian"``, or ``"gauss_newton"`` (closures then return ``(loss, output)``).
+        max_grad_norm: Clips the gradient to this norm.
+        max_step_norm: Clips each inner step to this norm.
+        previous_directions: How many past steps join the subspace.
+        preconditioner: ``"diagonal"`` (equilibration), ``None``, or a `Preconditioner`.
+        secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
+            same function, as full-batch closures give). Otherwise each costs one product.
+        exploration: Share of a random vector and of the last most negative Ritz vector in the start vector, so that a
+            gradient orthogonal to the way out does not hide it. 0 starts from the gradient alone.
+        hvp: ``"auto"`` keeps gradient graphs up to ``graph_bytes``; ``"retain"`` keeps all, ``"recompute"`` none;
+            ``"finite_difference"`` needs no second derivative.
+        graph_bytes: Byte budget for kept gradient graphs.
+        seed: Seed of the optimizer's own random generator; the global ones are left alone.
+
+    Raises:
+        ValueError: An argument is out of its range, or the parameters are not of one real dtype on one device.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 1e-3], requires_grad=True)
+        >>> optimizer = SaddleFreeNewton([x])
+        >>> for _ in range(10):
+        ...     loss = optimizer.step(lambda: 5 * x[0] ** 2 - x[1] ** 2)
+        >>> bool(x[1].abs() > 0.5)  # 1e-3 times 2^10: the saddle at the origin repels
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        *,
+        krylov_dim: int | Literal["full"] | None = None,
+        inner_steps: int = 2,
+        damping: str | float | Damping = "warm",
+        trust_region: str = "saddle_free",
+        curvature: CurvatureName = "hessian",
+        max_grad_norm: float | None = None,
+        max_step_norm: float | None = None,
+        previous_directions: int = 10,
+        preconditioner: str | Preconditioner | None = "diagonal",
+        secants: bool = True,
+        exploration: float = 1e-2,
+        hvp: ProductMethod = "auto",
+        graph_bytes: int = 2**30,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        _check_range("lr", lr, minimum=0.0)
+        _check_range("inner_steps", inner_steps, minimum=1)
+        _check_range("exploration", exploration, minimum=0.0)
+        for name, bound in (("max_grad_norm", max_grad_norm), ("max_step_norm", max_step_norm)):
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name} is {bound}, but a positive number or None is expected.")
+        _check_choice("curvature", curvature, ("hessian", "gauss_newton"))
+        _check_choice("hvp", hvp, ("auto", "retain", "recompute", "finite_difference"))
+        if curvature == "gauss_newton" and hvp == "finite_difference":
+            raise ValueError("hvp='finite_difference' gives the Hessian: use curvature='hessian' with it.")
+        super().__init__(params, {"lr": lr})
+        self._parameters = FlatParameters(p for group in self.param_groups for p in group["params"])
+        self.krylov_dim = _resolve_krylov_dim(krylov_dim, self._parameters.size)
+        self.inner_steps = inner_steps
+        self.damping = make_damping(damping)
+        self.trust_region = find_trust_region(trust_region)
+        self.curvature: CurvatureName = curvature
+        self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
+        self.memory = StepMemory(previous_directions, secants=secants)
+        self.preconditioner = make_preconditioner(preconditioner)
+        self.exploration = exploration
+        self.hvp: ProductMethod = hvp
+        self._budget = GraphBudget(graph_bytes)
+        self._generator = torch.Generator(self._parameters.device).manual_seed(seed)
+        self._escape: Tensor | None = None  # the last most negative Ritz vector, in parameter coordinates
+        self._checked = False
+        self._driver: Driver | None = None
+        self.last_step: StepRecord | None = None
+
+    @classmethod
+    def as_in_paper(cls, params: Any, lr: float = 1.0, *, krylov_dim: int = 500, **options: Any) -> "SaddleFreeNewton":
+        """The paper's Algorithms 1 and 2 without our additions.
+
+        k Lanczos vectors from the gradient, the last update as last vector (one product), the damping grid of Appendix
+        F, no preconditioner, no random seed in the start vector.
+
+        Args:
+            params: Parameters or parameter groups.
+            lr: Factor on each step.
+            krylov_dim: The paper's k (500 in its experiments).
+            options: Any other option of the class.
+
+        Returns:
+            The optimizer.
+        """
+        paper: dict[str, Any] = {
+            "damping": "grid",
+            "previous_directions": 1,
+            "secants": False,
+            "preconditioner": None,
+            "exploration": 0.0,
+        }
+        return cls(params, lr, krylov_dim=krylov_dim, **(paper | options))
+
+    # ------------------------------------------------------------------------------------------------ stepping
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | None = None,
+        *,
+        curvature_closure: Closure | None = None,
+        trial_closure: Closure | None = None,
+    ) -> Any:
+        """Takes one outer step: a new subspace, and up to ``inner_steps`` steps in it.
+
+        Args:
+            closure: Returns the loss with its graph. It is called several times and must give the same value at the
+                same parameters; it must not call ``backward``. Global random numbers are replayed.
+            curvature_closure: The loss that Hessian-vector products see (a part of the data); ``closure`` if left out.
+            trial_closure: The loss that decides on damping and acceptance; ``closure`` if left out.
+
+        Returns:
+            The loss before the step, as a scalar tensor without graph.
+
+        Raises:
+            ObjectiveError: The closure's result cannot be optimized, or it changes from call to call.
+            CurvatureError: An operation has no second derivative.
+            FloatingPointError: Loss or gradient is not finite. In every case the parameters are as they were.
+        """
+        if self._driver is not None:
+            return self._driver.step(closure)
+        if closure is None:
+            raise ObjectiveError("step() needs a closure that returns the loss with its graph: step(lambda: loss()).")
+        objective = Objective([closure])
+        record = self.step_on(
+            objective,
+            curvature=Objective([curvature_closure]) if curvature_closure is not None else None,
+            trial=Objective([trial_closure]) if trial_closure is not None else None,
+        )
+        return torch.tensor(record.loss_before if trial_closure is None else self._objective_loss)
+
+    def step_on(
+        self,
+        objective: Objective,
+        *,
+        curvature: Objective | None = None,
+        trial: Objective | None = None,
+        loss_and_gradient: tuple[float, Tensor] | None = None,
+        same_function: bool | None = None,
+    ) -> StepRecord:
+        """Takes one outer step on objectives: what `step` does, for callers that hold micro-batches.
+
+        Args:
+            objective: What is minimized; its gradient is taken here.
+            curvature: What Hessian-vector products see; ``objective`` if left out.
+            trial: What trial losses see; ``objective`` if left out.
+            loss_and_gradient: Loss and gradient (shape ``(n,)``) of ``objective`` here, if they are known already.
+            same_function: Whether ``objective`` is the function of the step before, so that the difference of the two
+                gradients is a Hessian product. If left out, the losses tell where they can.
+
+        Returns:
+            The record of the step, also kept as ``last_step``.
+
+        Raises:
+            ObjectiveError: An objective cannot be optimized.
+            CurvatureError: An operation has no second derivative.
+            FloatingPointError: Loss or gradient is not finite. In every case the parameters are as they were.
+        """
+        parameters = self._current_parameters()
+        origin = parameters.read()
+        try:
+            with torch.no_grad():
+                self.last_step = self._outer_step(
+                    parameters, objective, curvature or objective, trial or objective, loss_and_gradient, same_function
+                )
+        except BaseException:
+            parameters.write(origin)
+            raise
+        return self.last_step
+
+    def _outer_step(
+        self,
+        parameters: FlatParameters,
+        objective: Objective,
+        curvature: Objective,
+        trial: Objective,
+        loss_and_gradient: tuple[float, Tensor] | None,
+        same_function: bool | None,
+    ) -> StepRecord:
+        origin = parameters.read()
+        operator = self.make_operator(curvature, parameters)
+        try:
+            if loss_and_gradient is None:
+                source = operator.loss_and_gradient if curvature is objective else None
+                loss_and_gradient = source() if source else gradient_of(objective, parameters)
+            loss, gradient = loss_and_gradient
+            _require_finite(loss, gradient)
+            loss_before = loss if trial is objective else trial.value()
+            if not math.isfinite(loss_before):
+                raise FloatingPointError(
+                    f"The trial loss is {loss_before} at the present parameters: no step is tried."
+                )
+            if not self._checked:
+                self._require_repeatable(objective, loss, trial, loss_before)
+            self._complete_secant(loss, gradient, trial is objective, same_function)
+            self.preconditioner.refresh(operator, self._generator)
+            space = build_subspace(
+                operator,
+                clip(gradient, self.max_grad_norm),
+                krylov_dim=self.krylov_dim,
+                preconditioner=self.preconditioner,
+                memory=self.memory,
+                seed=self._start_seed(parameters),
+                generator=self._generator,
+            )
+        finally:
+            operator.close()
+        if not bool(torch.isfinite(space.projected).all()):
+            raise FloatingPointError(
+                "A Hessian-vector product is not finite at the present parameters, so no step is tried: look for norms "
+                "and square roots at zero in the model."
+            )
+        self._objective_loss = loss
+        self._escape = self.preconditioner.scale(space.ritz_vector(0))
+        record = StepRecord(
+            loss_before=loss_before,
+            loss_after=loss_before,
+            gradient_norm=float(norm(gradient)),
+            lambda_min=float(space.eigenvalues[0]),
+            lambda_max=float(space.eigenvalues[-1]),
+            subspace_dim=len(space),
+            products=operator.products,
+            gradients=1,
+        )
+        model = SubspaceModel(
+            space, self.preconditioner, self.trust_region, self._learning_rates(parameters), self.max_step_norm
+        )
+        record = self._inner_steps(model, parameters, objective, trial, gradient, record)
+        return replace(record, step_norm=float(norm(parameters.read() - origin)))
+
+    def _inner_steps(
+        self,
+        model: SubspaceModel,
+        parameters: FlatParameters,
+        objective: Objective,
+        trial: Objective,
+        gradient: Tensor,
+        record: StepRecord,
+    ) -> StepRecord:
+        """Algorithm 1's inner loop: fresh gradients, one Hessian; ends at the first step that is not taken."""
+        for inner in range(self.inner_steps):
+            if inner > 0:
+                loss, gradient = gradient_of(objective, parameters)
+                record = replace(record, gradients=record.gradients + 1)
+                if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
+                    self.memory.abandon()
+                    break
+                self.memory.complete(gradient)
+            record, step = take_inner_step(
+                model,
+                clip(gradient, self.max_grad_norm),
+                loss=record.loss_after,
+                parameters=parameters,
+                trial=trial,
+                damping=self.damping,
+                record=record,
+            )
+            if step is None:
+                if inner == 0:
+                    self.memory.clear()  # what the memory says has led nowhere
+                    self._require_repeatable(trial, record.loss_before)
+                break
+            self.memory.record(step, gradient)
+        return record
+
+    # ------------------------------------------------------------------------------------------------ parts of a step
+
+    def make_operator(self, objective: Objective, parameters: FlatParameters | Iterable[Tensor]) -> CurvatureOperator:
+        """The curvature operator that this optimizer's options name.
+
+        Args:
+            objective: What products see.
+            parameters: The parameters.
+
+        Returns:
+            The operator.
+        """
+        if self.hvp == "finite_difference":
+            return FiniteDifferenceOperator(objective, parameters)
+        kind = GaussNewtonOperator if self.curvature == "gauss_newton" else HessianOperator
+        return kind(objective, parameters, retention=self.hvp, budget=self._budget)
+
+    def _current_parameters(self) -> FlatParameters:
+        """The parameters that require gradients now; what belongs to another set of them is forgotten."""
+        parameters = FlatParameters(p for group in self.param_groups for p in group["params"])
+        if parameters.layout != self._parameters.layout:
+            self.memory.clear()
+            self._escape = None
+        self._parameters = parameters
+        return parameters
+
+    def _learning_rates(self, parameters: FlatParameters) -> float | Tensor:
+        rates = {float(group["lr"]) for group in self.param_groups}
+        if len(rates) == 1:
+            return rates.pop()
+        rate_of = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        return parameters.flatten([torch.full_like(p, rate_of[id(p)]) for p in parameters.tensors])
+
+    def _start_seed(self, parameters: FlatParameters) -> Tensor | None:
+        """What is mixed into the unit start vector: a random direction and the last escape direction."""
+        if self.exploration == 0.0:
+            return None
+        noise = torch.randn(
+            parameters.size, dtype=parameters.dtype, device=parameters.device, generator=self._generator
+        )
+        seed = noise / norm(noise).to(noise.dtype)
+        if self._escape is not None:
+            escape = self.preconditioner.unscale(self._escape)
+            seed = seed + escape / norm(escape).to(escape.dtype)
+        return self.exploration * seed
+
+    def _complete_secant(self, loss: float, gradient: Tensor, trial_is_objective: bool, same: bool | None) -> None:
+        """Gives the last step its gradient difference, unless the function has changed since."""
+        if same is None and trial_is_objective and self.last_step is not None:
+            expected = self.last_step.loss_after
+            same = abs(loss - expected) <= _REPEATABLE * max(abs(loss), abs(expected))
+        if same is False:
+            self.memory.abandon()
+        self.memory.complete(gradient)
+
+    def _require_repeatable(self, *objectives_and_losses: Any) -> None:
+        """Two evaluations at one point must agree, or no trial loss means anything."""
+        for objective, loss in zip(objectives_and_losses[::2], objectives_and_losses[1::2], strict=True):
+            again = objective.value()
+            if not abs(again - loss) <= _REPEATABLE * max(abs(loss), abs(again), torch.finfo(torch.float32).tiny):
+                raise ObjectiveError(
+                    f"The closure returned {loss:.8g} and then {again:.8g} at the same parameters, but it must be a "
+                    "fixed function within one step: draw the batch outside the closure, and random numbers from "
+                    "torch's, NumPy's or Python's global generators, which are replayed."
+                )
+        self._checked = True
+
+    # ------------------------------------------------------------------------------------------------ training loops
+
+    def attach(self, driver: Driver | None) -> None:
+        """Lets a training loop that owns the batches take over `step`; ``None`` gives it back."""
+        self._driver = driver
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The complete state, as tensors, lists and numbers: damping, remembered steps, preconditioner, generator."""
+        state = super().state_dict()
+        state["newton"] = {
+            "damping": self.damping.value,
+            "memory": self.memory.state_dict(),
+            "preconditioner": self.preconditioner.state_dict(),
+            "escape": self._escape,
+            "generator": self._generator.get_state(),
+            "layout": [list(shape) for shape in self._parameters.layout],
+            "loss_after": self.last_step.loss_after if self.last_step is not None else None,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state that `state_dict` gave.
+
+        Args:
+            state_dict: The state.
+
+        Raises:
+            ValueError: The state belongs to another optimizer or to other parameters; nothing is changed then.
+        """
+        if "newton" not in state_dict:
+            raise ValueError(
+                "The state was not saved by SaddleFreeNewton (it has no 'newton' entry): load it into the optimizer "
+                "that saved it."
+            )
+        newton = state_dict["newton"]
+        if [list(shape) for shape in newton["layout"]] != [list(shape) for shape in self._parameters.layout]:
+            raise ValueError("The state belongs to parameters of other shapes: build the model that it was saved with.")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "newton"})
+        device = self._parameters.device
+        self.damping.value = newton["damping"]
+        self.memory.load_state_dict(_to_device(newton["memory"], device))
+        self.preconditioner.load_state_dict(_to_device(newton["preconditioner"], device))
+        self._escape = _to_device(newton["escape"], device)
+        self._generator.set_state(newton["generator"].cpu())
+        loss = newton["loss_after"]
+        self.last_step = None if loss is None else StepRecord(loss, loss, math.nan)
+
+
+def _resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> int | None:
+    """The number of Lanczos vectors; ``None`` for the whole space."""
+    if krylov_dim is None:
+        return min(_DEFAULT_KRYLOV_DIM, size)
+    if krylov_dim == "full":
+        return None
+    if not isinstance(krylov_dim, int) or isinstance(krylov_dim, bool) or krylov_dim < 1:
+        raise ValueError(f"krylov_dim is {krylov_dim!r}, but a positive integer, 'full' or None is expected.")
+    if krylov_dim > size:
+        raise ValueError(
+            f"krylov_dim is {krylov_dim}, but there are only {size} trainable parameters: use at most that, or 'full'."
+        )
+    return krylov_dim
+
+
+def _check_range(name: str, value: float, *, minimum: float) -> None:
+    if not (math.isfinite(value) and value >= minimum):
+        raise ValueError(f"{name} is {value}, but a number of at least {minimum:g} is expected.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, but one of {', '.join(map(repr, choices))} is expected.")
+
+
+def _require_finite(loss: float, gradient: Tensor) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss is {loss} at the present parameters, so no step is tried: go back to a checkpoint with a finite "
+            "loss, or lower the learning rate that led here."
+        )
+    if not bool(torch.isfinite(gradient).all()):
+        raise FloatingPointError(
+            "The gradient is not finite at the present parameters, so no step is tried: look for square roots, norms "
+            "and logarithms at zero in the loss."
+        )
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Moves the tensors inside lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_device(item, device) for item in value)
+    return value

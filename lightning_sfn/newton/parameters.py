@@ -1,0 +1,115 @@
+"""A flat view of the trainable parameters: the vector space in which every other module of `newton` works."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FlatParameters"]
+
+
+class FlatParameters:
+    """The trainable parameters of a model seen as one vector.
+
+    Frozen parameters (``requires_grad=False``) are left out, a parameter that occurs twice (tied weights) counts once,
+    and the order is the order in which the parameters were given. Reading copies; writing goes through ``copy_``, so
+    memory layout, aliasing and autograd identity of the parameters stay as they are.
+
+    Args:
+        parameters: The parameters, as ``module.parameters()`` gives them.
+
+    Raises:
+        ValueError: There is nothing to train, or the parameters are not dense tensors of one real dtype (float32 or
+            float64) on one device.
+
+    Example:
+        >>> import torch
+        >>> flat = FlatParameters(torch.nn.Linear(2, 3).parameters())
+        >>> flat.size
+        9
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        """See the class."""
+        self.tensors: tuple[Tensor, ...] = tuple({id(p): p for p in parameters if p.requires_grad}.values())
+        if not self.tensors:
+            raise ValueError(
+                "No parameter requires a gradient, so there is nothing to optimize: give at least one parameter with "
+                "requires_grad=True."
+            )
+        self._check()
+        self.dtype = self.tensors[0].dtype
+        self.device = self.tensors[0].device
+        self.shapes = tuple(p.shape for p in self.tensors)
+        self.sizes = tuple(p.numel() for p in self.tensors)
+        self.size = sum(self.sizes)
+
+    def _check(self) -> None:
+        devices = sorted({str(p.device) for p in self.tensors})
+        if len(devices) > 1:
+            raise ValueError(
+                f"The parameters lie on several devices ({', '.join(devices)}), but curvature needs them on one: move "
+                "the model to one device, or optimize the parts with one optimizer each."
+            )
+        dtypes = sorted({str(p.dtype) for p in self.tensors})
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"The parameters have several dtypes ({', '.join(dtypes)}), but curvature needs one: convert the model "
+                "with model.float() or model.double()."
+            )
+        if self.tensors[0].dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"The parameters have dtype {dtypes[0]}, but curvature needs float32 or float64: keep the parameters "
+                "in float32 (for instance with precision='bf16-mixed' in place of 'bf16-true')."
+            )
+        if any(p.layout != torch.strided for p in self.tensors):
+            raise ValueError("A parameter is sparse, but curvature needs dense parameters: use a dense layer instead.")
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameters, in order: two views with equal layouts have comparable vectors."""
+        return tuple(tuple(shape) for shape in self.shapes)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Lays tensors shaped like the parameters end to end.
+
+        Args:
+            tensors: One tensor for each parameter; ``None`` stands for zeros.
+
+        Returns:
+            A new vector of shape ``(n,)``.
+
+        Raises:
+            ValueError: A tensor is sparse.
+        """
+        pieces = []
+        for tensor, parameter in zip(tensors, self.tensors, strict=True):
+            if tensor is None:
+                pieces.append(torch.zeros(parameter.numel(), dtype=self.dtype, device=self.device))
+            elif tensor.layout != torch.strided:
+                raise ValueError(
+                    "A gradient is sparse, but curvature needs dense gradients: build the layer with sparse=False "
+                    "(nn.Embedding, nn.EmbeddingBag)."
+                )
+            else:
+                pieces.append(tensor.detach().reshape(-1))
+        return torch.cat(pieces)
+
+    def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Views of a vector of shape ``(n,)``, shaped like the parameters."""
+        pieces = torch.split(vector, list(self.sizes))
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+
+    def read(self) -> Tensor:
+        """A copy of the parameters as a vector of shape ``(n,)``."""
+        return self.flatten(self.tensors)
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Copies a vector of shape ``(n,)`` into the parameters, bit for bit."""
+        for parameter, piece in zip(self.tensors, self.unflatten(vector), strict=True):
+            parameter.copy_(piece)
+
+    def gradients(self) -> Tensor:
+        """The parameters' ``.grad`` as a vector of shape ``(n,)``; a missing one counts as zeros."""
+        return self.flatten([p.grad for p in self.tensors])

@@ -1,0 +1,136 @@
+"""Preconditioners: a symmetric map D between the subspace's coordinates u and the parameters, ``theta = D u``.
+
+Lanczos then works with ``D H D`` from the start vector ``D g``, and a step in the subspace is ``D u``. A good D makes
+the spectrum of ``D H D`` flat, so that a few Krylov vectors see most of it. Kronecker factors fit the same interface.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.curvature import CurvatureOperator
+
+__all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner", "make_preconditioner"]
+
+
+class Preconditioner(ABC):
+    """A symmetric positive definite map D."""
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:  # noqa: B027
+        """Brings the map up to date before a step.
+
+        Args:
+            operator: The curvature of the coming step.
+            generator: Source of random probes, on the parameters' device.
+        """
+
+    @abstractmethod
+    def scale(self, vectors: Tensor) -> Tensor:
+        """``D v`` for vectors of shape ``(n,)`` or ``(c, n)``."""
+
+    @abstractmethod
+    def unscale(self, vectors: Tensor) -> Tensor:
+        """``D^-1 v`` for vectors of shape ``(n,)`` or ``(c, n)``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the map carries from step to step, as tensors and numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Takes over what `state_dict` gave."""
+
+
+class IdentityPreconditioner(Preconditioner):
+    """The parameters' own coordinates."""
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        """The vectors themselves."""
+        return vectors
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        """The vectors themselves."""
+        return vectors
+
+
+class DiagonalPreconditioner(Preconditioner):
+    """Equilibration: ``D = (e + floor)^(-1/2)`` with ``e_i`` the norm of row i of the Hessian.
+
+    The row norms are estimated as ``e_i^2 = E[(H z)_i^2]`` over standard normal z, one product a step, averaged over
+    steps (Dauphin, de Vries and Bengio 2015, "Equilibrated adaptive learning rates for non-convex optimization"). They are defined for an indefinite Hessian, where diagonal entries may cancel to zero.
+
+    Args:
+        decay: Weight that the running average keeps at each refresh.
+        floor: Added to the row norms, relative to their largest value.
+    """
+
+    def __init__(self, decay: float = 0.9, floor: float = 1e-2) -> None:
+        """See the class."""
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}, but a number in [0, 1) is expected.")
+        if floor <= 0:
+            raise ValueError(f"floor is {floor}, but a positive number is expected.")
+        self.decay, self.floor = decay, floor
+        self._mean: Tensor | None = None
+        self._refreshes = 0
+        self._diagonal: Tensor | None = None
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+        """Draws one probe and averages it in."""
+        parameters = operator.parameters
+        if self._mean is None or self._mean.numel() != parameters.size:
+            self._mean = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
+            self._refreshes = 0
+        probe = torch.randn(parameters.size, dtype=parameters.dtype, device=parameters.device, generator=generator)
+        square = operator.matvec(probe).square()
+        if bool(torch.isfinite(square).all()):
+            self._mean.mul_(self.decay).add_(square, alpha=1 - self.decay)
+            self._refreshes += 1
+        self._update()
+
+    def _update(self) -> None:
+        if self._mean is None or self._refreshes == 0 or not bool(self._mean.any()):
+            self._diagonal = None  # nothing known, or no curvature at all: the identity
+            return
+        rows = (self._mean / (1 - self.decay**self._refreshes)).sqrt()
+        self._diagonal = (rows + self.floor * rows.max()).rsqrt()
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        """``D v``."""
+        return vectors if self._diagonal is None else vectors * self._diagonal
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        """``D^-1 v``."""
+        return vectors if self._diagonal is None else vectors / self._diagonal
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running average."""
+        return {} if self._mean is None else {"mean": self._mean.clone(), "refreshes": self._refreshes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a running average."""
+        self._mean = state["mean"].clone() if "mean" in state else None
+        self._refreshes = int(state.get("refreshes", 0))
+        self._update()
+
+
+def make_preconditioner(preconditioner: "str | Preconditioner | None") -> Preconditioner:
+    """Makes a preconditioner from what users write.
+
+    Args:
+        preconditioner: ``None``, ``"diagonal"``, or a preconditioner.
+
+    Returns:
+        The preconditioner.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if preconditioner is None:
+        return IdentityPreconditioner()
+    if isinstance(preconditioner, Preconditioner):
+        return preconditioner
+    if preconditioner == "diagonal":
+        return DiagonalPreconditioner()
+    raise ValueError(f"preconditioner is {preconditioner!r}, but None, 'diagonal' or a Preconditioner is expected.")

@@ -1,0 +1,67 @@
+"""Random number states: evaluate a function again with the random numbers that it drew the first time.
+
+Dropout masks, noise layers and random crops make a loss a different function at each call. Within one optimizer step
+every evaluation must see one function, so an objective notes the state of the generators before its first evaluation
+and goes back to it for each later one.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["RandomState"]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """A snapshot of the global generators of Python, NumPy and torch (CPU and one accelerator).
+
+    Attributes:
+        python: State of the ``random`` module.
+        numpy: State of NumPy's legacy global generator.
+        cpu: State of torch's CPU generator.
+        device: The accelerator whose generator is part of the snapshot, if any.
+        accelerator: State of that generator.
+    """
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    device: torch.device | None = None
+    accelerator: Tensor | None = None
+
+    @classmethod
+    def capture(cls, device: torch.device | None = None) -> "RandomState":
+        """Notes the present state; ``device`` adds the generator of that CUDA device."""
+        on_cuda = device is not None and device.type == "cuda"
+        return cls(
+            python=random.getstate(),
+            numpy=np.random.get_state(),
+            cpu=torch.get_rng_state(),
+            device=device if on_cuda else None,
+            accelerator=torch.cuda.get_rng_state(device) if on_cuda and device is not None else None,
+        )
+
+    def restore(self) -> None:
+        """Sets the global generators to this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None and self.device is not None:
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Runs the body from this state, and leaves the global generators as they were before."""
+        before = RandomState.capture(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            before.restore()

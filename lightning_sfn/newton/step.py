@@ -1,0 +1,261 @@
+"""One outer iteration of Algorithm 1: a subspace, the Hessian in it, and a few damped steps with fresh gradients.
+
+`SaddleFreeNewton` keeps the books; what happens to the numbers is here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.damping import Damping
+from lightning_sfn.newton.dense import full_space
+from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
+from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.preconditioner import Preconditioner
+from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.trust_region import TrustRegion
+
+__all__ = ["StepRecord", "SubspaceModel", "build_subspace", "clip", "take_inner_step"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one call of ``step`` did.
+
+    Attributes:
+        loss_before: Trial loss before the step (the objective's own loss unless trial losses see other data).
+        loss_after: Trial loss after the step; equal to ``loss_before`` where no step was taken.
+        gradient_norm: Norm of the gradient before clipping.
+        damping: The last damping that was chosen.
+        step_norm: Norm of the whole change of the parameters.
+        predicted_decrease: Decrease that the quadratic model in the subspace promised, over all inner steps taken.
+        lambda_min: Smallest Ritz value of the subspace, in its (preconditioned) coordinates.
+        lambda_max: Largest Ritz value, likewise.
+        subspace_dim: Dimension of the subspace: Lanczos vectors and remembered steps.
+        products: Hessian-vector products spent.
+        trials: Trial losses spent.
+        gradients: Gradients spent.
+        inner_steps: Inner steps that were taken.
+        accepted: Whether the parameters were changed.
+    """
+
+    loss_before: float
+    loss_after: float
+    gradient_norm: float
+    damping: float = math.nan
+    step_norm: float = 0.0
+    predicted_decrease: float = 0.0
+    lambda_min: float = math.nan
+    lambda_max: float = math.nan
+    subspace_dim: int = 0
+    products: int = 0
+    trials: int = 0
+    gradients: int = 0
+    inner_steps: int = 0
+    accepted: bool = False
+
+
+@dataclass(frozen=True)
+class SubspaceModel:
+    """The quadratic model of one outer step.
+
+    Attributes:
+        space: The subspace, in the preconditioner's coordinates.
+        preconditioner: The map from there to the parameters.
+        rule: How eigenvalues scale the gradient.
+        learning_rates: A number, or a vector of shape ``(n,)`` where parameter groups differ.
+        max_step_norm: Bound on the norm of each inner step, in parameter units.
+    """
+
+    space: KrylovSubspace
+    preconditioner: Preconditioner
+    rule: TrustRegion
+    learning_rates: float | Tensor
+    max_step_norm: float | None
+
+    @property
+    def scale(self) -> float:
+        """Largest absolute eigenvalue; 1 for a flat model, so that damping keeps a unit."""
+        return float(self.space.eigenvalues.abs().max()) or 1.0
+
+    def coordinates(self, gradient: Tensor, loss: float, parameters_norm: float) -> Tensor:
+        """The gradient along the Ritz vectors, with a push where it is blind to an escape.
+
+        Where the gradient has (almost) no component along the direction of most negative curvature, the step would have
+        none either, however long the steepest way down is. There the component is raised to that of a point displaced
+        by the shortest length whose effect on the loss can be resolved in floating point. Each step then doubles it.
+
+        Args:
+            gradient: Shape ``(n,)``, in parameter coordinates.
+            loss: The present loss.
+            parameters_norm: Norm of the parameters.
+
+        Returns:
+            Coordinates of shape ``(k,)``, float64.
+        """
+        coordinates = self.space.coordinates(self.preconditioner.scale(gradient))
+        lowest = float(self.space.eigenvalues[0])
+        precision = torch.finfo(self.space.basis.dtype).eps
+        if not self.rule.uses_negative_curvature or lowest >= -100 * precision * self.scale:
+            return coordinates
+        direction = self.preconditioner.scale(self.space.ritz_vector(0))
+        visible_loss = math.sqrt(200 * precision * abs(loss) / -lowest)
+        visible_move = math.sqrt(precision) * max(1.0, parameters_norm) / float(norm(direction))
+        push = max(visible_loss, visible_move) * -lowest
+        if abs(float(coordinates[0])) < push:
+            coordinates[0] = math.copysign(push, float(coordinates[0]))
+        return coordinates
+
+    def steps(self, coordinates: Tensor, dampings: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The steps that several dampings give, by one matrix product.
+
+        Args:
+            coordinates: The gradient along the Ritz vectors, shape ``(k,)``.
+            dampings: c values.
+
+        Returns:
+            The steps in parameter units, shape ``(c, n)``, and the decreases that the quadratic model predicts for
+            them, shape ``(c,)``.
+        """
+        values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
+        along = -self.rule.inverse(self.space.eigenvalues, values) * coordinates
+        steps = self.preconditioner.scale(self.space.lift(along)) * self.learning_rates
+        shrink = torch.ones(len(dampings), dtype=torch.float64)
+        if self.max_step_norm is not None:
+            lengths = torch.stack([norm(step) for step in steps]).cpu()
+            shrink = (self.max_step_norm / lengths).clamp_max(1.0)
+            steps = steps * shrink.to(steps).unsqueeze(1)
+        if isinstance(self.learning_rates, float):
+            shrink = shrink * self.learning_rates
+        slope = along @ coordinates
+        bend = (along.square() @ self.space.eigenvalues) / 2
+        return steps, -(shrink * slope + shrink.square() * bend)
+
+
+def build_subspace(
+    operator: CurvatureOperator,
+    gradient: Tensor,
+    *,
+    krylov_dim: int | None,
+    preconditioner: Preconditioner,
+    memory: StepMemory,
+    seed: Tensor | None,
+    generator: torch.Generator,
+) -> KrylovSubspace:
+    """The subspace of one outer step (Algorithm 2).
+
+    Args:
+        operator: The curvature at the present parameters.
+        gradient: The gradient, shape ``(n,)``.
+        krylov_dim: Number of Lanczos vectors; ``None`` for the whole space.
+        preconditioner: Map from the subspace's coordinates to the parameters, up to date.
+        memory: Past steps that join the subspace.
+        seed: A vector of shape ``(n,)`` in parameter coordinates that is mixed into the start vector, already scaled
+            relative to a unit gradient.
+        generator: Source of random vectors.
+
+    Returns:
+        The subspace, in the preconditioner's coordinates.
+    """
+    if krylov_dim is None:
+        return full_space(operator, preconditioner)
+
+    def matvec(vector: Tensor) -> Tensor:
+        return preconditioner.scale(operator.matvec(preconditioner.scale(vector)))
+
+    start = preconditioner.scale(gradient)
+    length = norm(start).to(start.dtype)
+    start = start / length if float(length) > 0 else start
+    if seed is not None:
+        start = start + seed
+    directions = [
+        Direction(preconditioner.unscale(d.vector), None if d.product is None else preconditioner.scale(d.product))
+        for d in memory.directions
+    ]
+    return lanczos(matvec, start, krylov_dim, generator=generator, directions=directions)
+
+
+def take_inner_step(
+    model: SubspaceModel,
+    gradient: Tensor,
+    *,
+    loss: float,
+    parameters: FlatParameters,
+    trial: Objective,
+    damping: Damping,
+    record: StepRecord,
+) -> tuple[StepRecord, Tensor | None]:
+    """One step inside the subspace: all dampings at once, the best one taken if it lowers the trial loss.
+
+    Args:
+        model: The subspace model.
+        gradient: The gradient at the present parameters, clipped as wanted, shape ``(n,)``.
+        loss: The trial loss at the present parameters.
+        parameters: The parameters; changed only if the step is taken, else left bit for bit.
+        trial: The objective that trial losses see.
+        damping: How the damping is chosen.
+        record: The record so far.
+
+    Returns:
+        The record with this step added, and the step of shape ``(n,)``, or ``None`` if none was taken.
+    """
+    origin = parameters.read()
+    coordinates = model.coordinates(gradient, loss, float(norm(origin)))
+    best: tuple[float, float, Tensor | None] = (math.inf, 0.0, None)  # loss, predicted decrease, step
+
+    def trial_losses(dampings: Sequence[float]) -> list[float]:
+        nonlocal best
+        steps, predictions = model.steps(coordinates, dampings)
+        losses = []
+        for step, predicted in zip(steps, predictions.tolist(), strict=True):
+            after = _loss_at(parameters, origin + step, trial)
+            if after < best[0]:
+                best = (after, predicted, step)
+            losses.append(after)
+        return losses
+
+    try:
+        choice = damping.choose(trial_losses, scale=model.scale, baseline=loss)
+    finally:
+        parameters.write(origin)
+    after, predicted, step = best
+    accepted = step is not None and after < loss
+    damping.feedback(accepted=accepted, reduction_ratio=(loss - after) / predicted if predicted > 0 else 0.0)
+    record = replace(record, damping=choice.damping, trials=record.trials + choice.trials)
+    if not accepted or step is None:
+        return record, None
+    target = origin + step
+    parameters.write(target)
+    return (
+        replace(
+            record,
+            loss_after=after,
+            predicted_decrease=record.predicted_decrease + predicted,
+            inner_steps=record.inner_steps + 1,
+            accepted=True,
+        ),
+        target - origin,
+    )
+
+
+def _loss_at(parameters: FlatParameters, point: Tensor, trial: Objective) -> float:
+    """The trial loss at a point; infinite where point or loss is not finite."""
+    if not bool(torch.isfinite(point).all()):
+        return math.inf
+    parameters.write(point)
+    loss = trial.value()
+    return loss if math.isfinite(loss) else math.inf
+
+
+def clip(gradient: Tensor, max_norm: float | None) -> Tensor:
+    """Scales a gradient down to a norm (Pascanu et al. 2013; Appendix F.3), if it exceeds it."""
+    if max_norm is None:
+        return gradient
+    length = float(norm(gradient))
+    return gradient * (max_norm / length) if length > max_norm else gradient
