@@ -1,7 +1,7 @@
 """Saddle-free Newton and Hessian spectra for PyTorch Lightning.
 
-Names are imported when they are used first: `import lightning_sfn` alone loads neither torch nor Lightning, and the plain
-torch part (`lightning_sfn.newton`) works where Lightning is not installed.
+Names are imported when they are used first: `import lightning_sfn` alone loads neither torch nor Lightning, and the
+plain torch part (`lightning_sfn.newton`) works where Lightning is not installed.
 """
 
 from importlib import import_module

@@ -19,7 +19,7 @@ from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner, make_preconditioner
 from lightning_sfn.newton.reductions import norm
-from lightning_sfn.newton.step import StepRecord, SubspaceModel, build_subspace, clip, take_inner_step
+from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
 from lightning_sfn.newton.trust_region import trust_region as find_trust_region
 
 __all__ = ["Driver", "SaddleFreeNewton"]
@@ -42,8 +42,8 @@ class SaddleFreeNewton(Optimizer):
     r"""Saddle-free Newton steps in a small Krylov subspace.
 
     The step is ``-(|H| + damping)^-1 g`` in a subspace spanned by Lanczos vectors and remembered steps: along
-    directions of positive curvature it is Newton's, along negative curvature it goes the same length the other way, so saddle
-    points repel it (Dauphin et al. 2014, Algorithm 1). A step that does not lower the loss is not taken.
+    directions of positive curvature it is Newton's, along negative curvature it goes the same length the other way, so
+    saddle points repel it (Dauphin et al. 2014, Algorithm 1). A step that does not lower the loss is not taken.
 
     Args:
         params: Parameters or parameter groups; groups may differ in ``lr``.
@@ -127,6 +127,7 @@ class SaddleFreeNewton(Optimizer):
         self._budget = GraphBudget(graph_bytes)
         self._generator = torch.Generator(self._parameters.device).manual_seed(seed)
         self._escape: Tensor | None = None  # the last most negative Ritz vector, in parameter coordinates
+        self._exact_loss_after: float | None = None  # of the last step; None where trials saw other data
         self._checked = False
         self._driver: Driver | None = None
         self.last_step: StepRecord | None = None
@@ -171,7 +172,8 @@ class SaddleFreeNewton(Optimizer):
             closure: Returns the loss with its graph. It is called several times and must give the same value at the
                 same parameters; it must not call ``backward``. Global random numbers are replayed.
             curvature_closure: The loss that Hessian-vector products see (a part of the data); ``closure`` if left out.
-            trial_closure: The loss that decides on damping and acceptance; ``closure`` if left out.
+            trial_closure: The loss that decides on damping and acceptance; ``closure`` if left out. The slope that it
+                shows is corrected to that of ``closure`` (see `TrialLoss`).
 
         Returns:
             The loss before the step, as a scalar tensor without graph.
@@ -191,7 +193,7 @@ class SaddleFreeNewton(Optimizer):
             curvature=Objective([curvature_closure]) if curvature_closure is not None else None,
             trial=Objective([trial_closure]) if trial_closure is not None else None,
         )
-        return torch.tensor(record.loss_before if trial_closure is None else self._objective_loss)
+        return torch.tensor(record.loss_before)
 
     def step_on(
         self,
@@ -249,14 +251,10 @@ class SaddleFreeNewton(Optimizer):
                 loss_and_gradient = source() if source else gradient_of(objective, parameters)
             loss, gradient = loss_and_gradient
             _require_finite(loss, gradient)
-            loss_before = loss if trial is objective else trial.value()
-            if not math.isfinite(loss_before):
-                raise FloatingPointError(
-                    f"The trial loss is {loss_before} at the present parameters: no step is tried."
-                )
+            around = TrialLoss.at(trial, objective, parameters, loss, gradient)
             if not self._checked:
-                self._require_repeatable(objective, loss, trial, loss_before)
-            self._complete_secant(loss, gradient, trial is objective, same_function)
+                self._require_repeatable(around)
+            self._complete_secant(loss, gradient, same_function)
             self.preconditioner.refresh(operator, self._generator)
             space = build_subspace(
                 operator,
@@ -274,11 +272,10 @@ class SaddleFreeNewton(Optimizer):
                 "A Hessian-vector product is not finite at the present parameters, so no step is tried: look for norms "
                 "and square roots at zero in the model."
             )
-        self._objective_loss = loss
         self._escape = self.preconditioner.scale(space.ritz_vector(0))
         record = StepRecord(
-            loss_before=loss_before,
-            loss_after=loss_before,
+            loss_before=loss,
+            loss_after=loss,
             gradient_norm=float(norm(gradient)),
             lambda_min=float(space.eigenvalues[0]),
             lambda_max=float(space.eigenvalues[-1]),
@@ -289,7 +286,8 @@ class SaddleFreeNewton(Optimizer):
         model = SubspaceModel(
             space, self.preconditioner, self.trust_region, self._learning_rates(parameters), self.max_step_norm
         )
-        record = self._inner_steps(model, parameters, objective, trial, gradient, record)
+        record = self._inner_steps(model, parameters, objective, around, gradient, record)
+        self._exact_loss_after = record.loss_after if trial is objective else None
         return replace(record, step_norm=float(norm(parameters.read() - origin)))
 
     def _inner_steps(
@@ -297,7 +295,7 @@ class SaddleFreeNewton(Optimizer):
         model: SubspaceModel,
         parameters: FlatParameters,
         objective: Objective,
-        trial: Objective,
+        trial: TrialLoss,
         gradient: Tensor,
         record: StepRecord,
     ) -> StepRecord:
@@ -310,10 +308,11 @@ class SaddleFreeNewton(Optimizer):
                     self.memory.abandon()
                     break
                 self.memory.complete(gradient)
+                trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
+                record = replace(record, loss_after=loss)
             record, step = take_inner_step(
                 model,
                 clip(gradient, self.max_grad_norm),
-                loss=record.loss_after,
                 parameters=parameters,
                 trial=trial,
                 damping=self.damping,
@@ -322,7 +321,7 @@ class SaddleFreeNewton(Optimizer):
             if step is None:
                 if inner == 0:
                     self.memory.clear()  # what the memory says has led nowhere
-                    self._require_repeatable(trial, record.loss_before)
+                    self._require_repeatable(trial)
                 break
             self.memory.record(step, gradient)
         return record
@@ -373,25 +372,24 @@ class SaddleFreeNewton(Optimizer):
             seed = seed + escape / norm(escape).to(escape.dtype)
         return self.exploration * seed
 
-    def _complete_secant(self, loss: float, gradient: Tensor, trial_is_objective: bool, same: bool | None) -> None:
+    def _complete_secant(self, loss: float, gradient: Tensor, same_function: bool | None) -> None:
         """Gives the last step its gradient difference, unless the function has changed since."""
-        if same is None and trial_is_objective and self.last_step is not None:
-            expected = self.last_step.loss_after
-            same = abs(loss - expected) <= _REPEATABLE * max(abs(loss), abs(expected))
-        if same is False:
+        if same_function is None and self._exact_loss_after is not None:
+            difference = abs(loss - self._exact_loss_after)
+            same_function = difference <= _REPEATABLE * max(abs(loss), abs(self._exact_loss_after))
+        if same_function is False:
             self.memory.abandon()
         self.memory.complete(gradient)
 
-    def _require_repeatable(self, *objectives_and_losses: Any) -> None:
-        """Two evaluations at one point must agree, or no trial loss means anything."""
-        for objective, loss in zip(objectives_and_losses[::2], objectives_and_losses[1::2], strict=True):
-            again = objective.value()
-            if not abs(again - loss) <= _REPEATABLE * max(abs(loss), abs(again), torch.finfo(torch.float32).tiny):
-                raise ObjectiveError(
-                    f"The closure returned {loss:.8g} and then {again:.8g} at the same parameters, but it must be a "
-                    "fixed function within one step: draw the batch outside the closure, and random numbers from "
-                    "torch's, NumPy's or Python's global generators, which are replayed."
-                )
+    def _require_repeatable(self, trial: TrialLoss) -> None:
+        """A second evaluation at the same point must agree, or no trial loss means anything."""
+        first, second = trial.offset, trial.objective.value()
+        if not abs(second - first) <= _REPEATABLE * max(abs(first), abs(second)):
+            raise ObjectiveError(
+                f"The closure returned {first:.8g} and then {second:.8g} at the same parameters, but it must be a "
+                "fixed function within one step: draw the batch outside the closure, and random numbers from torch's, "
+                "NumPy's or Python's global generators, which are replayed."
+            )
         self._checked = True
 
     # ------------------------------------------------------------------------------------------------ training loops
@@ -412,7 +410,7 @@ class SaddleFreeNewton(Optimizer):
             "escape": self._escape,
             "generator": self._generator.get_state(),
             "layout": [list(shape) for shape in self._parameters.layout],
-            "loss_after": self.last_step.loss_after if self.last_step is not None else None,
+            "loss_after": self._exact_loss_after,
         }
         return state
 
@@ -440,8 +438,7 @@ class SaddleFreeNewton(Optimizer):
         self.preconditioner.load_state_dict(_to_device(newton["preconditioner"], device))
         self._escape = _to_device(newton["escape"], device)
         self._generator.set_state(newton["generator"].cpu())
-        loss = newton["loss_after"]
-        self.last_step = None if loss is None else StepRecord(loss, loss, math.nan)
+        self._exact_loss_after = newton["loss_after"]
 
 
 def _resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> int | None:

@@ -58,7 +58,8 @@ class DiagonalPreconditioner(Preconditioner):
     """Equilibration: ``D = (e + floor)^(-1/2)`` with ``e_i`` the norm of row i of the Hessian.
 
     The row norms are estimated as ``e_i^2 = E[(H z)_i^2]`` over standard normal z, one product a step, averaged over
-    steps (Dauphin, de Vries and Bengio 2015, "Equilibrated adaptive learning rates for non-convex optimization"). They are defined for an indefinite Hessian, where diagonal entries may cancel to zero.
+    steps (Dauphin, de Vries and Bengio 2015, "Equilibrated adaptive learning rates for non-convex optimization"). They
+    are defined for an indefinite Hessian, where diagonal entries may cancel to zero.
 
     Args:
         decay: Weight that the running average keeps at each refresh.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping
 from lightning_sfn.newton.dense import full_space
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
@@ -18,10 +18,10 @@ from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
-from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.reductions import dot, norm
 from lightning_sfn.newton.trust_region import TrustRegion
 
-__all__ = ["StepRecord", "SubspaceModel", "build_subspace", "clip", "take_inner_step"]
+__all__ = ["StepRecord", "SubspaceModel", "TrialLoss", "build_subspace", "clip", "take_inner_step"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class StepRecord:
     """What one call of ``step`` did.
 
     Attributes:
-        loss_before: Trial loss before the step (the objective's own loss unless trial losses see other data).
-        loss_after: Trial loss after the step; equal to ``loss_before`` where no step was taken.
+        loss_before: The objective before the step.
+        loss_after: The objective after the step, as far as trial losses tell (see `TrialLoss`); equal to
+            ``loss_before`` where no step was taken.
         gradient_norm: Norm of the gradient before clipping.
         damping: The last damping that was chosen.
         step_norm: Norm of the whole change of the parameters.
@@ -59,6 +60,53 @@ class StepRecord:
     gradients: int = 0
     inner_steps: int = 0
     accepted: bool = False
+
+
+@dataclass(frozen=True)
+class TrialLoss:
+    """The objective at points around the present one, estimated on the trial data.
+
+    Near a saddle the gradient of a part of the data is far larger than that of all of it, and would decide about every
+    small step. So the part's linear term is replaced by that of the objective, whose gradient g is known:
+    ``f(x) + [t(x + d) - t(x)] - (grad t - g)'d`` for a step d. What is left of the part is its curvature.
+
+    Attributes:
+        objective: The trial objective t.
+        loss: The loss f(x) of the objective itself.
+        offset: ``t(x)``.
+        excess: ``grad t - g``, shape ``(n,)``; ``None`` where trials see the objective itself.
+    """
+
+    objective: Objective
+    loss: float
+    offset: float
+    excess: Tensor | None
+
+    @classmethod
+    def at(
+        cls, trial: Objective, objective: Objective, parameters: FlatParameters, loss: float, gradient: Tensor
+    ) -> "TrialLoss":
+        """The estimate around the present parameters; costs one gradient of the trial objective if it is another."""
+        if trial is objective:
+            return cls(trial, loss, loss, None)
+        offset, own_gradient = gradient_of(trial, parameters)
+        if not (math.isfinite(offset) and bool(torch.isfinite(own_gradient).all())):
+            raise FloatingPointError(
+                f"The trial loss or its gradient is not finite ({offset}) at the present parameters, so no step is "
+                "tried: look for the batch that causes it."
+            )
+        return cls(trial, loss, offset, own_gradient - gradient)
+
+    def after(self, parameters: FlatParameters, origin: Tensor, step: Tensor) -> float:
+        """The estimate after a step; moves the parameters there. Infinite where point or loss is not finite."""
+        point = origin + step
+        if not bool(torch.isfinite(point).all()):
+            return math.inf
+        parameters.write(point)
+        change = self.objective.value() - self.offset
+        if self.excess is not None:
+            change -= float(dot(self.excess, step))
+        return self.loss + change if math.isfinite(change) else math.inf
 
 
 @dataclass(frozen=True)
@@ -185,9 +233,8 @@ def take_inner_step(
     model: SubspaceModel,
     gradient: Tensor,
     *,
-    loss: float,
     parameters: FlatParameters,
-    trial: Objective,
+    trial: TrialLoss,
     damping: Damping,
     record: StepRecord,
 ) -> tuple[StepRecord, Tensor | None]:
@@ -196,9 +243,8 @@ def take_inner_step(
     Args:
         model: The subspace model.
         gradient: The gradient at the present parameters, clipped as wanted, shape ``(n,)``.
-        loss: The trial loss at the present parameters.
         parameters: The parameters; changed only if the step is taken, else left bit for bit.
-        trial: The objective that trial losses see.
+        trial: The loss around the present parameters.
         damping: How the damping is chosen.
         record: The record so far.
 
@@ -206,7 +252,7 @@ def take_inner_step(
         The record with this step added, and the step of shape ``(n,)``, or ``None`` if none was taken.
     """
     origin = parameters.read()
-    coordinates = model.coordinates(gradient, loss, float(norm(origin)))
+    coordinates = model.coordinates(gradient, trial.loss, float(norm(origin)))
     best: tuple[float, float, Tensor | None] = (math.inf, 0.0, None)  # loss, predicted decrease, step
 
     def trial_losses(dampings: Sequence[float]) -> list[float]:
@@ -214,19 +260,19 @@ def take_inner_step(
         steps, predictions = model.steps(coordinates, dampings)
         losses = []
         for step, predicted in zip(steps, predictions.tolist(), strict=True):
-            after = _loss_at(parameters, origin + step, trial)
+            after = trial.after(parameters, origin, step)
             if after < best[0]:
                 best = (after, predicted, step)
             losses.append(after)
         return losses
 
     try:
-        choice = damping.choose(trial_losses, scale=model.scale, baseline=loss)
+        choice = damping.choose(trial_losses, scale=model.scale, baseline=trial.loss)
     finally:
         parameters.write(origin)
     after, predicted, step = best
-    accepted = step is not None and after < loss
-    damping.feedback(accepted=accepted, reduction_ratio=(loss - after) / predicted if predicted > 0 else 0.0)
+    accepted = step is not None and after < trial.loss
+    damping.feedback(accepted=accepted, reduction_ratio=(trial.loss - after) / predicted if predicted > 0 else 0.0)
     record = replace(record, damping=choice.damping, trials=record.trials + choice.trials)
     if not accepted or step is None:
         return record, None
@@ -242,15 +288,6 @@ def take_inner_step(
         ),
         target - origin,
     )
-
-
-def _loss_at(parameters: FlatParameters, point: Tensor, trial: Objective) -> float:
-    """The trial loss at a point; infinite where point or loss is not finite."""
-    if not bool(torch.isfinite(point).all()):
-        return math.inf
-    parameters.write(point)
-    loss = trial.value()
-    return loss if math.isfinite(loss) else math.inf
 
 
 def clip(gradient: Tensor, max_norm: float | None) -> Tensor:
