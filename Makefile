@@ -1,0 +1,52 @@
+# Set-up, training, tests and measurements. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Extra arguments for `make train`, for example ARGS="--trainer.max_epochs 20"
+ARGS ?=
+# What `make bench` runs, in this order
+BENCHMARKS ?= benchmarks/autoencoder_escape.py
+
+.PHONY: help setup train test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(INSTALLED) ## create .venv and install everything, pinned; redone only when the pins change
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) was not found: name a Python of version 3.10 or newer, as in make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than Python 3.10: name a newer one, as in make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; exit 1; }
+	@echo "[setup] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[setup] installing the pinned packages (minutes on the first run, torch is large)"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".[all,test]"
+	@touch $@
+	@echo "[setup] ready"
+
+train: $(INSTALLED) ## train the autoencoder recipe; more arguments in ARGS="..."
+	@HF_HUB_OFFLINE=1 $(BIN)/lightning-sfn fit -c recipes/autoencoder.yaml $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	@echo "[lint] ruff"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --check; exit 1; }
+	@echo "[lint] mypy"
+	@$(BIN)/mypy
+
+test: lint ## check style and types, then run the tests
+	@echo "[test] pytest"
+	@$(BIN)/python -m pytest -q -n 2
+
+bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
+	@for script in $(BENCHMARKS); do echo "[bench] $$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove .venv, caches and what runs left behind
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
