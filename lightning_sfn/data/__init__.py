@@ -1,0 +1,20 @@
+"""The small data samples that travel with the package, so that every recipe runs without a network.
+
+Each sample is a folder beside this file with one parquet file per split and a ``README.md`` that states where the rows
+come from, what was cut and under which licence they may be passed on.
+"""
+
+from pathlib import Path
+
+SAMPLE_SPLITS = ("train", "test")
+"""Splits of the embedded MNIST sample."""
+
+
+def sample_folder() -> Path:
+    """Locate the embedded MNIST sample.
+
+    Returns:
+        The folder that holds ``train.parquet`` (5,000 rows) and ``test.parquet`` (1,000 rows), each with the columns
+        ``image`` (PNG, 28x28, grey) and ``label`` (digit).
+    """
+    return Path(__file__).resolve().parent / "mnist"

@@ -1,0 +1,1 @@
+"""The models and the data of the paper's experiments, as ordinary Lightning classes."""

@@ -1,0 +1,119 @@
+"""The paper's deep autoencoder, as an ordinary Lightning module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+_LOSSES = ("squared_error", "cross_entropy")
+
+
+class Autoencoder(pl.LightningModule):
+    """A deep autoencoder: an encoder down to a linear code, and its mirror image up to a sigmoid output.
+
+    Automatic optimization with one optimizer; weights start as PyTorch's layers start. ``train_loss`` and ``val_loss``
+    are logged once per epoch. Hyperparameters are not written into checkpoints, so that on resuming a run the command's
+    configuration decides.
+
+    Args:
+        sizes: Layer widths from the input to the code, at least two; the decoder runs through them backwards.
+        activation: Non-linearity of the hidden layers.
+        loss: ``"squared_error"``, or ``"cross_entropy"`` between pixels read as probabilities. Either is summed over
+            the pixels of an image and averaged over the images of a batch.
+        optimizer: Called with the parameters; returns the optimizer.
+
+    Raises:
+        MisconfigurationException: If `sizes`, `activation` or `loss` is not one of the above.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = (100, 64, 32, 16, 8),
+        activation: Literal["sigmoid", "tanh", "relu"] = "sigmoid",
+        loss: Literal["squared_error", "cross_entropy"] = "squared_error",
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    ) -> None:
+        super().__init__()
+        if len(sizes) < 2 or any(size < 1 for size in sizes):
+            raise MisconfigurationException(
+                f"Autoencoder got sizes={list(sizes)}, but at least two positive layer widths are needed, from the "
+                "number of pixels to the width of the code."
+            )
+        if activation not in _ACTIVATIONS:
+            raise MisconfigurationException(
+                f"Autoencoder got activation={activation!r}, but it must be one of {', '.join(_ACTIVATIONS)}."
+            )
+        if loss not in _LOSSES:
+            raise MisconfigurationException(
+                f"Autoencoder got loss={loss!r}, but it must be one of {', '.join(_LOSSES)}."
+            )
+        self.loss = loss
+        self.optimizer = optimizer
+        self.encoder = _dense_stack(sizes, _ACTIVATIONS[activation])
+        self.decoder = _dense_stack(sizes[::-1], _ACTIVATIONS[activation])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstruct images.
+
+        Args:
+            images: Float tensor of shape (batch, sizes[0]) in [0, 1].
+
+        Returns:
+            Reconstructions of the same shape and dtype, in (0, 1).
+        """
+        return torch.sigmoid(self._logits(images))
+
+    def reconstruction_loss(self, images: Tensor) -> Tensor:
+        """Measure how well images are reconstructed.
+
+        Args:
+            images: Float tensor of shape (batch, sizes[0]) in [0, 1].
+
+        Returns:
+            Scalar: the loss summed over pixels and averaged over images.
+        """
+        logits = self._logits(images)
+        if self.loss == "cross_entropy":
+            total = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
+        else:
+            total = F.mse_loss(torch.sigmoid(logits), images, reduction="sum")
+        return total / images.shape[0]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of images and log its epoch mean over all processes as ``train_loss``."""
+        loss = self.reconstruction_loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the loss of a batch of held-out images as ``val_loss``."""
+        self.log("val_loss", self.reconstruction_loss(batch), prog_bar=True, sync_dist=True)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the loss of a batch of test images as ``test_loss``."""
+        self.log("test_loss", self.reconstruction_loss(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer over all parameters."""
+        return self.optimizer(self.parameters())
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.decoder(self.encoder(images))
+        return logits
+
+
+def _dense_stack(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Chain linear layers with an activation between them; the last one stays linear."""
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(sizes):
+        layers += [nn.Linear(width_in, width_out), activation()]
+    return nn.Sequential(*layers[:-1])
