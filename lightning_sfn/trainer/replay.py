@@ -1,0 +1,202 @@
+"""Replay: evaluate a module's `training_step` again without leaving a trace.
+
+Lightning runs `training_step` once for each batch. Curvature needs it many more times, on the same batch with the same
+random numbers, and none of those runs may be seen in logs, metrics, buffers, counters or random number streams.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric
+
+from lightning_sfn.newton.objective import Closure, ObjectiveError
+from lightning_sfn.newton.randomness import RandomState
+
+__all__ = ["RecordedStep", "StepRecorder", "isolated", "loss_of", "replay_closure"]
+
+_CONTAINERS = (list, dict, set, deque)
+_LOGGING_METHODS = ("log", "log_dict")
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One call of `training_step` as Lightning made it.
+
+    Attributes:
+        args: Its positional arguments (batch, batch index, ...); containers are copied, tensors are not.
+        kwargs: Its keyword arguments.
+        random_state: State of the random number generators just before the call.
+        loss: The loss that it returned, detached; ``None`` if it returned none.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
+    loss: Tensor | None
+
+
+class StepRecorder:
+    """Notes every `training_step` that Lightning runs, at the one place where its arguments and random state are exact.
+
+    Args:
+        trainer: The Trainer whose strategy calls `training_step`.
+        device: The module's device, whose generator is part of the random state.
+    """
+
+    def __init__(self, trainer: Trainer, device: torch.device) -> None:
+        """See the class."""
+        self._strategy = trainer.strategy
+        self._device = device
+        self._recorded: list[RecordedStep] = []
+        self._active = True
+        self._original: Callable[..., Any] = self._strategy.training_step
+        # An attribute of the instance, in front of the class' method.
+        self._strategy.__dict__["training_step"] = self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._original(*args, **kwargs)
+        state = RandomState.capture(self._device)
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # the step may change its batch's containers
+        output = self._original(*args, **kwargs)
+        loss = loss_of(output)
+        self._recorded.append(RecordedStep(args, kwargs, state, None if loss is None else loss.detach()))
+        return output
+
+    def take(self) -> list[RecordedStep]:
+        """The steps recorded since the last call."""
+        taken, self._recorded = self._recorded, []
+        return taken
+
+    def detach(self) -> None:
+        """Stops recording."""
+        self._active = False
+        self._recorded = []
+        if self._strategy.__dict__.get("training_step") == self._record:
+            self._strategy.__dict__["training_step"] = self._original
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what `training_step` returned: a tensor, a mapping with ``"loss"``, or nothing."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    return output if isinstance(output, Tensor) else None
+
+
+def replay_closure(trainer: Trainer, module: LightningModule, recorded: RecordedStep) -> Closure:
+    """A closure that evaluates a recorded step again, in isolation, on the unwrapped module.
+
+    Args:
+        trainer: The module's Trainer.
+        module: The module.
+        recorded: The step.
+
+    Returns:
+        A closure for an `Objective`, which replays the random numbers.
+    """
+
+    def closure() -> Tensor:
+        with isolated(trainer, module):
+            args, kwargs = tree_map(lambda leaf: leaf, (recorded.args, recorded.kwargs))
+            loss = loss_of(module.training_step(*args, **kwargs))
+        if loss is None:
+            raise ObjectiveError(
+                "training_step returned no loss in a replay, but it did in training: let it return the loss whenever "
+                "it is given the same batch."
+            )
+        return loss
+
+    return closure
+
+
+@contextmanager
+def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Runs the body so that the module's `training_step` leaves no trace and can be differentiated twice.
+
+    Logging is switched off, loggers are replaced by dummies, and afterwards every attribute of every submodule is what
+    it was: buffers (which are cloned first, so that in-place updates hit the clones), torchmetrics states, counters and
+    the contents of lists, dictionaries and sets. Attention runs in its math kernel, recurrent layers without cuDNN,
+    compiled modules eagerly, and automatic mixed precision is off, since Lanczos amplifies rounding noise.
+
+    Args:
+        trainer: The module's Trainer.
+        module: The module.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_full_precision(trainer))
+        stack.enter_context(_silent_loggers(trainer))
+        stack.enter_context(_untouched_attributes(module))
+        for submodule in module.modules():
+            for name in _LOGGING_METHODS:
+                if hasattr(submodule, name) and hasattr(submodule, "training_step"):
+                    submodule.__dict__[name] = _log_nothing
+        yield
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of `log` and `log_dict` in a replay."""
+
+
+def _full_precision(trainer: Trainer) -> Any:
+    """Lightning's context for the step, unless it is autocast (the one plugin that has a scaler slot)."""
+    plugin = trainer.precision_plugin
+    return nullcontext() if hasattr(plugin, "scaler") else plugin.train_step_context()
+
+
+@contextmanager
+def _silent_loggers(trainer: Trainer) -> Iterator[None]:
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
+def _untouched_attributes(module: nn.Module) -> Iterator[None]:
+    """Puts every attribute of every submodule back: the objects, and the contents of plain containers."""
+    before: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
+    for submodule in module.modules():
+        attributes = submodule.__dict__
+        contents = [(value, value.copy()) for value in attributes.values() if isinstance(value, _CONTAINERS)]
+        before.append((attributes, dict(attributes), contents))
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = buffer.clone()
+        if isinstance(submodule, Metric):
+            for name in submodule._defaults:
+                value = attributes.get(name)
+                if isinstance(value, Tensor):
+                    attributes[name] = value.clone()
+    try:
+        yield
+    finally:
+        for attributes, saved, contents in before:
+            attributes.clear()
+            attributes.update(saved)
+            for container, copy in contents:
+                _refill(container, copy)
+
+
+def _refill(container: Any, copy: Any) -> None:
+    """Gives a container its old contents back, without replacing the container."""
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(copy)
+    else:
+        container.extend(copy)

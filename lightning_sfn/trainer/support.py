@@ -1,0 +1,61 @@
+"""What `SwitchToSFN` and `HessianSpectrum` cannot work with, said before training starts."""
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+
+__all__ = ["is_dry_run", "require_one_optimizer", "require_replayable"]
+
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> None:
+    """Checks that the module's `training_step` can be replayed.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        who: Name of the callback that asks, for the message.
+
+    Raises:
+        MisconfigurationException: It cannot, with the reason and the alternative.
+    """
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{who} needs automatic optimization, but {type(module).__name__} sets automatic_optimization = False: "
+            "use lightning_sfn.SaddleFreeNewton as its optimizer in place of the callback."
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{who} needs training_step(batch, batch_idx), but {type(module).__name__} draws from dataloader_iter "
+            "itself, so its step cannot be replayed: let it take the batch."
+        )
+    for base in type(trainer.strategy).__mro__:
+        if base.__name__ in _SHARDING:
+            raise MisconfigurationException(
+                f"{who} cannot differentiate twice through {type(trainer.strategy).__name__}, which shards parameters "
+                "outside autograd: use strategy='ddp' or one device."
+            )
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether the Trainer runs a few batches only, to see that the code works (``fast_dev_run``)."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set through setattr
+
+
+def require_one_optimizer(trainer: Trainer, who: str) -> None:
+    """Checks that there is exactly one optimizer to replace.
+
+    Args:
+        trainer: The Trainer, after `configure_optimizers`.
+        who: Name of the callback that asks, for the message.
+
+    Raises:
+        MisconfigurationException: There is none, or there are several.
+    """
+    count = len(trainer.optimizers)
+    if count != 1:
+        raise MisconfigurationException(
+            f"{who} replaces one optimizer, but configure_optimizers returned {count}: return a single optimizer (with "
+            "several parameter groups, if need be)."
+        )

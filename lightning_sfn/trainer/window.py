@@ -1,0 +1,245 @@
+"""Data windows: from loader batches, one at a time, to the three objectives of a Newton step.
+
+A fresh mini-batch for everything does not escape a saddle: each batch has a saddle of its own. So the gradient is
+accumulated over a window of loader batches, as Lightning's closure delivers them; Hessian-vector products see a small
+part of that window, and trial losses another.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sfn.newton.objective import Closure, Objective
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, replay_closure
+
+__all__ = ["DataBudgets", "WindowedNewton"]
+
+
+@dataclass(frozen=True)
+class DataBudgets:
+    """How much data each ingredient of a step sees.
+
+    Attributes:
+        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. A
+            window never crosses the end of an epoch.
+        curvature_fraction: Share of the window's batches that Hessian-vector products see, at least one.
+        trial_fraction: Share of the window's batches that trial losses see, at least one; others than those of the
+            curvature as far as possible.
+        hold: Whether the first whole window is kept, and every later loader batch brings one step on it ("everything,
+            held": for data that fits into memory several times over).
+
+    Raises:
+        MisconfigurationException: A value is out of range.
+    """
+
+    gradient_batches: int | Literal["epoch"] = "epoch"
+    curvature_fraction: float = 0.1
+    trial_fraction: float = 0.1
+    hold: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.gradient_batches != "epoch" and (
+            not isinstance(self.gradient_batches, int) or self.gradient_batches < 1
+        ):
+            raise MisconfigurationException(
+                f"gradient_batches is {self.gradient_batches!r}, but a positive number or 'epoch' is expected."
+            )
+        for name in ("curvature_fraction", "trial_fraction"):
+            share = getattr(self, name)
+            if not 0 < share <= 1:
+                raise MisconfigurationException(f"{name} is {share}, but a share above 0 and up to 1 is expected.")
+
+    def choose(self, count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+        """Draws the batches of the curvature and of the trial losses.
+
+        Args:
+            count: Number of batches in the window.
+            generator: Source of the draw.
+
+        Returns:
+            Indices for the curvature, and indices for the trial losses.
+        """
+        order = torch.randperm(count, generator=generator).tolist()
+        curvature = order[: max(1, round(self.curvature_fraction * count))]
+        trial = order[::-1][: max(1, round(self.trial_fraction * count))]
+        return sorted(curvature), sorted(trial)
+
+
+@dataclass
+class _Window:
+    """What has been collected since the last step."""
+
+    steps: list[RecordedStep]
+    gradient: Tensor | None = None  # sum over batches of weight times gradient
+    loss: float = 0.0  # likewise
+    weight: float = 0.0
+
+
+class WindowedNewton:
+    """Takes over `SaddleFreeNewton.step` inside Lightning's loop (a `Driver`).
+
+    Each call runs Lightning's closure once, so logging, hooks, clipping and accumulation are Lightning's own. When the
+    window is complete, one Newton step is taken on it; everything beyond the gradient comes from isolated replays.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        optimizer: The optimizer that now belongs to the Trainer.
+        budgets: How much data each ingredient sees.
+        weight_decay: Pairs of parameters and weight decay; the penalty becomes part of the objective.
+        before_step: Called before each Newton step, when its objectives are known.
+        on_step: Called with the record of each Newton step.
+
+    Attributes:
+        steps_taken: Newton steps so far.
+        last_curvature: The objective that the products of the last (or coming) step see.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: SaddleFreeNewton,
+        budgets: DataBudgets,
+        *,
+        weight_decay: Sequence[tuple[Sequence[Tensor], float]] = (),
+        before_step: Callable[[], None],
+        on_step: Callable[[StepRecord], None],
+    ) -> None:
+        """See the class."""
+        self._trainer, self._module, self._optimizer, self._budgets = trainer, module, optimizer, budgets
+        self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
+        self._before_step, self._on_step = before_step, on_step
+        self._recorder = StepRecorder(trainer, module.device)
+        self._window = _Window([])
+        self._held: list[RecordedStep] | None = None
+        self.steps_taken = 0
+        self.last_curvature: Objective | None = None
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """Runs Lightning's closure; takes a Newton step if it completes the window.
+
+        Args:
+            closure: Lightning's closure. A gradient scaler has run it already, and passes none.
+
+        Returns:
+            What the closure returned.
+        """
+        result = closure() if closure is not None else None
+        recorded = [step for step in self._recorder.take() if step.loss is not None]
+        if self._held is not None:
+            self._newton_step(self._held, None)
+        elif recorded:
+            self._collect(recorded)
+            if self._complete():
+                window, self._window = self._window, _Window([])
+                if self._budgets.hold:
+                    self._held = window.steps
+                assert window.gradient is not None
+                loss_and_gradient = (window.loss / window.weight, window.gradient / window.weight)
+                self._newton_step(window.steps, loss_and_gradient)
+        return result
+
+    def detach(self) -> None:
+        """Gives Lightning's `training_step` back, and the memory that held the window."""
+        self._recorder.detach()
+        self._window, self._held, self.last_curvature = _Window([]), None, None
+
+    def _collect(self, recorded: list[RecordedStep]) -> None:
+        """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
+        parameters = FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
+        weights = [_cases(step) for step in recorded]
+        # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
+        correction = self._trainer.accumulate_grad_batches / len(recorded)
+        gradient = parameters.gradients() * (correction * sum(weights))
+        window = self._window
+        window.steps.extend(recorded)
+        window.gradient = gradient if window.gradient is None else window.gradient.add_(gradient)
+        window.loss += sum(
+            w * float(step.loss) for w, step in zip(weights, recorded, strict=True) if step.loss is not None
+        )
+        window.weight += sum(weights)
+
+    def _complete(self) -> bool:
+        epoch_over = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        budget = self._budgets.gradient_batches
+        return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
+
+    def _newton_step(self, steps: list[RecordedStep], loss_and_gradient: tuple[float, Tensor] | None) -> None:
+        generator = torch.Generator().manual_seed(self.steps_taken)
+        curvature, trial = self._budgets.choose(len(steps), generator)
+        objective = self._objective(steps)
+        self.last_curvature = self._objective([steps[i] for i in curvature])
+        if loss_and_gradient is not None and self._decay:
+            loss_and_gradient = self._with_decay(*loss_and_gradient)
+        self._before_step()
+        record = self._optimizer.step_on(
+            objective,
+            curvature=self.last_curvature,
+            trial=self._objective([steps[i] for i in trial]),
+            loss_and_gradient=loss_and_gradient,
+            # A window of a whole epoch, or a held one, is the same set of cases each time.
+            same_function=self._held is not None or self._budgets.gradient_batches == "epoch",
+        )
+        self.steps_taken += 1
+        self._on_step(record)
+
+    def _objective(self, steps: list[RecordedStep]) -> Objective:
+        return Objective(
+            [self._closure(step) for step in steps],
+            [_cases(step) for step in steps],
+            random_states=[step.random_state for step in steps],
+            reduce=self._reduce if self._trainer.world_size > 1 else None,
+        )
+
+    def _closure(self, step: RecordedStep) -> Closure:
+        replay = replay_closure(self._trainer, self._module, step)
+        if not self._decay:
+            return replay
+
+        def with_decay() -> Tensor:
+            loss = replay()
+            assert isinstance(loss, Tensor)
+            return loss + self._penalty()
+
+        return with_decay
+
+    def _penalty(self) -> Tensor:
+        """Half the weighted squared norm: its gradient is what SGD's weight decay adds."""
+        penalties = [decay / 2 * p.square().sum() for tensors, decay in self._decay for p in tensors if p.requires_grad]
+        return torch.stack(penalties).sum() if penalties else torch.zeros((), device=self._module.device)
+
+    def _with_decay(self, loss: float, gradient: Tensor) -> tuple[float, Tensor]:
+        parameters = FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
+        decay_of = {id(p): decay for tensors, decay in self._decay for p in tensors}
+        with torch.no_grad():
+            added = parameters.flatten([p * decay_of.get(id(p), 0.0) for p in parameters.tensors])
+            return loss + float(self._penalty()), gradient + added
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        reduced = self._trainer.strategy.reduce(tensor.to(self._module.device), reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+
+def _cases(step: RecordedStep) -> float:
+    """Number of cases in a recorded batch; 1 where Lightning cannot tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            size = extract_batch_size(step.args[0] if step.args else next(iter(step.kwargs.values())))
+        except (MisconfigurationException, StopIteration):
+            return 1.0
+    return float(size) if math.isfinite(size) and size > 0 else 1.0
