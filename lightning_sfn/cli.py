@@ -1,0 +1,138 @@
+"""The command ``lightning-sfn``: Lightning's own command line with this package's classes and recipes.
+
+``lightning-sfn fit -c autoencoder`` trains from a recipe, ``lightning-sfn fit --help`` lists everything that can be
+set. Mistakes end in one sentence on standard error: exit status 2 for the command line or the recipe, 1 for what turned
+out while running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+# The parser knows a class by its short name once the class is imported; that is what most of these imports are for.
+from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SwitchToSFN
+from lightning_sfn.cli_messages import one_sentence
+from lightning_sfn.experiments.autoencoder import Autoencoder
+from lightning_sfn.experiments.mnist import MNISTDataModule
+from lightning_sfn.experiments.recipes import with_recipe_paths
+
+__all__ = [
+    "Autoencoder",
+    "HessianSpectrum",
+    "MNISTDataModule",
+    "SaddleFreeNewton",
+    "SwitchToSFN",
+    "TensorBoardLogger",
+    "main",
+]
+
+_NEEDED = ("jsonargparse", "docstring_parser", "typeshed_client", "rich")
+_USAGE_ERROR = 2
+_RUNTIME_ERROR = 1
+
+
+class UsageError(Exception):
+    """The command line or the recipe asks for something that cannot be built."""
+
+
+class SFNCommand(LightningCLI):
+    """Lightning's command line, with recipes' mistakes as `UsageError` and a hint at TensorBoard after ``fit``."""
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data.
+
+        Raises:
+            UsageError: If one of them rejects its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            raise UsageError(one_sentence(str(error))) from error
+
+    def after_fit(self) -> None:
+        """Say how to look at the curves, once, where they were written for TensorBoard."""
+        if not self.trainer.is_global_zero:
+            return
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                _print_hint(Path(logger.log_dir).parent)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        args: Arguments without the program's name; None takes them from ``sys.argv``, where recipe names are then
+            replaced by paths, so that processes which Lightning starts with the same command line find them too.
+
+    Returns:
+        Exit status: 0 on success, 2 for a mistake in the command line or the recipe, 1 for one found while running.
+    """
+    try:
+        _require_extras()
+        arguments = _with_recipes(list(sys.argv[1:] if args is None else args))
+        if args is None:
+            sys.argv[1:] = arguments
+        _run(None if args is None else arguments)
+    except argparse.ArgumentError as error:
+        return _fail(one_sentence(str(error)), _USAGE_ERROR)
+    except UsageError as error:
+        return _fail(str(error), _USAGE_ERROR)
+    except (MisconfigurationException, FileNotFoundError) as error:
+        return _fail(" ".join(str(error).split()), _RUNTIME_ERROR)
+    return 0
+
+
+def _with_recipes(arguments: list[str]) -> list[str]:
+    try:
+        return with_recipe_paths(arguments)
+    except MisconfigurationException as error:
+        raise UsageError(str(error)) from error
+
+
+def _run(arguments: list[str] | None) -> None:
+    raising = {"exit_on_error": False}  # the default prints the whole usage before the error
+    parser_kwargs: dict[str, Any] = {**raising, **{name: dict(raising) for name in LightningCLI.subcommands()}}
+    SFNCommand(
+        args=arguments,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_kwargs=parser_kwargs,
+    )
+
+
+def _require_extras() -> None:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"The command needs packages that are not installed ({', '.join(missing)}): "
+            'pip install "lightning-sfn[all]".'
+        )
+
+
+def _print_hint(folder: Path) -> None:
+    from rich.console import Console
+
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    Console().print(f"Curves and spectra: [bold]tensorboard --logdir {shown}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _fail(sentence: str, status: int) -> int:
+    sys.stderr.write(f"lightning-sfn: {sentence}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
