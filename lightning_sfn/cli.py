@@ -34,6 +34,7 @@ __all__ = [
     "SwitchToSFN",
     "TensorBoardLogger",
     "main",
+    "run",
 ]
 
 _NEEDED = ("jsonargparse", "docstring_parser", "typeshed_client", "rich")
@@ -105,7 +106,7 @@ def main(args: Sequence[str] | None = None) -> int:
         arguments = _with_recipes(list(sys.argv[1:] if args is None else args))
         if args is None:
             sys.argv[1:] = arguments
-        _run(None if args is None else arguments)
+        run(None if args is None else arguments)
     except argparse.ArgumentError as error:
         return _fail(one_sentence(str(error)), _USAGE_ERROR)
     except UsageError as error:
@@ -122,10 +123,18 @@ def _with_recipes(arguments: list[str]) -> list[str]:
         raise UsageError(str(error)) from error
 
 
-def _run(arguments: list[str] | None) -> None:
+def run(arguments: list[str] | None) -> SFNCommand:
+    """Run the command without turning errors into exit statuses.
+
+    Args:
+        arguments: Arguments without the program's name; None takes them from ``sys.argv``.
+
+    Returns:
+        The finished command, with its ``trainer``, ``model`` and ``datamodule``.
+    """
     raising = {"exit_on_error": False}  # the default prints the whole usage before the error
     parser_kwargs: dict[str, Any] = {**raising, **{name: dict(raising) for name in LightningCLI.subcommands()}}
-    SFNCommand(
+    return SFNCommand(
         args=arguments,
         subclass_mode_model=True,
         subclass_mode_data=True,

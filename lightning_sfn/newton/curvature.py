@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.diagnosis import explain
+from lightning_sfn.newton.diagnosis import explain, require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
-from lightning_sfn.newton.objective import Objective, ObjectiveError
+from lightning_sfn.newton.objective import Evaluation, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 
 __all__ = ["CurvatureOperator", "HessianOperator", "gradient_of"]
@@ -97,12 +97,13 @@ class HessianOperator(CurvatureOperator):
         """See the class."""
         super().__init__(objective, parameters)
         self._graphs = GraphStore(
-            self._build, objective.weights, retention, budget or GraphBudget(), self.parameters.tensors
+            self._build, objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
         )
 
     def _build(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and gradient of one part, the gradient with its graph."""
-        loss = _with_graph(self.objective.evaluate(index).loss)
+        loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
+        require_double_backward(loss)
         try:
             gradient = torch.autograd.grad(
                 loss, self.parameters.tensors, create_graph=True, allow_unused=True, materialize_grads=True
@@ -159,7 +160,7 @@ def gradient_of(objective: Objective, parameters: FlatParameters) -> tuple[float
 
     def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor | None, ...]]]:
         for index, weight in enumerate(objective.weights):
-            loss = _with_graph(objective.evaluate(index).loss)
+            loss = _with_graph(evaluate_without_backward(objective, index, parameters).loss)
             yield weight, loss.detach(), torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
 
     return _average(objective, parameters, parts())
@@ -177,6 +178,34 @@ def _average(
         total += loss.double().to(total.device) * weight
         gradient.add_(parameters.flatten(pieces), alpha=weight)
     return float(objective.reduce(total)), objective.reduce(gradient)
+
+
+def evaluate_without_backward(objective: Objective, index: int, parameters: FlatParameters) -> Evaluation:
+    """Evaluates a part, and refuses a closure that called ``backward`` on the way.
+
+    Args:
+        objective: The objective.
+        index: Which part.
+        parameters: The parameters whose ``.grad`` would give it away.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ObjectiveError: A ``.grad`` changed during the evaluation.
+    """
+
+    def marks() -> list[tuple[int, int]]:
+        return [(id(p.grad), p.grad._version if p.grad is not None else 0) for p in parameters.tensors]
+
+    before = marks()
+    evaluation = objective.evaluate(index)
+    if marks() != before:
+        raise ObjectiveError(
+            "The closure called backward() itself, but it must only return the loss with its graph: remove "
+            "loss.backward() from it."
+        )
+    return evaluation
 
 
 def _with_graph(loss: Tensor) -> Tensor:

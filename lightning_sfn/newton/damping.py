@@ -131,7 +131,7 @@ class WarmDamping(Damping):
         if tried[best] < baseline:
             factor = self._FACTOR if best > middle else 1 / self._FACTOR
             while best != middle and low < best < high:
-                following = best * factor
+                following = min(max(best * factor, low), high)
                 tried[following] = trial_losses([following])[0]
                 grown = baseline - tried[following] > self._WORTHWHILE * (baseline - tried[best])
                 best = following if tried[following] < tried[best] else best
@@ -139,7 +139,7 @@ class WarmDamping(Damping):
                     break
         else:
             while tried[best] >= baseline and max(tried) < high:
-                following = max(tried) * self._RESCUE
+                following = min(max(tried) * self._RESCUE, high)
                 tried[following] = trial_losses([following])[0]
                 best = min(tried, key=tried.__getitem__)
         self.value = best if tried[best] < baseline else high

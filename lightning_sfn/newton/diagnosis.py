@@ -1,8 +1,12 @@
 """Why a second derivative failed, in one sentence: the operation that has none, and what to do about it."""
 
 import re
+from typing import Any
 
-__all__ = ["CurvatureError", "explain"]
+import torch
+from torch import Tensor
+
+__all__ = ["CurvatureError", "explain", "require_double_backward"]
 
 
 class CurvatureError(RuntimeError):
@@ -66,3 +70,35 @@ def explain(error: Exception) -> CurvatureError:
             return CurvatureError(sentence.format(names[0].strip("'\"") if names else ""))
     first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return CurvatureError(f"A second derivative failed ({first_line}): replace the operation, or {_FINITE_DIFFERENCE}.")
+
+
+def _undifferentiable_backward(ctx: object) -> None:
+    """A backward only for its wrapper's sake."""
+
+
+_WRAPPER = torch.autograd.function.once_differentiable(_undifferentiable_backward).__code__
+
+
+def require_double_backward(loss: Tensor) -> None:
+    """Looks for functions that forbid a second derivative without autograd saying so.
+
+    A second derivative through a ``once_differentiable`` function is pruned to zero when gradients are asked for by
+    input, so nothing is raised and curvature would be silently wrong.
+
+    Args:
+        loss: A loss with its graph.
+
+    Raises:
+        CurvatureError: There is such a function in the graph.
+    """
+    seen: set[Any] = set()
+    todo: list[Any] = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        cls = getattr(node, "_forward_cls", None)
+        if cls is not None and getattr(cls.backward, "__code__", None) is _WRAPPER:
+            raise explain(RuntimeError("marked with @once_differentiable"))
+        todo += [following for following, _ in node.next_functions]

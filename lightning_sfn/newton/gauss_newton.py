@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator
-from lightning_sfn.newton.diagnosis import explain
+from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward
+from lightning_sfn.newton.diagnosis import explain, require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
@@ -53,19 +53,22 @@ class GaussNewtonOperator(CurvatureOperator):
         super().__init__(objective, parameters)
         self._checked: set[int] = set()
         self._graphs = GraphStore(
-            self._build, objective.weights, retention, budget or GraphBudget(), self.parameters.tensors
+            self._build, objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
         )
 
     def _build(self, index: int) -> _OutputGraph:
-        evaluation = self.objective.evaluate(index)
+        evaluation = evaluate_without_backward(self.objective, index, self.parameters)
         output = evaluation.output
         if output is None or not output.requires_grad or not evaluation.loss.requires_grad:
             raise ObjectiveError(
                 "curvature='gauss_newton' needs the model output with its graph: let the closure return the pair "
                 "(loss, output), or use curvature='hessian'."
             )
+        require_double_backward(evaluation.loss)
         try:
-            (output_gradient,) = torch.autograd.grad(evaluation.loss, output, create_graph=True)
+            (output_gradient,) = torch.autograd.grad(
+                evaluation.loss, output, create_graph=True, allow_unused=True, materialize_grads=True
+            )
             cotangent = torch.zeros_like(output, requires_grad=True)
             pullback = torch.autograd.grad(
                 output, self.parameters.tensors, cotangent, create_graph=True, allow_unused=True, materialize_grads=True

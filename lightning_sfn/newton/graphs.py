@@ -21,7 +21,7 @@ Graph = TypeVar("Graph")
 class GraphBudget:
     """How many bytes kept graphs may take, and how many one part takes.
 
-    The bytes of a graph are measured once, on a graph that is thrown away, and scaled by the parts' weights later:
+    The bytes of a graph are measured once, on a graph that is thrown away, and scaled by the parts' sizes later:
     hooks that count would slow down each product if they stayed on the graphs in use.
 
     Args:
@@ -36,15 +36,17 @@ class GraphBudget:
         if limit < 0:
             raise ValueError(f"graph_bytes is {limit}, but a number of bytes of zero or more is expected.")
         self.limit = limit
-        self.bytes_per_weight: float | None = None
+        self.bytes_per_size: float | None = None
 
-    def measure(self, build: Callable[[], object], weight: float, excluded: Sequence[Tensor]) -> None:
+    def measure(self, build: Callable[[], object], size: float, excluded: Sequence[Tensor]) -> None:
         """Counts the bytes that one part's graph saves for backward, storages of ``excluded`` left out."""
         known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
         count = 0
 
         def pack(tensor: Tensor) -> Tensor:
             nonlocal count
+            if tensor.layout != torch.strided:
+                return tensor.detach()  # a sparse gradient, refused with its own message later
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 known.add(storage.data_ptr())
@@ -53,14 +55,14 @@ class GraphBudget:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             build()
-        self.bytes_per_weight = count / weight
+        self.bytes_per_size = count / size
 
-    def affordable(self, weights: Sequence[float]) -> list[bool]:
+    def affordable(self, sizes: Sequence[float]) -> list[bool]:
         """Which parts, in order, may keep their graphs (all, as long as nothing has been measured)."""
         left = float(self.limit)
         kept = []
-        for weight in weights:
-            cost = (self.bytes_per_weight or 0.0) * weight
+        for size in sizes:
+            cost = (self.bytes_per_size or 0.0) * size
             kept.append(cost <= left)
             if kept[-1]:
                 left -= cost
@@ -72,7 +74,7 @@ class GraphStore(Generic[Graph]):
 
     Args:
         build: Builds the graph of a part.
-        weights: Sizes of the parts relative to each other.
+        sizes: Sizes of the parts, in cases or in any unit that objectives share.
         retention: Which graphs to keep.
         budget: The byte budget that ``"auto"`` keeps to.
         excluded: Tensors that exist anyway (the parameters) and do not count.
@@ -81,16 +83,16 @@ class GraphStore(Generic[Graph]):
     def __init__(
         self,
         build: Callable[[int], Graph],
-        weights: Sequence[float],
+        sizes: Sequence[float],
         retention: Retention,
         budget: GraphBudget,
         excluded: Sequence[Tensor],
     ) -> None:
         """See the class."""
         self._build = build
-        if retention == "auto" and budget.bytes_per_weight is None:
-            budget.measure(lambda: build(0), weights[0], excluded)
-        self._keep = budget.affordable(weights) if retention == "auto" else [retention == "retain"] * len(weights)
+        if retention == "auto" and budget.bytes_per_size is None:
+            budget.measure(lambda: build(0), sizes[0], excluded)
+        self._keep = budget.affordable(sizes) if retention == "auto" else [retention == "retain"] * len(sizes)
         self._kept: dict[int, Graph] = {}
 
     def get(self, index: int) -> Graph:

@@ -48,6 +48,10 @@ class Objective:
         random_states: The random number state of each part; by default the state found at its first evaluation.
         reduce: Mean over processes of a tensor, for objectives shared out over several devices.
 
+    Attributes:
+        weights: The parts' weights, adding up to 1.
+        sizes: The weights as they were given: comparable between objectives.
+
     Raises:
         ObjectiveError: There are no closures, or the weights do not fit.
 
@@ -76,6 +80,7 @@ class Objective:
             )
         total = sum(weights)
         self.weights = tuple(w / total for w in weights)
+        self.sizes = tuple(weights)
         self._closures = tuple(closures)
         self._states: list[RandomState | None] = list(random_states or [None] * len(closures))
         self._reduce = reduce

@@ -51,7 +51,7 @@ def norm(x: Tensor) -> Tensor:
     rest: Tensor = torch.linalg.vector_norm(x[whole:].double())
     if not whole:
         return rest
-    chunks = torch.linalg.vector_norm(x[:whole].view(-1, _CHUNK), dim=1).double()
+    chunks = torch.linalg.vector_norm(x[:whole].view(-1, _CHUNK), dim=1, dtype=torch.float64)
     total: Tensor = torch.linalg.vector_norm(torch.cat([chunks, rest.reshape(1)]))
     return total
 

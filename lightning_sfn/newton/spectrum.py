@@ -114,6 +114,8 @@ def hessian_spectrum(
     operator: CurvatureOperator
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"curvature is {curvature!r}, but 'hessian' or 'gauss_newton' is expected.")
+    if hvp == "finite_difference" and curvature == "gauss_newton":
+        raise ValueError("hvp='finite_difference' gives the Hessian: use curvature='hessian' with it.")
     if hvp == "finite_difference":
         operator = FiniteDifferenceOperator(objective, parameters)
     elif hvp in ("auto", "retain", "recompute"):

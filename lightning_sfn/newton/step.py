@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
-from lightning_sfn.newton.damping import Damping
+from lightning_sfn.newton.damping import Damping, FixedDamping
 from lightning_sfn.newton.dense import full_space
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
 from lightning_sfn.newton.memory import StepMemory
@@ -214,8 +214,14 @@ def build_subspace(
     if krylov_dim is None:
         return full_space(operator, preconditioner)
 
+    # Parameters that neither the gradient nor any product reaches (unused layers, unseen embeddings) must not be
+    # carried along by the random part of the start vector.
+    reached = gradient != 0
+
     def matvec(vector: Tensor) -> Tensor:
-        return preconditioner.scale(operator.matvec(preconditioner.scale(vector)))
+        image = operator.matvec(preconditioner.scale(vector))
+        reached.logical_or_(image != 0)
+        return preconditioner.scale(image)
 
     start = preconditioner.scale(gradient)
     length = norm(start).to(start.dtype)
@@ -226,7 +232,10 @@ def build_subspace(
         Direction(preconditioner.unscale(d.vector), None if d.product is None else preconditioner.scale(d.product))
         for d in memory.directions
     ]
-    return lanczos(matvec, start, krylov_dim, generator=generator, directions=directions)
+    space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions)
+    if not bool(reached.all()):
+        space.basis.mul_(reached)
+    return space
 
 
 def take_inner_step(
@@ -267,12 +276,13 @@ def take_inner_step(
         return losses
 
     try:
-        choice = damping.choose(trial_losses, scale=model.scale, baseline=trial.loss)
+        strategy = damping if model.rule.damped else FixedDamping(1.0)
+        choice = strategy.choose(trial_losses, scale=model.scale, baseline=trial.loss)
     finally:
         parameters.write(origin)
     after, predicted, step = best
     accepted = step is not None and after < trial.loss
-    damping.feedback(accepted=accepted, reduction_ratio=(trial.loss - after) / predicted if predicted > 0 else 0.0)
+    strategy.feedback(accepted=accepted, reduction_ratio=(trial.loss - after) / predicted if predicted > 0 else 0.0)
     record = replace(record, damping=choice.damping, trials=record.trials + choice.trials)
     if not accepted or step is None:
         return record, None

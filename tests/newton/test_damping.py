@@ -1,0 +1,180 @@
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from lightning_sfn.newton import (
+    FixedDamping,
+    GridDamping,
+    LevenbergMarquardt,
+    SaddleFreeNewton,
+    WarmDamping,
+)
+from lightning_sfn.newton.damping import Damping, make_damping
+
+from .cases import bits
+
+
+class Trials:
+    """Trial losses by a function of the damping; notes what was asked in which call."""
+
+    def __init__(self, loss: Callable[[float], float]) -> None:
+        self.loss, self.calls = loss, list[list[float]]()
+
+    def __call__(self, dampings: Sequence[float]) -> list[float]:
+        self.calls.append(list(dampings))
+        return [self.loss(d) for d in dampings]
+
+    @property
+    def all(self) -> list[float]:
+        return [d for call in self.calls for d in call]
+
+
+def well(centre: float, depth: float = 1.0) -> Callable[[float], float]:
+    """Lowest at a damping, one unit lower than far away."""
+    return lambda d: 1.0 - depth / (1 + math.log(d / centre) ** 2)
+
+
+def test_grid_takes_the_lowest_loss_and_asks_once() -> None:
+    trials = Trials(well(2e-3))
+    strategy = GridDamping()
+    choice = strategy.choose(trials, scale=123.0, baseline=1.0)
+    assert trials.calls == [[1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]]
+    assert choice.damping == strategy.value == 1e-3
+    assert choice.loss == min(trials.loss(d) for d in trials.all)
+    assert choice.trials == 6
+
+
+def test_grid_values_can_be_chosen() -> None:
+    assert GridDamping([5, 7]).choose(Trials(lambda d: -d), scale=1.0, baseline=0.0).damping == 7.0
+
+
+def test_fixed_tries_its_value_alone() -> None:
+    trials = Trials(well(1.0))
+    choice = FixedDamping(0.3).choose(trials, scale=123.0, baseline=1.0)
+    assert trials.calls == [[0.3]]
+    assert (choice.damping, choice.trials) == (0.3, 1)
+
+
+def test_warm_asks_for_three_neighbours_at_once() -> None:
+    trials = Trials(well(0.05))
+    strategy = WarmDamping()
+    choice = strategy.choose(trials, scale=5.0, baseline=1.0)
+    assert sorted(trials.calls[0]) == pytest.approx([0.0125, 0.05, 0.2])
+    assert len(trials.calls) == 1
+    assert choice.damping == strategy.value == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("centre", [1e-6, 3.0])
+def test_warm_follows_the_improvement(centre: float) -> None:
+    strategy = WarmDamping()
+    for _ in range(12):
+        trials = Trials(well(centre))
+        choice = strategy.choose(trials, scale=1.0, baseline=1.0)
+        assert choice.loss == min(trials.loss(d) for d in trials.all)
+        assert choice.trials == len(trials.all)
+    assert centre / 4 <= choice.damping <= centre * 4
+
+
+def test_warm_goes_up_until_a_loss_improves() -> None:
+    trials = Trials(lambda d: 0.5 if d > 3.0 else 2.0)
+    strategy = WarmDamping()
+    choice = strategy.choose(trials, scale=1.0, baseline=1.0)
+    assert choice.loss == 0.5
+    assert strategy.value == choice.damping > 3.0
+    assert [d for d in trials.all if d > 3.0] == [choice.damping]  # the first that improves is enough
+
+
+def test_warm_starts_the_next_step_at_the_top_when_nothing_improves() -> None:
+    strategy = WarmDamping()
+    strategy.choose(Trials(lambda d: 2.0), scale=1.0, baseline=1.0)
+    assert strategy.value == 10.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda d: -d, lambda d: d - 1e9, lambda d: -math.log(d), lambda d: math.log(d) - 100, lambda d: 2.0],
+    ids=["up", "down", "log_up", "log_down", "none"],
+)
+def test_warm_never_leaves_its_bounds(loss: Callable[[float], float]) -> None:
+    for scale, start in itertools.product((1.0, 1e-3, 1e5), (None, 1e-30, 1e-9, 3e-9, 0.3, 1.25, 3.0, 10.0, 1e30)):
+        strategy = WarmDamping()
+        strategy.value = None if start is None else start * scale
+        trials = Trials(loss)
+        strategy.choose(trials, scale=scale, baseline=1.0)
+        assert strategy.value is not None
+        for value in (*trials.all, strategy.value):
+            assert value / scale * (1 + 1e-12) >= 1e-9, (scale, start)
+            assert value / scale <= 10 * (1 + 1e-12), (scale, start)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "ratio", "factor"),
+    [(True, 0.9, 2 / 3), (True, 0.5, 1.0), (True, 0.1, 1.5), (True, -1.0, 1.5), (False, 0.9, 4.0), (False, 0.0, 4.0)],
+)
+def test_levenberg_marquardt_follows_the_ratio(accepted: bool, ratio: float, factor: float) -> None:
+    strategy = LevenbergMarquardt()
+    trials = Trials(well(1.0))
+    assert strategy.choose(trials, scale=20.0, baseline=1.0).damping == pytest.approx(0.2)
+    strategy.feedback(accepted=accepted, reduction_ratio=ratio)
+    assert strategy.choose(trials, scale=99.0, baseline=1.0).damping == pytest.approx(0.2 * factor)
+    assert [len(call) for call in trials.calls] == [1, 1]
+
+
+@pytest.mark.parametrize("strategy", ["warm", "grid"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf])
+def test_losses_that_are_not_finite_never_win(strategy: str, bad: float) -> None:
+    """Small dampings jump to where the loss is not finite: to the far side of x = -0.5, from x = 1 with curvature 2."""
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def closure() -> torch.Tensor:
+        loss = (x**2).sum() if float(x.detach()) > 0.2 else (x**2).sum() * 0 + bad
+        seen.append(float(loss.detach()))
+        return loss
+
+    optimizer = SaddleFreeNewton([x], damping=strategy, preconditioner=None, inner_steps=1)
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert any(not math.isfinite(value) for value in seen)  # such losses were met
+    assert optimizer.last_step.accepted
+    assert 0.2 < float(x.detach()) < 1.0
+    assert optimizer.last_step.loss_after == pytest.approx(float(x.detach()) ** 2)
+
+
+@pytest.mark.parametrize("strategy", ["warm", "grid", "levenberg_marquardt", 1e-3])
+def test_no_step_is_taken_where_every_trial_loss_is_not_finite(strategy: str | float) -> None:
+    x = torch.tensor([1.0], requires_grad=True)
+    before = bits([x])
+    optimizer = SaddleFreeNewton([x], damping=strategy, inner_steps=3)
+    optimizer.step(lambda: (x**2).sum() if float(x.detach()) == 1.0 else x.sum() * math.nan)
+    assert optimizer.last_step is not None
+    assert not optimizer.last_step.accepted
+    assert bits([x]) == before
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, math.inf])
+def test_dampings_that_are_not_positive_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^damping is {value}, but a positive number is expected\.$"):
+        make_damping(value)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 0.0], [-1.0], [math.nan]])
+def test_grids_that_are_not_positive_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"damping grid is .*at least one positive number"):
+        GridDamping(values)
+
+
+def test_names_numbers_and_strategies_are_understood() -> None:
+    own = GridDamping([1.0])
+    made = [make_damping(d) for d in ("warm", "grid", "levenberg_marquardt", 2, own)]
+    assert [type(d) for d in made] == [WarmDamping, GridDamping, LevenbergMarquardt, FixedDamping, GridDamping]
+    assert made[-1] is own
+    assert all(isinstance(d, Damping) for d in made)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^damping is 'hot', but one of 'grid', 'warm', .* is expected\.$"):
+        make_damping("hot")

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from lightning_sfn.newton import DiagonalPreconditioner, HessianOperator, Objective
+from lightning_sfn.newton.dense import dense_matrix, full_space
+
+from .cases import DTYPES, assert_close, frozen_probes, make, quadratic, reference, symmetric, tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout"])
+def test_the_matrix_is_the_dense_hessian(name: str, dtype: torch.dtype) -> None:
+    case = make(name, dtype)
+    frozen_probes(1, case)
+    matrix = dense_matrix(HessianOperator(Objective([case.closure]), case.parameters))
+    assert matrix.dtype == torch.float64
+    assert torch.equal(matrix, matrix.T)
+    assert_close(matrix, reference(name).hessian, tolerance(dtype))
+
+
+def test_the_full_space_gives_all_eigenpairs() -> None:
+    matrix = symmetric(6)
+    x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    operator = HessianOperator(Objective([quadratic(matrix)(x)]), [x])
+    space = full_space(operator)
+    torch.testing.assert_close(space.eigenvalues, torch.linalg.eigvalsh(matrix))
+    for index, value in enumerate(space.eigenvalues):
+        vector = space.ritz_vector(index)
+        torch.testing.assert_close(matrix @ vector, value * vector)
+    assert space.residuals.tolist() == [0.0] * 6
+    assert space.products == operator.products == len(space) == 6
+
+
+def test_a_preconditioner_scales_rows_and_columns() -> None:
+    matrix = symmetric(6)
+    x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    operator = HessianOperator(Objective([quadratic(matrix)(x)]), [x])
+    preconditioner = DiagonalPreconditioner()
+    preconditioner.refresh(operator, torch.Generator().manual_seed(0))
+    d = preconditioner.scale(torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(full_space(operator, preconditioner).projected, d[:, None] * matrix * d)

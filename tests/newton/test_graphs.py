@@ -1,0 +1,94 @@
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton import HessianOperator, Objective
+from lightning_sfn.newton.graphs import GraphBudget, GraphStore
+
+
+def measured(limit: int, bytes_per_size: float) -> GraphBudget:
+    budget = GraphBudget(limit)
+    budget.bytes_per_size = bytes_per_size
+    return budget
+
+
+def test_measuring_counts_each_saved_storage_once_and_parameters_never() -> None:
+    budget = GraphBudget()
+    parameter = torch.ones(1000, requires_grad=True)
+
+    def build() -> Tensor:
+        activation = parameter * torch.ones(1000)  # saves the ones
+        return activation * activation + activation.view(10, 100).square().sum()  # saves the activation
+
+    budget.measure(build, 0.5, [parameter])
+    assert budget.bytes_per_size == 2 * 4000 / 0.5
+
+
+@pytest.mark.parametrize(
+    ("limit", "weights", "kept"),
+    [
+        (100, [0.25] * 4, [True] * 4),
+        (99, [0.25] * 4, [True, True, True, False]),
+        (50, [0.6, 0.2, 0.2], [False, True, True]),
+        (24, [0.25] * 4, [False] * 4),
+        (0, [1.0], [False]),
+    ],
+)
+def test_the_budget_is_never_exceeded(limit: int, weights: list[float], kept: list[bool]) -> None:
+    assert measured(limit, 100.0).affordable(weights) == kept
+
+
+@pytest.mark.parametrize(("limit", "retained"), [(100, 4), (60, 2), (10, 0)])
+def test_the_store_holds_as_many_graphs_as_the_budget_allows(limit: int, retained: int) -> None:
+    build = mock.Mock(side_effect=lambda index: f"graph {index}")
+    store = GraphStore(build, [0.25] * 4, "auto", measured(limit, 100.0), [])
+    for _ in range(3):
+        assert [store.get(index) for index in range(4)] == [f"graph {index}" for index in range(4)]
+    assert store.retained == retained
+    assert build.call_count == retained + 3 * (4 - retained)
+    store.clear()
+    assert store.retained == 0
+
+
+@pytest.mark.parametrize(("retention", "retained"), [("retain", 3), ("recompute", 0)])
+def test_retain_and_recompute_ask_no_budget(retention: str, retained: int) -> None:
+    budget = GraphBudget(0)
+    store = GraphStore(lambda index: index, [1.0] * 3, retention, budget, [])  # type: ignore[arg-type]
+    assert [store.get(index) for index in range(3)] == [0, 1, 2]
+    assert store.retained == retained
+    assert budget.bytes_per_size is None
+
+
+def parts(count: int, x: Tensor) -> list:
+    """Parts of one size: each saves about the same number of bytes."""
+    return [lambda: (x * torch.ones(250)).sin().sum()] * count
+
+
+def test_real_graphs_obey_the_budget() -> None:
+    x = torch.ones(250, requires_grad=True)
+    probe = GraphBudget()
+    HessianOperator(Objective(parts(1, x)), [x], budget=probe)
+    assert probe.bytes_per_size is not None
+    limit = int(2.5 * probe.bytes_per_size)
+    operator = HessianOperator(Objective(parts(4, x)), [x], budget=GraphBudget(limit))
+    operator.loss_and_gradient()
+    assert operator._graphs.retained == 2
+
+
+def test_a_budget_that_measured_a_small_objective_holds_for_a_larger_one() -> None:
+    """An optimizer keeps its budget from step to step, while the number of micro-batches may change."""
+    x = torch.ones(250, requires_grad=True)
+    budget = GraphBudget()
+    HessianOperator(Objective(parts(1, x)), [x], budget=budget)
+    assert budget.bytes_per_size is not None
+    budget.limit = int(2.5 * budget.bytes_per_size)  # room for two such parts and a half
+    operator = HessianOperator(Objective(parts(4, x)), [x], budget=budget)
+    operator.loss_and_gradient()
+    assert operator._graphs.retained == 2
+
+
+def test_a_negative_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"graph_bytes is -1.*zero or more"):
+        GraphBudget(-1)

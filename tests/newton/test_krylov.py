@@ -1,0 +1,234 @@
+from collections.abc import Callable
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton import Direction, KrylovSubspace, lanczos
+
+from .cases import DTYPES, symmetric
+
+
+def run(matrix: Tensor, krylov_dim: int, start: Tensor | None = None, **options: object) -> KrylovSubspace:
+    start = torch.randn(len(matrix), dtype=matrix.dtype) if start is None else start
+    return lanczos(lambda v: matrix @ v, start, krylov_dim, generator=torch.Generator().manual_seed(1), **options)  # type: ignore[arg-type]
+
+
+def orthogonality(space: KrylovSubspace) -> float:
+    basis = space.basis.double()
+    return float((basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max())
+
+
+def projection_error(space: KrylovSubspace, matrix: Tensor) -> float:
+    """Distance of the projected operator from ``V H V'``, relative to ``|H|``."""
+    basis, dense = space.basis.double(), matrix.double()
+    return float((basis @ dense @ basis.T - space.projected).abs().max() / torch.linalg.matrix_norm(dense, 2))
+
+
+def rotated(spectrum: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with ``Q diag(spectrum) Q`` for a random reflection Q: dense, but cheap."""
+    mirror = torch.nn.functional.normalize(torch.randn(len(spectrum), dtype=torch.float64), dim=0).to(spectrum)
+
+    def reflect(v: Tensor) -> Tensor:
+        return v - 2 * (mirror @ v) * mirror
+
+    return lambda v: reflect(spectrum * reflect(v))
+
+
+@pytest.fixture(scope="module")
+def dominated() -> tuple[Callable[[Tensor], Tensor], KrylovSubspace]:
+    """200 vectors in float32 on a matrix with one eigenvalue a thousand times as large as all others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        spectrum = torch.linspace(-0.3, 1.0, 5000)
+        spectrum[17] = 1000.0
+        matvec = rotated(spectrum)
+        return matvec, lanczos(matvec, torch.randn(5000), 200, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_dominant_eigenvalue_leaves_the_float32_basis_orthonormal(dominated: tuple) -> None:
+    _, space = dominated
+    assert space.basis.dtype == torch.float32
+    assert len(space) == 200
+    assert orthogonality(space) <= 2e-6
+
+
+def test_a_dominant_eigenvalue_has_no_ghosts(dominated: tuple) -> None:
+    _, space = dominated
+    values = space.eigenvalues
+    assert int((values > 2.0).sum()) == 1
+    assert float(values[-1]) == pytest.approx(1000.0, rel=1e-6)
+    assert float(values[0]) == pytest.approx(-0.3, abs=2e-3)
+
+
+def test_the_float32_recurrence_equals_the_projected_matrix(dominated: tuple) -> None:
+    matvec, space = dominated
+    images = torch.stack([matvec(v) for v in space.basis]).double()
+    error = (space.basis.double() @ images.T - space.projected).abs().max()
+    assert float(error) <= 1e-6 * 1000.0
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=str)
+def test_a_full_subspace_has_the_eigenvalues_of_the_matrix(dtype: torch.dtype, bound: float) -> None:
+    matrix = symmetric(40, dtype=dtype)
+    space = run(matrix, 40)
+    expected = np.linalg.eigvalsh(matrix.double().numpy())
+    assert np.abs(space.eigenvalues.numpy() - expected).max() <= bound * np.abs(expected).max()
+    assert float(space.residuals.max()) <= bound * np.abs(expected).max()
+    assert space.products == 40
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
+def test_the_recurrence_equals_the_projected_matrix(dtype: torch.dtype, bound: float) -> None:
+    matrix = symmetric(300, dtype=dtype)
+    space = run(matrix, 60)
+    assert orthogonality(space) <= bound
+    assert projection_error(space, matrix) <= bound
+    assert torch.equal(space.projected, space.projected.T)
+    assert float(space.projected.triu(2).abs().max()) == 0.0
+
+
+def test_the_subspace_is_the_krylov_space_of_the_start_vector() -> None:
+    matrix, start = symmetric(30), torch.randn(30, dtype=torch.float64)
+    space = run(matrix, 4, start)
+    powers = torch.stack([torch.linalg.matrix_power(matrix, j) @ start for j in range(4)])
+    outside = powers - powers @ space.basis.T @ space.basis
+    assert float((outside.norm(dim=1) / powers.norm(dim=1)).max()) <= 1e-12
+    torch.testing.assert_close(space.basis[0], start / start.norm())
+
+
+def test_residuals_are_those_of_the_ritz_pairs_and_bound_the_distance_to_an_eigenvalue() -> None:
+    matrix = symmetric(120)
+    space = run(matrix, 25)
+    spectrum = torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+    vectors = torch.stack([space.ritz_vector(i) for i in range(25)])
+    true = (vectors @ matrix - space.eigenvalues[:, None] * vectors).norm(dim=1)
+    torch.testing.assert_close(space.residuals, true, rtol=1e-8, atol=1e-10 * float(spectrum.abs().max()))
+    distance = (space.eigenvalues[:, None] - spectrum).abs().min(dim=1).values
+    assert bool((distance <= true + 1e-10).all())
+    assert float(true.max()) > 1.0  # the bound was put to a test
+
+
+def test_coordinates_and_lift_are_inverse_on_the_subspace() -> None:
+    matrix = symmetric(20)
+    space = run(matrix, 5)
+    coordinates = torch.randn(3, 5, dtype=torch.float64)
+    vectors = space.lift(coordinates)
+    assert vectors.shape == (3, 20)
+    for vector, expected in zip(vectors, coordinates, strict=True):
+        torch.testing.assert_close(space.coordinates(vector), expected)
+    torch.testing.assert_close(space.lift(torch.eye(5, dtype=torch.float64)[2]), space.ritz_vector(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_goes_on_after_the_krylov_space_is_exhausted(dtype: torch.dtype) -> None:
+    factor = torch.linalg.qr(torch.randn(50, 3, dtype=torch.float64))[0]
+    matrix = (factor @ torch.diag(torch.tensor([4.0, -2.0, 1.0], dtype=torch.float64)) @ factor.T).to(dtype)
+    space = run(matrix, 12)
+    bound = 1e-12 if dtype == torch.float64 else 2e-6
+    assert len(space) == 12
+    assert orthogonality(space) <= bound
+    assert projection_error(space, matrix) <= bound
+    expected = torch.tensor([-2.0, *[0.0] * 9, 1.0, 4.0], dtype=torch.float64)
+    assert float((space.eigenvalues - expected).abs().max()) <= 10 * bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_eigenvector_as_start_does_not_hide_the_rest(dtype: torch.dtype) -> None:
+    matrix = torch.diag(torch.arange(1.0, 9.0, dtype=dtype))
+    start = torch.zeros(8, dtype=dtype)
+    start[2] = 5.0
+    space = run(matrix, 8, start)
+    bound = 1e-12 if dtype == torch.float64 else 5e-6
+    assert orthogonality(space) <= bound
+    assert float((space.eigenvalues - matrix.diag().double()).abs().max()) <= 10 * bound
+
+
+def test_an_invariant_start_space_has_no_coupling() -> None:
+    start = torch.zeros(8)
+    start[2] = 5.0
+    space = run(torch.diag(torch.arange(1.0, 9.0)), 1, start)
+    assert space.coupling == 0.0
+    assert space.residuals.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_zero_start_vector_is_replaced_by_a_random_one(dtype: torch.dtype) -> None:
+    matrix = symmetric(10, dtype=dtype)
+    space = run(matrix, 10, torch.zeros(10, dtype=dtype))
+    expected = np.linalg.eigvalsh(matrix.double().numpy())
+    assert np.abs(space.eigenvalues.numpy() - expected).max() <= (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("start", [torch.ones(6), torch.zeros(6)], ids=["ones", "zeros"])
+def test_the_zero_matrix_gives_zeros_on_an_orthonormal_basis(start: Tensor) -> None:
+    space = run(torch.zeros(6, 6), 4, start)
+    assert orthogonality(space) <= 1e-6
+    assert not space.projected.any()
+    assert space.coupling == 0.0
+
+
+def test_no_more_vectors_than_dimensions_are_built() -> None:
+    space = run(symmetric(4), 9, directions=[Direction(torch.randn(4, dtype=torch.float64))])
+    assert len(space) == 4
+    assert space.products == 4
+
+
+def test_length_of_the_start_vector_does_not_matter() -> None:
+    matrix, start = symmetric(30), torch.randn(30, dtype=torch.float64)
+    torch.testing.assert_close(run(matrix, 5, start * 1e-100).projected, run(matrix, 5, start).projected)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("count", [1, 4])
+def test_added_directions_complete_the_projected_matrix(given: bool, count: int) -> None:
+    """The row of an added direction is the dense projection, whether its product is given or computed."""
+    matrix = symmetric(60)
+    directions = torch.randn(count, 60, dtype=torch.float64)
+    start = torch.randn(60, dtype=torch.float64)
+    added = [Direction(d, matrix @ d if given else None) for d in directions]
+    matvec = mock.Mock(side_effect=lambda v: matrix @ v)
+    space = lanczos(matvec, start, 10, generator=torch.Generator(), directions=added)
+    assert len(space) == 10 + count
+    assert space.lanczos_dim == 10
+    assert space.products == matvec.call_count == (10 if given else 10 + count)
+    assert orthogonality(space) <= 1e-12
+    assert projection_error(space, matrix) <= 1e-12
+    inside = directions @ space.basis.T @ space.basis
+    torch.testing.assert_close(inside, directions)  # each direction lies in the subspace
+    without = lanczos(matvec, start, 10, generator=torch.Generator())
+    assert torch.equal(space.projected[:10, :10], without.projected)
+
+
+def test_given_and_computed_products_agree_in_float32() -> None:
+    matrix, directions = symmetric(800, dtype=torch.float32), torch.randn(3, 800)
+    spaces = [
+        run(matrix, 20, torch.ones(800), directions=[Direction(d, matrix @ d if given else None) for d in directions])
+        for given in (True, False)
+    ]
+    torch.testing.assert_close(spaces[0].projected, spaces[1].projected, rtol=0, atol=1e-4)
+    assert max(projection_error(space, matrix) for space in spaces) <= 1e-6
+    assert max(orthogonality(space) for space in spaces) <= 2e-6
+
+
+def test_given_products_are_right_after_the_krylov_space_was_exhausted() -> None:
+    """No leftover of the recurrence may leak into the image of a direction."""
+    matrix = torch.diag(torch.tensor([3.0, 3.0, 3.0, 3.0, -1.0, -1.0, 2.0, 0.5], dtype=torch.float64))
+    start = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.float64)
+    direction = torch.randn(8, dtype=torch.float64)
+    space = run(matrix, 2, start, directions=[Direction(direction, matrix @ direction)])
+    assert space.coupling == 0.0
+    assert projection_error(space, matrix) <= 1e-12
+
+
+def test_dependent_and_zero_directions_are_skipped() -> None:
+    matrix, start = symmetric(30), torch.randn(30, dtype=torch.float64)
+    new = torch.randn(30, dtype=torch.float64)
+    noise = 1e-3 * torch.randn(30, dtype=torch.float64)
+    dependent = [start, matrix @ start, torch.zeros(30, dtype=torch.float64), new, -2 * new, new + noise, new + start]
+    space = run(matrix, 5, start, directions=[Direction(d) for d in dependent])
+    assert len(space) == 6
+    assert space.products == 6
+    assert orthogonality(space) <= 1e-12

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.memory import StepMemory
+
+
+def vector(value: float) -> Tensor:
+    return torch.full((2,), value)
+
+
+def contents(memory: StepMemory) -> list[tuple[float, float | None]]:
+    return [(float(d.vector[0]), None if d.product is None else float(d.product[0])) for d in memory.directions]
+
+
+def test_a_secant_is_the_difference_of_the_gradients_around_a_step() -> None:
+    memory = StepMemory(5, secants=True)
+    memory.record(vector(1), vector(10))
+    assert contents(memory) == []
+    memory.complete(vector(13))
+    assert contents(memory) == [(1, 3)]
+    memory.complete(vector(99))  # no step waits any more
+    assert contents(memory) == [(1, 3)]
+
+
+def test_the_newest_step_comes_first_and_the_oldest_leaves() -> None:
+    memory = StepMemory(2, secants=True)
+    for value in (1, 2, 3):
+        memory.record(vector(value), vector(0))
+        memory.complete(vector(10 * value))
+    assert contents(memory) == [(3, 30), (2, 20)]
+    assert len(memory) == 2
+
+
+def test_without_secants_steps_join_at_once_without_a_product() -> None:
+    memory = StepMemory(2, secants=False)
+    memory.record(vector(1), vector(10))
+    memory.complete(vector(13))
+    assert contents(memory) == [(1, None)]
+
+
+@pytest.mark.parametrize("secants", [True, False])
+def test_a_memory_without_capacity_keeps_nothing(secants: bool) -> None:
+    memory = StepMemory(0, secants=secants)
+    memory.record(vector(1), vector(10))
+    memory.complete(vector(13))
+    assert len(memory) == 0
+    assert memory.state_dict() == {"steps": []}
+
+
+def test_an_abandoned_secant_is_dropped_and_older_ones_stay() -> None:
+    memory = StepMemory(3, secants=True)
+    memory.record(vector(1), vector(0))
+    memory.complete(vector(5))
+    memory.record(vector(2), vector(0))
+    memory.abandon()
+    memory.complete(vector(7))
+    assert contents(memory) == [(1, 5)]
+
+
+def test_clearing_forgets_the_waiting_step_too() -> None:
+    memory = StepMemory(3, secants=True)
+    memory.record(vector(1), vector(0))
+    memory.complete(vector(5))
+    memory.record(vector(2), vector(0))
+    memory.clear()
+    memory.complete(vector(7))
+    assert contents(memory) == []
+
+
+@pytest.mark.parametrize("secants", [True, False])
+def test_state_round_trip_includes_the_waiting_step(secants: bool) -> None:
+    first, second = StepMemory(3, secants=secants), StepMemory(3, secants=secants)
+    first.record(vector(1), vector(0))
+    first.complete(vector(5))
+    first.record(vector(2), vector(1))
+    second.record(vector(9), vector(9))  # is replaced
+    second.load_state_dict(first.state_dict())
+    for memory in (first, second):
+        memory.complete(vector(7))
+    assert contents(second) == contents(first) == ([(2, 6), (1, 5)] if secants else [(2, None), (1, None)])
+
+
+def test_a_negative_capacity_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^previous_directions is -1, but a count of zero or more is expected\.$"):
+        StepMemory(-1, secants=True)

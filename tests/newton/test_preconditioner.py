@@ -1,0 +1,141 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton import DiagonalPreconditioner, HessianOperator, IdentityPreconditioner, Objective
+from lightning_sfn.newton.preconditioner import make_preconditioner
+
+from .cases import quadratic, symmetric
+
+
+def operator_of(matrix: Tensor) -> HessianOperator:
+    x = torch.zeros(len(matrix), dtype=matrix.dtype, requires_grad=True)
+    return HessianOperator(Objective([quadratic(matrix)(x)]), [x])
+
+
+def refreshed(matrix: Tensor, times: int, **options: float) -> DiagonalPreconditioner:
+    preconditioner, operator = DiagonalPreconditioner(**options), operator_of(matrix)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(times):
+        preconditioner.refresh(operator, generator)
+    return preconditioner
+
+
+@pytest.fixture
+def matrix() -> Tensor:
+    """Rows of very different norms; the diagonal of the first one is zero."""
+    scale = torch.tensor([10.0, 1.0, 0.1, 3.0], dtype=torch.float64)
+    matrix = scale[:, None] * symmetric(4) * scale
+    matrix[0, 0] = 0.0
+    return matrix
+
+
+def test_the_estimate_converges_to_the_row_norms(matrix: Tensor) -> None:
+    floor = 1e-6
+    preconditioner = refreshed(matrix, 3000, decay=0.999, floor=floor)
+    rows = matrix.norm(dim=1)
+    diagonal = preconditioner.scale(torch.ones(4, dtype=torch.float64))
+    estimate = diagonal**-2 - floor * rows.max()
+    assert float((estimate / rows - 1).abs().max()) <= 0.1  # the standard deviation is two per cent
+
+
+def test_the_first_estimate_is_not_biased_towards_zero(matrix: Tensor) -> None:
+    preconditioner = refreshed(matrix, 1, decay=0.9, floor=1e-9)
+    probe = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = (matrix @ probe).abs().rsqrt()
+    torch.testing.assert_close(preconditioner.scale(torch.ones(4, dtype=torch.float64)), expected, rtol=1e-6, atol=0)
+
+
+def test_the_floor_bounds_the_diagonal() -> None:
+    preconditioner = refreshed(torch.diag(torch.tensor([4.0, 0.0])).double(), 5, floor=0.25)
+    diagonal = preconditioner.scale(torch.ones(2, dtype=torch.float64))
+    assert float(diagonal[1] / diagonal[0]) == pytest.approx(5**0.5)  # (e + e/4) / (0 + e/4)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_scale_and_unscale_are_inverse(matrix: Tensor, shape: tuple[int, ...]) -> None:
+    preconditioner = refreshed(matrix, 3)
+    vectors = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(preconditioner.unscale(preconditioner.scale(vectors)), vectors)
+    assert not torch.allclose(preconditioner.scale(vectors), vectors)
+
+
+def test_it_is_the_identity_before_anything_is_known_and_without_curvature() -> None:
+    vector = torch.randn(3, dtype=torch.float64)
+    for preconditioner in (DiagonalPreconditioner(), refreshed(torch.zeros(3, 3).double(), 2)):
+        assert torch.equal(preconditioner.scale(vector), vector)
+        assert torch.equal(preconditioner.unscale(vector), vector)
+
+
+def test_a_product_that_is_not_finite_is_left_out(matrix: Tensor) -> None:
+    preconditioner = refreshed(matrix, 3)
+    before = preconditioner.scale(torch.ones(4, dtype=torch.float64))
+    preconditioner.refresh(operator_of(matrix * float("nan")), torch.Generator())
+    assert torch.equal(preconditioner.scale(torch.ones(4, dtype=torch.float64)), before)
+
+
+def test_one_product_is_spent_on_a_refresh(matrix: Tensor) -> None:
+    operator = operator_of(matrix)
+    DiagonalPreconditioner().refresh(operator, torch.Generator())
+    assert operator.products == 1
+
+
+def test_state_round_trip(matrix: Tensor) -> None:
+    first, second = refreshed(matrix, 3), DiagonalPreconditioner()
+    second.load_state_dict(first.state_dict())
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    ones = torch.ones(4, dtype=torch.float64)
+    assert torch.equal(first.scale(ones), second.scale(ones))
+    for preconditioner, generator in zip((first, second), generators, strict=True):
+        preconditioner.refresh(operator_of(matrix), generator)
+    assert torch.equal(first.scale(ones), second.scale(ones))
+
+
+def test_a_state_is_not_changed_by_later_refreshes(matrix: Tensor) -> None:
+    preconditioner = refreshed(matrix, 1)
+    state = preconditioner.state_dict()
+    mean = state["mean"].clone()
+    preconditioner.refresh(operator_of(matrix), torch.Generator())
+    assert torch.equal(state["mean"], mean)
+    other = DiagonalPreconditioner()
+    other.load_state_dict(state)
+    other.refresh(operator_of(matrix), torch.Generator())
+    assert torch.equal(state["mean"], mean)
+
+
+def test_an_empty_state_forgets(matrix: Tensor) -> None:
+    preconditioner = refreshed(matrix, 1)
+    preconditioner.load_state_dict(DiagonalPreconditioner().state_dict())
+    assert torch.equal(preconditioner.scale(torch.ones(4).double()), torch.ones(4).double())
+
+
+def test_another_number_of_parameters_starts_anew(matrix: Tensor) -> None:
+    preconditioner = refreshed(matrix, 3, floor=1e-9)
+    preconditioner.refresh(operator_of(torch.eye(2, dtype=torch.float64)), torch.Generator().manual_seed(4))
+    probe = torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(preconditioner.scale(torch.ones(2).double()), probe.abs().rsqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"floor": 0.0}, {"floor": -1.0}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"^{name} is {value}, but a .* is expected\.$"):
+        DiagonalPreconditioner(**options)
+
+
+def test_names_and_objects_are_understood() -> None:
+    own = IdentityPreconditioner()
+    assert make_preconditioner(own) is own
+    assert isinstance(make_preconditioner("diagonal"), DiagonalPreconditioner)
+    assert isinstance(make_preconditioner(None), IdentityPreconditioner)
+    with pytest.raises(ValueError, match=r"^preconditioner is 'adam', but None, 'diagonal' or a Preconditioner"):
+        make_preconditioner("adam")
+
+
+def test_the_identity_keeps_nothing() -> None:
+    identity, vector = IdentityPreconditioner(), torch.randn(3)
+    assert torch.equal(identity.scale(vector), vector)
+    assert torch.equal(identity.unscale(vector), vector)
+    assert identity.state_dict() == {}

@@ -1,0 +1,61 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_sfn.newton.randomness import RandomState
+
+
+def draw() -> tuple[float, float, float, float]:
+    """Normal draws: those of NumPy and Python keep a second number for the next call."""
+    return random.gauss(0, 1), float(np.random.standard_normal()), float(torch.randn(())), float(torch.rand(()))
+
+
+def fail_inside(state: RandomState) -> None:
+    with state.replayed():
+        draw()
+        raise KeyError("inside")
+
+
+def test_replayed_draws_are_the_first_ones() -> None:
+    state = RandomState.capture()
+    first = draw()
+    draw()
+    with state.replayed():
+        assert draw() == first
+
+
+def test_replay_leaves_the_stream_where_it_was() -> None:
+    draw()
+    state = RandomState.capture()
+    expected = [draw(), draw(), draw()]
+    state.restore()
+    assert draw() == expected[0]
+    with state.replayed():
+        for _ in range(5):
+            draw()
+    assert draw() == expected[1]
+    with pytest.raises(KeyError):
+        fail_inside(state)
+    assert draw() == expected[2]
+
+
+def test_a_snapshot_can_be_replayed_again_and_again() -> None:
+    state = RandomState.capture()
+    seen = set()
+    for _ in range(3):
+        with state.replayed():
+            seen.add(draw())
+    assert len(seen) == 1
+
+
+def test_nested_replays_return_to_the_outer_stream() -> None:
+    outer = RandomState.capture()
+    expected = (draw(), draw())
+    inner = RandomState.capture()
+    with outer.replayed():
+        first = draw()
+        with inner.replayed():
+            draw()
+        assert (first, draw()) == expected
