@@ -18,7 +18,7 @@ _LOSSES = ("squared_error", "cross_entropy")
 
 
 class Autoencoder(pl.LightningModule):
-    """A deep autoencoder: an encoder down to a linear code, and its mirror image up to a sigmoid output.
+    """A deep autoencoder: an encoder down to a code, and its mirror image up to a sigmoid output.
 
     Automatic optimization with one optimizer; weights start as PyTorch's layers start. ``train_loss`` and ``val_loss``
     are logged once per epoch. Hyperparameters are not written into checkpoints, so that on resuming a run the command's
@@ -29,6 +29,7 @@ class Autoencoder(pl.LightningModule):
         activation: Non-linearity of the hidden layers.
         loss: ``"squared_error"``, or ``"cross_entropy"`` between pixels read as probabilities. Either is summed over
             the pixels of an image and averaged over the images of a batch.
+        linear_code: Whether the code layer is linear, as in the paper; otherwise it has the activation too.
         optimizer: Called with the parameters; returns the optimizer.
 
     Raises:
@@ -40,6 +41,7 @@ class Autoencoder(pl.LightningModule):
         sizes: Sequence[int] = (100, 64, 32, 16, 8),
         activation: Literal["sigmoid", "tanh", "relu"] = "sigmoid",
         loss: Literal["squared_error", "cross_entropy"] = "squared_error",
+        linear_code: bool = True,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     ) -> None:
         super().__init__()
@@ -59,6 +61,8 @@ class Autoencoder(pl.LightningModule):
         self.loss = loss
         self.optimizer = optimizer
         self.encoder = _dense_stack(sizes, _ACTIVATIONS[activation])
+        if not linear_code:
+            self.encoder.append(_ACTIVATIONS[activation]())
         self.decoder = _dense_stack(sizes[::-1], _ACTIVATIONS[activation])
 
     def forward(self, images: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class SwitchReport:
             rows += [
                 ("smallest eigenvalue", f"{at_switch.lambda_min:.3g}", f"{at_end.lambda_min:.3g}"),
                 ("largest eigenvalue", f"{at_switch.lambda_max:.3g}", f"{at_end.lambda_max:.3g}"),
+                ("smallest / largest", *(f"{s.lambda_min / s.lambda_max:.2g}" for s in (at_switch, at_end))),
                 ("gradient norm", f"{at_switch.gradient_norm:.3g}", f"{at_end.gradient_norm:.3g}"),
             ]
         return rows

@@ -2,7 +2,9 @@
 
 A fresh mini-batch for everything does not escape a saddle: each batch has a saddle of its own. So the gradient is
 accumulated over a window of loader batches, as Lightning's closure delivers them; Hessian-vector products see a small
-part of that window, and trial losses another.
+part of that window, and trial losses another. On a plateau small parts are not enough: the curvature of a part has
+negative directions of its own, larger than those of the whole. So the parts grow where steps achieve little, up to the
+whole window, and shrink again where they do well.
 """
 
 import math
@@ -25,6 +27,8 @@ from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, replay_clos
 
 __all__ = ["DataBudgets", "WindowedNewton"]
 
+_SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
+
 
 @dataclass(frozen=True)
 class DataBudgets:
@@ -36,6 +40,8 @@ class DataBudgets:
         curvature_fraction: Share of the window's batches that Hessian-vector products see, at least one.
         trial_fraction: Share of the window's batches that trial losses see, at least one; others than those of the
             curvature as far as possible.
+        adaptive: Whether both shares double after a step that was rejected, misjudged, or lowered the loss by less than
+            a ten-thousandth, and halve (down to the values above) after any other.
         hold: Whether the first whole window is kept, and every later loader batch brings one step on it ("everything,
             held": for data that fits into memory several times over).
 
@@ -46,6 +52,7 @@ class DataBudgets:
     gradient_batches: int | Literal["epoch"] = "epoch"
     curvature_fraction: float = 0.1
     trial_fraction: float = 0.1
+    adaptive: bool = True
     hold: bool = False
 
     def __post_init__(self) -> None:
@@ -61,19 +68,25 @@ class DataBudgets:
             if not 0 < share <= 1:
                 raise MisconfigurationException(f"{name} is {share}, but a share above 0 and up to 1 is expected.")
 
-    def choose(self, count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    @property
+    def largest_growth(self) -> float:
+        """Growth at which both parts are the whole window."""
+        return 1 / min(self.curvature_fraction, self.trial_fraction)
+
+    def choose(self, count: int, growth: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Draws the batches of the curvature and of the trial losses.
 
         Args:
             count: Number of batches in the window.
+            growth: Factor on both shares.
             generator: Source of the draw.
 
         Returns:
             Indices for the curvature, and indices for the trial losses.
         """
         order = torch.randperm(count, generator=generator).tolist()
-        curvature = order[: max(1, round(self.curvature_fraction * count))]
-        trial = order[::-1][: max(1, round(self.trial_fraction * count))]
+        curvature = order[: max(1, round(min(1.0, self.curvature_fraction * growth) * count))]
+        trial = order[::-1][: max(1, round(min(1.0, self.trial_fraction * growth) * count))]
         return sorted(curvature), sorted(trial)
 
 
@@ -104,6 +117,7 @@ class WindowedNewton:
 
     Attributes:
         steps_taken: Newton steps so far.
+        growth: Present factor on the shares of the window that curvature and trials see.
         last_curvature: The objective that the products of the last (or coming) step see.
     """
 
@@ -126,6 +140,8 @@ class WindowedNewton:
         self._window = _Window([])
         self._held: list[RecordedStep] | None = None
         self.steps_taken = 0
+        self.growth = 1.0
+        self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
@@ -148,8 +164,10 @@ class WindowedNewton:
                 if self._budgets.hold:
                     self._held = window.steps
                 assert window.gradient is not None
-                loss_and_gradient = (window.loss / window.weight, window.gradient / window.weight)
-                self._newton_step(window.steps, loss_and_gradient)
+                loss = window.loss / window.weight
+                if self._trainer.world_size > 1:  # the gradient comes averaged from the strategy
+                    loss = float(self._reduce(torch.tensor(loss, dtype=torch.float64)))
+                self._newton_step(window.steps, (loss, window.gradient / window.weight))
         return result
 
     def detach(self) -> None:
@@ -178,9 +196,11 @@ class WindowedNewton:
         return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
 
     def _newton_step(self, steps: list[RecordedStep], loss_and_gradient: tuple[float, Tensor] | None) -> None:
-        generator = torch.Generator().manual_seed(self.steps_taken)
-        curvature, trial = self._budgets.choose(len(steps), generator)
         objective = self._objective(steps)
+        loss_now = loss_and_gradient[0] if loss_and_gradient is not None else None
+        self._adapt(loss_now)
+        generator = torch.Generator().manual_seed(self.steps_taken)
+        curvature, trial = self._budgets.choose(len(steps), self.growth, generator)
         self.last_curvature = self._objective([steps[i] for i in curvature])
         if loss_and_gradient is not None and self._decay:
             loss_and_gradient = self._with_decay(*loss_and_gradient)
@@ -190,11 +210,38 @@ class WindowedNewton:
             curvature=self.last_curvature,
             trial=self._objective([steps[i] for i in trial]),
             loss_and_gradient=loss_and_gradient,
-            # A window of a whole epoch, or a held one, is the same set of cases each time.
-            same_function=self._held is not None or self._budgets.gradient_batches == "epoch",
+            same_function=self._same_function,
         )
+        self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
         self.steps_taken += 1
         self._on_step(record)
+
+    @property
+    def _same_function(self) -> bool:
+        """Whether each window is the same set of cases: a whole epoch, or a held one."""
+        return self._held is not None or self._budgets.gradient_batches == "epoch"
+
+    def _adapt(self, loss_now: float | None) -> None:
+        """Grows or shrinks the parts by what became of the last step.
+
+        Args:
+            loss_now: The loss of the new window at the parameters that the last step led to, if it is known.
+        """
+        if self._last_step is None or not self._budgets.adaptive:
+            return
+        loss_before, promised, accepted = self._last_step
+        decrease = loss_before - loss_now if self._same_function and loss_now is not None else promised
+        poor = not accepted or decrease < 0.5 * promised or decrease < _SLOW * abs(loss_before)
+        self.growth = self.growth * 2 if poor else self.growth / 2
+        self.growth = min(max(self.growth, 1.0), self._budgets.largest_growth)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides about later windows."""
+        return {"steps_taken": self.steps_taken, "growth": self.growth, "last_step": self._last_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.steps_taken, self.growth, self._last_step = state["steps_taken"], state["growth"], state["last_step"]
 
     def _objective(self, steps: list[RecordedStep]) -> Objective:
         return Objective(

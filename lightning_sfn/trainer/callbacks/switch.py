@@ -49,6 +49,7 @@ class SwitchToSFN(EarlyStopping):
             window's batches are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
+        adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
         probe_dim: Lanczos vectors of the spectra at the switch and at the end, for the report; 0 for none.
         strict: Whether a missing metric is an error.
@@ -80,6 +81,7 @@ class SwitchToSFN(EarlyStopping):
         gradient_batches: int | Literal["epoch"] = "epoch",
         curvature_fraction: float = 0.1,
         trial_fraction: float = 0.1,
+        adaptive: bool = True,
         hold: bool = False,
         probe_dim: int = 32,
         strict: bool = True,
@@ -101,7 +103,7 @@ class SwitchToSFN(EarlyStopping):
             check_finite=True,
             check_on_train_epoch_end=check_on_train_epoch_end,
         )
-        self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, hold)
+        self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
         self._make_optimizer = optimizer
         self._probe_dim = probe_dim
         self._reset()
@@ -217,8 +219,6 @@ class SwitchToSFN(EarlyStopping):
         self._base_schedulers = list(trainer.strategy.lr_scheduler_configs)
         if self._base_schedulers:
             rank_zero_info(f"SwitchToSFN: {len(self._base_schedulers)} learning rate scheduler(s) rest from now on.")
-        if self._restored is not None:
-            newton.load_state_dict(self._restored)
         self._driver = WindowedNewton(
             trainer,
             module,
@@ -228,6 +228,9 @@ class SwitchToSFN(EarlyStopping):
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
         )
+        if self._restored is not None:
+            newton.load_state_dict(self._restored["newton"])
+            self._driver.load_state_dict(self._restored["window"])
         newton.attach(self._driver)
         # The setter rebuilds Lightning's wrappers; changing the list in place would leave the old optimizer stepping.
         trainer.strategy.optimizers = [newton]
@@ -273,14 +276,16 @@ class SwitchToSFN(EarlyStopping):
         """Counters, phase, and the Newton optimizer's state."""
         state = super().state_dict()
         state["switched_at_step"] = self.switched_at_step
-        state["newton"] = self.newton.state_dict() if self.switched and self.newton is not None else None
+        state["newton"] = state["window"] = None
+        if self.newton is not None and self._driver is not None:
+            state["newton"], state["window"] = self.newton.state_dict(), self._driver.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state; a switched run switches again when training starts."""
         super().load_state_dict(state_dict)
         self.switched_at_step = state_dict["switched_at_step"]
-        self._restored = state_dict["newton"]
+        self._restored = state_dict if state_dict["newton"] is not None else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores the first optimizer and its schedulers in Lightning's places, where any Trainer finds them."""
