@@ -53,7 +53,7 @@ class SwitchReport:
             rows += [
                 ("smallest eigenvalue", f"{at_switch.lambda_min:.3g}", f"{at_end.lambda_min:.3g}"),
                 ("largest eigenvalue", f"{at_switch.lambda_max:.3g}", f"{at_end.lambda_max:.3g}"),
-                ("smallest / largest", *(f"{s.lambda_min / s.lambda_max:.2g}" for s in (at_switch, at_end))),
+                ("smallest / largest", f"{_balance(at_switch):.2g}", f"{_balance(at_end):.2g}"),
                 ("gradient norm", f"{at_switch.gradient_norm:.3g}", f"{at_end.gradient_norm:.3g}"),
             ]
         return rows
@@ -64,3 +64,8 @@ class SwitchReport:
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _balance(spectrum: Spectrum) -> float:
+    """Smallest over largest eigenvalue: how much negative curvature there is next to positive."""
+    return spectrum.lambda_min / spectrum.lambda_max if spectrum.lambda_max != 0 else float("nan")
