@@ -43,7 +43,7 @@ class Rows(LightningDataModule):
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_the_code_of_the_readme_runs(block: str, tmp_path: Path) -> None:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 8}
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
     namespace = {
         "Trainer": partial(Trainer, default_root_dir=tmp_path, log_every_n_steps=1, num_sanity_val_steps=0, **quiet),
         "datamodule": Rows(),
