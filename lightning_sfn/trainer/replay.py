@@ -6,7 +6,7 @@ random numbers, and none of those runs may be seen in logs, metrics, buffers, co
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from lightning_sfn.newton.objective import Closure, ObjectiveError
 from lightning_sfn.newton.randomness import RandomState
 
-__all__ = ["RecordedStep", "StepRecorder", "isolated", "loss_of", "replay_closure"]
+__all__ = ["RecordedStep", "StepRecorder", "isolated", "loss_of", "own_containers", "replay_closure"]
 
 _CONTAINERS = (list, dict, set, deque)
 _LOGGING_METHODS = ("log", "log_dict")
@@ -67,10 +67,10 @@ class StepRecorder:
         if not self._active:
             return self._original(*args, **kwargs)
         state = RandomState.capture(self._device)
-        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # the step may change its batch's containers
+        kept_args, kept_kwargs = own_containers((args, kwargs))
         output = self._original(*args, **kwargs)
         loss = loss_of(output)
-        self._recorded.append(RecordedStep(args, kwargs, state, None if loss is None else loss.detach()))
+        self._recorded.append(RecordedStep(kept_args, kept_kwargs, state, None if loss is None else loss.detach()))
         return output
 
     def take(self) -> list[RecordedStep]:
@@ -84,6 +84,11 @@ class StepRecorder:
         self._recorded = []
         if self._strategy.__dict__.get("training_step") == self._record:
             self._strategy.__dict__["training_step"] = self._original
+
+
+def own_containers(value: Any) -> Any:
+    """The value with its lists, tuples and dictionaries copied: a step may take its batch apart."""
+    return tree_map(lambda leaf: leaf, value)
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -107,7 +112,7 @@ def replay_closure(trainer: Trainer, module: LightningModule, recorded: Recorded
 
     def closure() -> Tensor:
         with isolated(trainer, module):
-            args, kwargs = tree_map(lambda leaf: leaf, (recorded.args, recorded.kwargs))
+            args, kwargs = own_containers((recorded.args, recorded.kwargs))
             loss = loss_of(module.training_step(*args, **kwargs))
         if loss is None:
             raise ObjectiveError(
@@ -125,7 +130,8 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
     Logging is switched off, loggers are replaced by dummies, and afterwards every attribute of every submodule is what
     it was: buffers (which are cloned first, so that in-place updates hit the clones), torchmetrics states, counters and
-    the contents of lists, dictionaries and sets. Attention runs in its math kernel, recurrent layers without cuDNN,
+    the contents of lists, dictionaries and sets. Not undone are in-place changes of plain tensor attributes (make them
+    buffers) and of anything outside the module. Attention runs in its math kernel, recurrent layers without cuDNN,
     compiled modules eagerly, and automatic mixed precision is off, since Lanczos amplifies rounding noise.
 
     Args:
@@ -173,7 +179,7 @@ def _untouched_attributes(module: nn.Module) -> Iterator[None]:
     before: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
     for submodule in module.modules():
         attributes = submodule.__dict__
-        contents = [(value, value.copy()) for value in attributes.values() if isinstance(value, _CONTAINERS)]
+        contents = [(container, container.copy()) for container in _containers(attributes.values())]
         before.append((attributes, dict(attributes), contents))
         for name, buffer in submodule._buffers.items():
             if buffer is not None:
@@ -191,6 +197,14 @@ def _untouched_attributes(module: nn.Module) -> Iterator[None]:
             attributes.update(saved)
             for container, copy in contents:
                 _refill(container, copy)
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """The plain containers among some values, and those inside them."""
+    for value in values:
+        if isinstance(value, _CONTAINERS):
+            yield value
+            yield from _containers(value.values() if isinstance(value, dict) else value)
 
 
 def _refill(container: Any, copy: Any) -> None:

@@ -10,7 +10,7 @@ whole window, and shrink again where they do well.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -94,10 +94,10 @@ class DataBudgets:
 class _Window:
     """What has been collected since the last step."""
 
-    steps: list[RecordedStep]
+    steps: list[RecordedStep] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of each step, in cases
     gradient: Tensor | None = None  # sum over batches of weight times gradient
     loss: float = 0.0  # likewise
-    weight: float = 0.0
 
 
 class WindowedNewton:
@@ -137,8 +137,8 @@ class WindowedNewton:
         self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
         self._before_step, self._on_step = before_step, on_step
         self._recorder = StepRecorder(trainer, module.device)
-        self._window = _Window([])
-        self._held: list[RecordedStep] | None = None
+        self._window = _Window()
+        self._held: _Window | None = None
         self.steps_taken = 0
         self.growth = 1.0
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
@@ -157,58 +157,60 @@ class WindowedNewton:
         recorded = [step for step in self._recorder.take() if step.loss is not None]
         if self._held is not None:
             self._newton_step(self._held, None)
-        elif recorded:
-            self._collect(recorded)
-            if self._complete():
-                window, self._window = self._window, _Window([])
+        else:
+            if recorded:
+                self._collect(recorded)
+            if self._window.steps and self._complete():
+                window, self._window = self._window, _Window()
                 if self._budgets.hold:
-                    self._held = window.steps
-                assert window.gradient is not None
-                loss = window.loss / window.weight
-                if self._trainer.world_size > 1:  # the gradient comes averaged from the strategy
-                    loss = float(self._reduce(torch.tensor(loss, dtype=torch.float64)))
-                self._newton_step(window.steps, (loss, window.gradient / window.weight))
+                    self._held = window
+                self._newton_step(window, self._loss_and_gradient(window))
         return result
 
     def detach(self) -> None:
         """Gives Lightning's `training_step` back, and the memory that held the window."""
         self._recorder.detach()
-        self._window, self._held, self.last_curvature = _Window([]), None, None
+        self._window, self._held, self.last_curvature = _Window(), None, None
 
     def _collect(self, recorded: list[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
         parameters = FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
-        weights = [_cases(step) for step in recorded]
+        # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
+        cases = sum(_cases(step) for step in recorded)
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
         correction = self._trainer.accumulate_grad_batches / len(recorded)
-        gradient = parameters.gradients() * (correction * sum(weights))
+        gradient = parameters.gradients() * (correction * cases)
         window = self._window
         window.steps.extend(recorded)
+        window.weights.extend([cases / len(recorded)] * len(recorded))
         window.gradient = gradient if window.gradient is None else window.gradient.add_(gradient)
-        window.loss += sum(
-            w * float(step.loss) for w, step in zip(weights, recorded, strict=True) if step.loss is not None
-        )
-        window.weight += sum(weights)
+        window.loss += sum(float(step.loss) for step in recorded if step.loss is not None) * cases / len(recorded)
+
+    def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor]:
+        """Mean loss and gradient of a window over all processes, weight decay included."""
+        total = sum(window.weights)
+        assert window.gradient is not None
+        loss, gradient = window.loss / total, window.gradient / total
+        if self._trainer.world_size > 1:  # the gradient comes averaged from the strategy
+            loss = float(self._reduce(torch.tensor(loss, dtype=torch.float64)))
+        return self._with_decay(loss, gradient) if self._decay else (loss, gradient)
 
     def _complete(self) -> bool:
         epoch_over = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         budget = self._budgets.gradient_batches
         return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
 
-    def _newton_step(self, steps: list[RecordedStep], loss_and_gradient: tuple[float, Tensor] | None) -> None:
-        objective = self._objective(steps)
-        loss_now = loss_and_gradient[0] if loss_and_gradient is not None else None
-        self._adapt(loss_now)
+    def _newton_step(self, window: _Window, loss_and_gradient: tuple[float, Tensor] | None) -> None:
+        everything = range(len(window.steps))
+        self._adapt(loss_and_gradient[0] if loss_and_gradient is not None else None)
         generator = torch.Generator().manual_seed(self.steps_taken)
-        curvature, trial = self._budgets.choose(len(steps), self.growth, generator)
-        self.last_curvature = self._objective([steps[i] for i in curvature])
-        if loss_and_gradient is not None and self._decay:
-            loss_and_gradient = self._with_decay(*loss_and_gradient)
+        curvature, trial = self._budgets.choose(len(everything), self.growth, generator)
+        self.last_curvature = self._objective(window, curvature)
         self._before_step()
         record = self._optimizer.step_on(
-            objective,
+            self._objective(window, everything),
             curvature=self.last_curvature,
-            trial=self._objective([steps[i] for i in trial]),
+            trial=self._objective(window, trial),
             loss_and_gradient=loss_and_gradient,
             same_function=self._same_function,
         )
@@ -243,10 +245,12 @@ class WindowedNewton:
         """Takes over what `state_dict` gave."""
         self.steps_taken, self.growth, self._last_step = state["steps_taken"], state["growth"], state["last_step"]
 
-    def _objective(self, steps: list[RecordedStep]) -> Objective:
+    def _objective(self, window: _Window, indices: Sequence[int]) -> Objective:
+        """The mean loss of some of a window's batches, by replay."""
+        steps = [window.steps[index] for index in indices]
         return Objective(
             [self._closure(step) for step in steps],
-            [_cases(step) for step in steps],
+            [window.weights[index] for index in indices],
             random_states=[step.random_state for step in steps],
             reduce=self._reduce if self._trainer.world_size > 1 else None,
         )

@@ -15,7 +15,7 @@ from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, spectrum_of
-from lightning_sfn.trainer.replay import RecordedStep, replay_closure
+from lightning_sfn.trainer.replay import RecordedStep, own_containers, replay_closure
 from lightning_sfn.trainer.support import is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]
@@ -80,7 +80,7 @@ class HessianSpectrum(Callback):
         self._hvp = hvp
         self.last: Spectrum | None = None
         self._probe: list[RecordedStep] = []
-        self._probed_at = -1
+        self._probed_at = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, and starts afresh when the same object is used for another fit."""
@@ -90,14 +90,14 @@ class HessianSpectrum(Callback):
                 raise MisconfigurationException(
                     "HessianSpectrum needs a logger, but the Trainer has none: pass logger=TensorBoardLogger(...)."
                 )
-            self.last, self._probe, self._probed_at = None, [], -1
+            self.last, self._probe, self._probed_at = None, [], 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps the first batches of the run."""
         if len(self._probe) < self.num_batches:
             arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
             state = RandomState.capture(pl_module.device)
-            self._probe.append(RecordedStep(tuple(arguments.values()), {}, state, None))
+            self._probe.append(RecordedStep(own_containers(tuple(arguments.values())), {}, state, None))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

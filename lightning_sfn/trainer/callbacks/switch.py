@@ -167,12 +167,15 @@ class SwitchToSFN(EarlyStopping):
             rank_zero_info(f"\n{self.report.table()}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes our hands off the Trainer."""
+        """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
         if self._driver is not None:
             self._driver.detach()
-            self._driver = None
         if self.newton is not None:
             self.newton.attach(None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes our hands off the Trainer, which calls no teardown after an exception."""
+        self.teardown(trainer, pl_module, "fit")
 
     # ------------------------------------------------------------------------------------------------ the decision
 
@@ -276,6 +279,7 @@ class SwitchToSFN(EarlyStopping):
         """Counters, phase, and the Newton optimizer's state."""
         state = super().state_dict()
         state["switched_at_step"] = self.switched_at_step
+        state["stalled"] = self._stalled
         state["newton"] = state["window"] = None
         if self.newton is not None and self._driver is not None:
             state["newton"], state["window"] = self.newton.state_dict(), self._driver.state_dict()
@@ -285,6 +289,7 @@ class SwitchToSFN(EarlyStopping):
         """Takes over a state; a switched run switches again when training starts."""
         super().load_state_dict(state_dict)
         self.switched_at_step = state_dict["switched_at_step"]
+        self._stalled = state_dict["stalled"]
         self._restored = state_dict if state_dict["newton"] is not None else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
