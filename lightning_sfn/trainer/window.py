@@ -155,6 +155,8 @@ class WindowedNewton:
         """
         result = closure() if closure is not None else None
         recorded = [step for step in self._recorder.take() if step.loss is not None]
+        if self._trainer.fit_loop._skip_backward:
+            return result  # weight averaging passes over the data for batch norm's statistics alone
         if self._held is not None:
             self._newton_step(self._held, None)
         else:

@@ -187,7 +187,7 @@ class Counting(nn.Linear):
 class Factorised(LightningModule):
     """``y = B A x`` close to the saddle at the origin, where stochastic gradient descent stays for long."""
 
-    def __init__(self, lr: float = 0.01, scale: float = 1e-3, size: int = 4) -> None:
+    def __init__(self, lr: float = 1e-3, scale: float = 1e-3, size: int = 4) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         self.a = nn.Parameter(scale * torch.randn(size, size, generator=generator))

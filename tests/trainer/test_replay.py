@@ -296,15 +296,26 @@ def remember_in_nested_list(module: Any, loss: Tensor) -> None:
     module.state["losses"].append(float(loss))
 
 
-def remember_in_plain_tensor(module: Any, loss: Tensor) -> None:
+def remember_in_buffer(module: Any, loss: Tensor) -> None:
     module.state.mul_(0.9).add_(loss)
+
+
+def remember_in_cycle(module: Any, loss: Tensor) -> None:
+    module.state["root"].setdefault("losses", []).append(float(loss))
+
+
+def cycle() -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    state["root"] = state
+    return state
 
 
 @pytest.mark.parametrize(
     ("remember", "state", "read"),
     [
         pytest.param(remember_in_nested_list, lambda: {"losses": []}, lambda s: list(s["losses"]), id="nested list"),
-        pytest.param(remember_in_plain_tensor, lambda: torch.zeros(()), float, id="plain tensor"),
+        pytest.param(remember_in_buffer, lambda: nn.Buffer(torch.zeros(())), float, id="buffer"),
+        pytest.param(remember_in_cycle, cycle, lambda s: list(s["losses"]), id="container that holds itself"),
     ],
 )
 def test_state_below_the_surface_of_attributes(

@@ -46,8 +46,8 @@ def dense_eigenvalues(parameters: Tensor, rows: slice) -> tuple[float, Tensor, T
         return F.mse_loss(torch.func.functional_call(net, values, (x,)), y)
 
     point = parameters.double()
-    hessian = torch.func.hessian(loss)(point)
-    gradient = torch.func.grad(loss)(point)
+    hessian = torch.autograd.functional.hessian(loss, point)
+    gradient = torch.autograd.functional.jacobian(loss, point)
     return loss(point).item(), gradient, torch.linalg.eigvalsh(hessian)
 
 

@@ -175,6 +175,20 @@ def test_window_ends_with_the_epoch_even_if_the_last_step_is_skipped() -> None:
     assert [call.loss for call in calls] == pytest.approx([call.of_objective[0] for call in calls], rel=1e-10)
 
 
+class Leaving(Fitting):
+    """Ends each epoch early, in the way that Lightning offers."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 3 else None
+
+
+def test_window_ends_with_an_epoch_that_the_module_ends() -> None:
+    calls: list[NewtonCall] = []
+    run(regression_loader(20, 4), calls, epochs=5, module=Leaving())
+    assert calls
+    assert {call.sizes[0] for call in calls} == {3}
+
+
 # ------------------------------------------------------------------------------------------------ shares of the window
 
 

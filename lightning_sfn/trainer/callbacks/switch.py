@@ -156,7 +156,7 @@ class SwitchToSFN(EarlyStopping):
         metrics = {f"sfn/{name}": float(getattr(record, name)) for name in _LOGGED}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1)
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Completes the report and says it once."""
