@@ -179,7 +179,7 @@ def _untouched_attributes(module: nn.Module) -> Iterator[None]:
     before: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
     for submodule in module.modules():
         attributes = submodule.__dict__
-        contents = [(container, container.copy()) for container in _containers(attributes.values())]
+        contents = [(container, container.copy()) for container in _containers(attributes.values(), set())]
         before.append((attributes, dict(attributes), contents))
         for name, buffer in submodule._buffers.items():
             if buffer is not None:
@@ -199,12 +199,13 @@ def _untouched_attributes(module: nn.Module) -> Iterator[None]:
                 _refill(container, copy)
 
 
-def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """The plain containers among some values, and those inside them."""
+def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
+    """The plain containers among some values, and those inside them, each once."""
     for value in values:
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, _CONTAINERS) and id(value) not in seen:
+            seen.add(id(value))
             yield value
-            yield from _containers(value.values() if isinstance(value, dict) else value)
+            yield from _containers(value.values() if isinstance(value, dict) else value, seen)
 
 
 def _refill(container: Any, copy: Any) -> None:

@@ -162,12 +162,21 @@ class WindowedNewton:
         else:
             if recorded:
                 self._collect(recorded)
-            if self._window.steps and self._complete():
-                window, self._window = self._window, _Window()
-                if self._budgets.hold:
-                    self._held = window
-                self._newton_step(window, self._loss_and_gradient(window))
+            if self._complete():
+                self._step_on_window()
         return result
+
+    def end_epoch(self) -> None:
+        """Takes the step of a window that the end of the epoch cut short unannounced (a hook that ended the epoch)."""
+        self._step_on_window()
+
+    def _step_on_window(self) -> None:
+        window, self._window = self._window, _Window()
+        if not window.steps:
+            return
+        if self._budgets.hold:
+            self._held = window
+        self._newton_step(window, self._loss_and_gradient(window))
 
     def detach(self) -> None:
         """Gives Lightning's `training_step` back, and the memory that held the window."""

@@ -158,6 +158,12 @@ class SwitchToSFN(EarlyStopping):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the window with the epoch, and checks where `EarlyStopping` would."""
+        if self._driver is not None:
+            self._driver.end_epoch()
+        super().on_train_epoch_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Completes the report and says it once."""
         if self.report is not None and self._driver is not None:
