@@ -25,6 +25,7 @@ from lightning_sfn.cli_messages import one_sentence
 from lightning_sfn.experiments.autoencoder import Autoencoder
 from lightning_sfn.experiments.mnist import MNISTDataModule
 from lightning_sfn.experiments.recipes import with_recipe_paths
+from lightning_sfn.newton import CurvatureError, ObjectiveError
 
 __all__ = [
     "Autoencoder",
@@ -111,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(one_sentence(str(error)), _USAGE_ERROR)
     except UsageError as error:
         return _fail(str(error), _USAGE_ERROR)
-    except (MisconfigurationException, FileNotFoundError) as error:
+    except (MisconfigurationException, FileNotFoundError, ObjectiveError, CurvatureError, FloatingPointError) as error:
         return _fail(" ".join(str(error).split()), _RUNTIME_ERROR)
     return 0
 
