@@ -75,7 +75,7 @@ class Spectrum:
 def hessian_spectrum(
     closure: Closure,
     params: Iterable[Tensor],
-    krylov_dim: int = 64,
+    krylov_dim: int | None = None,
     *,
     curvature: str = "hessian",
     hvp: str = "auto",
@@ -87,7 +87,8 @@ def hessian_spectrum(
         closure: Returns the loss with its graph (with ``curvature="gauss_newton"`` the pair of loss and output). It is
             evaluated once or a few times and must not call ``backward``.
         params: The parameters; nothing about them is changed.
-        krylov_dim: Number of Lanczos vectors, each one Hessian-vector product.
+        krylov_dim: Number of Lanczos vectors, each one Hessian-vector product. 64 (or the number of parameters, if
+            smaller) when left out.
         curvature: ``"hessian"`` or ``"gauss_newton"``.
         hvp: ``"auto"``, ``"retain"``, ``"recompute"`` or ``"finite_difference"``, as in `SaddleFreeNewton`.
         seed: Seed of the start vector.
@@ -106,6 +107,7 @@ def hessian_spectrum(
         tensor([-2., 10.], dtype=torch.float64)
     """
     parameters = FlatParameters(params)
+    krylov_dim = min(64, parameters.size) if krylov_dim is None else krylov_dim
     if not 1 <= krylov_dim <= parameters.size:
         raise ValueError(
             f"krylov_dim is {krylov_dim}, but a number from 1 to {parameters.size} (all parameters) is expected."

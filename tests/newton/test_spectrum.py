@@ -133,3 +133,9 @@ def test_finite_differences_of_gauss_newton_are_refused_as_in_the_optimizer() ->
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=r"finite_difference.*use curvature='hessian'"):
         hessian_spectrum(lambda: (x**2).sum(), [x], 2, curvature="gauss_newton", hvp="finite_difference")
+
+
+def test_a_small_model_needs_no_krylov_dim() -> None:
+    x = torch.zeros(2, requires_grad=True)
+    spectrum = hessian_spectrum(lambda: 5 * x[0] ** 2 - x[1] ** 2, [x])
+    torch.testing.assert_close(spectrum.eigenvalues, torch.tensor([-2.0, 10.0], dtype=torch.float64))

@@ -121,6 +121,24 @@ def test_checks_that_are_not_numbers_do_not_count() -> None:
     assert callback.switched_at_step == 4 * 5
 
 
+@pytest.mark.filterwarnings("ignore:metric is nan")
+def test_processes_decide_together_also_where_one_sees_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that skips the common decision leaves the others waiting for it for ever."""
+    counts = []
+    for script in ([3.0, 2.0, 1.0], [3.0, NAN, 1.0]):
+        trainer = make_trainer(3, callbacks=[SwitchToSFN(monitor="metric", patience=2, probe_dim=0)])
+        reduce, asked = trainer.strategy.reduce_boolean_decision, []
+
+        def counting(decision: bool, all: bool = True, asked: list[bool] = asked, reduce: Any = reduce) -> bool:
+            asked.append(decision)
+            return bool(reduce(decision, all))
+
+        monkeypatch.setattr(trainer.strategy, "reduce_boolean_decision", counting)
+        trainer.fit(Scripted(script), regression_loader())
+        counts.append(len(asked))
+    assert counts[0] == counts[1] >= 3
+
+
 def test_missing_metric_is_an_error_that_names_what_there_is() -> None:
     trainer = make_trainer(1, callbacks=[SwitchToSFN(monitor="val_acc")])
     with pytest.raises(MisconfigurationException, match=r"monitors 'val_acc', but .* is metric, train_loss:"):
