@@ -1,6 +1,7 @@
 """What a switch to SFN gained and what it cost."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from lightning_sfn.newton.spectrum import Spectrum
 
@@ -38,6 +39,20 @@ class SwitchReport:
     products: int = 0
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
+
+    def state_dict(self, newton_seconds: float) -> dict[str, Any]:
+        """The report as plain numbers, lists and tensors, for checkpoints.
+
+        Args:
+            newton_seconds: Seconds since the switch, as of now.
+        """
+        return asdict(replace(self, newton_seconds=newton_seconds))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "SwitchReport":
+        """The report that `state_dict` gave."""
+        spectra = {name: state[name] for name in ("spectrum_at_switch", "spectrum_at_end")}
+        return cls(**(state | {name: Spectrum(**kept) if kept else None for name, kept in spectra.items()}))
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The report as rows: what, at the switch (or before it), at the end (or since it)."""

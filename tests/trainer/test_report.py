@@ -43,3 +43,14 @@ def test_table_is_aligned_and_holds_every_cell() -> None:
     assert {len(line) for line in lines} == {len(lines[0])}
     for line, row in zip(lines[2:], report().rows(), strict=True):
         assert all(cell in line for cell in row)
+
+
+def test_a_report_survives_a_checkpoint() -> None:
+    spectrum = Spectrum(torch.tensor([-1.0, 2.0]), torch.tensor([0.1, 0.2]), 3.0, 0.5, 2)
+    report = SwitchReport("loss", "SGD", 4.0, first_steps=7, products=5, spectrum_at_switch=spectrum)
+    restored = SwitchReport.from_state(report.state_dict(newton_seconds=9.0))
+    assert restored.rows()[:3] == report.rows()[:3]
+    assert restored.newton_seconds == 9.0
+    assert restored.spectrum_at_end is None
+    assert restored.spectrum_at_switch is not None
+    assert restored.spectrum_at_switch.to_dict() == spectrum.to_dict()

@@ -74,7 +74,7 @@ class Optimizers:
     """Stands for a Trainer after `configure_optimizers`."""
 
     def __init__(self, count: int) -> None:
-        self.optimizers = [object()] * count
+        self.optimizers = [torch.optim.SGD([torch.zeros(1)], lr=0.1)] * count
 
 
 def test_one_optimizer_is_needed() -> None:
@@ -82,6 +82,16 @@ def test_one_optimizer_is_needed() -> None:
     for count in (0, 2):
         with pytest.raises(MisconfigurationException, match=f"^We replaces one optimizer, but .* returned {count}: "):
             require_one_optimizer(Optimizers(count), "We")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
+def test_a_module_without_optimizer_is_refused() -> None:
+    class Without(Fitting):
+        def configure_optimizers(self) -> None:
+            return None
+
+    with pytest.raises(MisconfigurationException, match="configure_optimizers returned 0"):
+        make_trainer(1, callbacks=[SwitchToSFN()]).fit(Without(), regression_loader())
 
 
 def test_two_optimizers() -> None:

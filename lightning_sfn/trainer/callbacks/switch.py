@@ -134,8 +134,9 @@ class SwitchToSFN(EarlyStopping):
             require_replayable(trainer, pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches again where a checkpoint of a switched run is resumed."""
+        """Checks the optimizer that a switch would make; switches again where a switched run is resumed."""
         require_one_optimizer(trainer, type(self).__name__)
+        self._make_newton(trainer.optimizers[0])
         self._clock = time.monotonic()
         if self._restored is not None:
             self._switch(trainer, pl_module)
@@ -150,6 +151,9 @@ class SwitchToSFN(EarlyStopping):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the Newton step that this batch completed."""
+        self._log_step(trainer, pl_module)
+
+    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         record, self._unlogged = self._unlogged, None
         if record is None:
             return
@@ -162,12 +166,13 @@ class SwitchToSFN(EarlyStopping):
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
         if self._driver is not None:
             self._driver.end_epoch()
+            self._log_step(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Completes the report and says it once."""
         if self.report is not None and self._driver is not None:
-            self.report.newton_seconds = time.monotonic() - self._clock
+            self.report.newton_seconds += time.monotonic() - self._clock
             self.report.final = self._monitored(trainer)
             self.report.spectrum_at_end = self._probe()
             rank_zero_info(f"\n{self.report.table()}")
@@ -189,15 +194,15 @@ class SwitchToSFN(EarlyStopping):
         """Decides in the place where `EarlyStopping` does, which sees metrics of the same epoch; all ranks alike."""
         if self.switched or self._stalled or is_dry_run(trainer):
             return
-        if not self._validate_condition_metric(trainer.callback_metrics):
-            return
-        current = trainer.callback_metrics[self.monitor].squeeze()
-        if not bool(torch.isfinite(current)):
-            if not self._warned:
+        stalled = False
+        if self._validate_condition_metric(trainer.callback_metrics):
+            current = trainer.callback_metrics[self.monitor].squeeze()
+            if bool(torch.isfinite(current)):
+                stalled, _ = self._evaluate_stopping_criteria(current)
+            elif not self._warned:
                 rank_zero_warn(f"{self.monitor} is {float(current)}: SwitchToSFN does not switch on it.")
                 self._warned = True
-            return
-        stalled, _ = self._evaluate_stopping_criteria(current)
+        # Every rank takes part, whatever it saw, or the others would wait for it.
         self._stalled = trainer.strategy.reduce_boolean_decision(stalled, all=False)
 
     def _validate_condition_metric(self, logs: dict[str, Tensor]) -> bool:
@@ -218,12 +223,7 @@ class SwitchToSFN(EarlyStopping):
     def _switch(self, trainer: Trainer, module: LightningModule) -> None:
         """Puts the Newton optimizer in the first one's place."""
         base = trainer.optimizers[0]
-        newton = self._make_optimizer([{"params": group["params"]} for group in base.param_groups])
-        if not isinstance(newton, SaddleFreeNewton):
-            raise MisconfigurationException(
-                f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
-                "pass functools.partial(SaddleFreeNewton, ...)."
-            )
+        newton = self._make_newton(base)
         self._base, self.newton = base, newton
         self._base_schedulers = list(trainer.strategy.lr_scheduler_configs)
         if self._base_schedulers:
@@ -249,9 +249,24 @@ class SwitchToSFN(EarlyStopping):
             self.switched_at_step = trainer.global_step
         self._begin_report(trainer, base)
 
+    def _make_newton(self, base: Optimizer) -> SaddleFreeNewton:
+        """The Newton optimizer over the first one's parameters."""
+        try:
+            newton = self._make_optimizer([{"params": group["params"]} for group in base.param_groups])
+        except ValueError as error:
+            raise MisconfigurationException(f"SwitchToSFN cannot make its optimizer: {error}") from error
+        if not isinstance(newton, SaddleFreeNewton):
+            raise MisconfigurationException(
+                f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
+                "pass functools.partial(SaddleFreeNewton, ...)."
+            )
+        return newton
+
     def _begin_report(self, trainer: Trainer, base: Optimizer) -> None:
         now = time.monotonic()
-        if self._restored is None:
+        if self._restored is not None:
+            self.report = SwitchReport.from_state(self._restored["report"])
+        else:
             plateau = self._monitored(trainer)
             self.report = SwitchReport(self.monitor, type(base).__name__, plateau, first_steps=trainer.global_step)
             self.report.first_seconds = now - self._clock
@@ -286,9 +301,10 @@ class SwitchToSFN(EarlyStopping):
         state = super().state_dict()
         state["switched_at_step"] = self.switched_at_step
         state["stalled"] = self._stalled
-        state["newton"] = state["window"] = None
-        if self.newton is not None and self._driver is not None:
+        state["newton"] = state["window"] = state["report"] = None
+        if self.newton is not None and self._driver is not None and self.report is not None:
             state["newton"], state["window"] = self.newton.state_dict(), self._driver.state_dict()
+            state["report"] = self.report.state_dict(self.report.newton_seconds + time.monotonic() - self._clock)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
