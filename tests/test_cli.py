@@ -113,7 +113,7 @@ def test_short_names_without_a_recipe(command: Command) -> None:
         ("monitor: train_loss", "monitr: train_loss", "SwitchToSFN has no option 'monitr'; did you mean 'monitor'?"),
         ("class_path: SwitchToSFN", "class_path: Nobody", "there is no class 'Nobody'"),
         ("image_size: 10", "image_size: 100", "image_size must be an integer from 1 to 28"),
-        ("max_epochs: 160", "max_epochs: many", "trainer.max_epochs: expected int, got 'many'"),
+        ("max_epochs: 140", "max_epochs: many", "trainer.max_epochs: expected int, got 'many'"),
         ("trainer:", "trainr:", "does not accept option 'trainr."),
         ("model:", "model: [", "Problems parsing config"),
     ],

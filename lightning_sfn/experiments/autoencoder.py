@@ -58,6 +58,7 @@ class Autoencoder(pl.LightningModule):
             raise MisconfigurationException(
                 f"Autoencoder got loss={loss!r}, but it must be one of {', '.join(_LOSSES)}."
             )
+        self.width = sizes[0]
         self.loss = loss
         self.optimizer = optimizer
         self.encoder = _dense_stack(sizes, _ACTIVATIONS[activation])
@@ -85,6 +86,11 @@ class Autoencoder(pl.LightningModule):
         Returns:
             Scalar: the loss summed over pixels and averaged over images.
         """
+        if images.shape[-1] != self.width:
+            raise MisconfigurationException(
+                f"Autoencoder has sizes[0]={self.width}, but the images have {images.shape[-1]} pixels: set sizes[0] "
+                "to image_size squared (100 for data.image_size 10)."
+            )
         logits = self._logits(images)
         if self.loss == "cross_entropy":
             total = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")

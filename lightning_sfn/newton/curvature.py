@@ -161,7 +161,11 @@ def gradient_of(objective: Objective, parameters: FlatParameters) -> tuple[float
     def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor | None, ...]]]:
         for index, weight in enumerate(objective.weights):
             loss = _with_graph(evaluate_without_backward(objective, index, parameters).loss)
-            yield weight, loss.detach(), torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
+            try:
+                gradient = torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
+            except RuntimeError as error:
+                raise explain(error) from error
+            yield weight, loss.detach(), gradient
 
     return _average(objective, parameters, parts())
 

@@ -150,15 +150,15 @@ class LevenbergMarquardt(Damping):
     """One candidate a step; the damping follows the ratio of actual to predicted decrease (Martens 2010).
 
     A ratio above 3/4 lowers the damping to two thirds, one below 1/4 raises it by a half, a step that is not taken
-    raises it fourfold.
+    raises it fourfold. It stays within ``[1e-9, 10]`` times the largest absolute eigenvalue.
     """
 
-    _INITIAL = 1e-2  # times the largest absolute eigenvalue of the first step
+    _INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # times the largest absolute eigenvalue
 
     def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
         """Tries the present value."""
-        if self.value is None:
-            self.value = self._INITIAL * scale
+        value = self._INITIAL * scale if self.value is None else self.value
+        self.value = min(max(value, self._LOWEST * scale), self._HIGHEST * scale)
         return Choice(self.value, trial_losses([self.value])[0], 1)
 
     def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
@@ -199,4 +199,6 @@ def make_damping(damping: "str | float | Damping") -> Damping:
                 f"damping is {damping!r}, but one of {', '.join(map(repr, _BY_NAME))} or a positive number is expected."
             )
         return _BY_NAME[damping]()
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise ValueError(f"damping is {damping!r}, but a name or a positive number is expected.")
     return FixedDamping(damping)

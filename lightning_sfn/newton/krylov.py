@@ -17,6 +17,7 @@ from lightning_sfn.newton.reductions import combine, dot, norm, project
 __all__ = ["Direction", "KrylovSubspace", "lanczos"]
 
 _SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
+_ROUNDING = 10  # units of rounding of the largest eigenvalue that products and projections are off by
 _NEW_INFORMATION = 0.05  # an added direction with less than this outside the basis would be mostly rounding error
 
 
@@ -75,10 +76,11 @@ class KrylovSubspace:
     def residuals(self) -> Tensor:
         """Residual norms ``|H y - theta y|`` of the Ritz pairs, float64, shape ``(k,)``.
 
-        Each interval ``theta +- residual`` contains an eigenvalue. Exact for a subspace of Lanczos vectors alone; with
-        added directions their own residuals are not part of it.
+        Each interval ``theta +- residual`` contains an eigenvalue; rounding in the basis' dtype is part of it.
+        For a subspace of Lanczos vectors alone; with added directions their own residuals are not part of it.
         """
-        return self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs()
+        rounding = _ROUNDING * torch.finfo(self.basis.dtype).eps * self.eigenvalues.abs().max()
+        return torch.hypot(self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs(), rounding)
 
     def coordinates(self, vector: Tensor) -> Tensor:
         """Coordinates of a vector along the Ritz vectors, float64, shape ``(k,)``, on the CPU."""
@@ -135,9 +137,9 @@ def lanczos(
     for j in range(steps):
         image = matvec(basis[j])
         diagonal = float(dot(image, basis[j]))
-        leftover = image - diagonal * basis[j]
+        leftover = torch.add(image, basis[j], alpha=-diagonal)
         if j > 0:
-            leftover -= coupling * basis[j - 1]
+            leftover.add_(basis[j - 1], alpha=-coupling)
         leftover, coupling = _orthogonalise(leftover, basis[: j + 1])
         projected[j, j] = diagonal
         scale = max(scale, abs(diagonal), coupling)

@@ -82,6 +82,7 @@ class StepMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.clear()
-        self._steps.extend(Direction(vector, product) for vector, product in state["steps"])
+        newest = state["steps"][: self._steps.maxlen]
+        self._steps.extend(Direction(vector, product) for vector, product in newest)
         if "pending" in state:
             self._pending = Direction(*state["pending"])

@@ -16,6 +16,8 @@ from lightning_sfn.newton.randomness import RandomState
 
 __all__ = ["Closure", "Evaluation", "Objective", "ObjectiveError"]
 
+_REPEATABLE = 1e-4  # relative difference of two evaluations at one point that nondeterministic kernels explain
+
 Closure = Callable[[], Tensor | tuple[Tensor, Tensor]]
 """A function without arguments that returns the scalar loss with its graph, or ``(loss, model_output)``."""
 
@@ -114,10 +116,15 @@ class Objective:
                 with state.replayed():
                     result = self._closures[index]()
             loss, output = result if isinstance(result, tuple) else (result, None)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-                given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            if not isinstance(loss, Tensor):
                 raise ObjectiveError(
-                    f"The closure returned {given}, but a scalar loss is expected: reduce it, for instance by .mean()."
+                    f"The closure returned {type(loss).__name__}, but a scalar tensor with its graph is expected: "
+                    "return the loss itself, without .item()."
+                )
+            if loss.numel() != 1 or not loss.is_floating_point():
+                raise ObjectiveError(
+                    f"The closure returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}, but a real "
+                    "scalar loss is expected: reduce it, for instance by .mean()."
                 )
             return Evaluation(loss.reshape(()), output)
 
@@ -129,6 +136,23 @@ class Objective:
         """
         losses = [self.evaluate(index).loss.detach().double() * weight for index, weight in enumerate(self.weights)]
         return float(self.reduce(torch.stack(losses).sum()))
+
+    def require_repeatable(self, value: float) -> None:
+        """Evaluates again at the same parameters: the value must be the same, or no comparison means anything.
+
+        Args:
+            value: What an earlier evaluation gave.
+
+        Raises:
+            ObjectiveError: The two differ by more than nondeterministic kernels explain.
+        """
+        again = self.value()
+        if not abs(again - value) <= _REPEATABLE * max(abs(value), abs(again)):
+            raise ObjectiveError(
+                f"The loss was {value:.8g} and then {again:.8g} at the same parameters, but it must be a fixed "
+                "function within one step: draw the batch outside of it and leave the batch unchanged, and draw random "
+                "numbers from torch's, NumPy's or Python's global generators, which are replayed."
+            )
 
     def local(self) -> "Objective":
         """The same parts, with the same random numbers, without the mean over processes."""

@@ -1,7 +1,7 @@
 r"""`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator, gradient_of
+from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, make_damping
-from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
-from lightning_sfn.newton.gauss_newton import GaussNewtonOperator
 from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner, make_preconditioner
 from lightning_sfn.newton.reductions import norm
@@ -26,10 +25,6 @@ __all__ = ["Driver", "SaddleFreeNewton"]
 
 _DEFAULT_KRYLOV_DIM = 16
 _SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
-_REPEATABLE = 1e-4  # relative difference of two evaluations at one point that nondeterministic kernels explain
-
-CurvatureName = Literal["hessian", "gauss_newton"]
-ProductMethod = Literal["auto", "retain", "recompute", "finite_difference"]
 
 
 class Driver(Protocol):
@@ -59,7 +54,8 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
-        preconditioner: ``"diagonal"`` (equilibration), ``None``, or a `Preconditioner`.
+        preconditioner: ``"diagonal"`` (equilibration), ``None``, or a `Preconditioner`. The default is ``"diagonal"``,
+            and ``None`` for the exact method.
         secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
             same function, as full-batch closures give). Otherwise each costs one product.
         exploration: Share of a random vector and of the last most negative Ritz vector in the start vector, so that a
@@ -95,7 +91,7 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: float | None = None,
         max_step_norm: float | None = None,
         previous_directions: int = 10,
-        preconditioner: str | Preconditioner | None = "diagonal",
+        preconditioner: str | Preconditioner | None = "auto",
         secants: bool = True,
         exploration: float = 1e-2,
         hvp: ProductMethod = "auto",
@@ -111,10 +107,7 @@ class SaddleFreeNewton(Optimizer):
         for name, bound in (("max_grad_norm", max_grad_norm), ("max_step_norm", max_step_norm)):
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name} is {bound}, but a positive number or None is expected.")
-        _check_choice("curvature", curvature, ("hessian", "gauss_newton"))
-        _check_choice("hvp", hvp, ("auto", "retain", "recompute", "finite_difference"))
-        if curvature == "gauss_newton" and hvp == "finite_difference":
-            raise ValueError("hvp='finite_difference' gives the Hessian: use curvature='hessian' with it.")
+        check_curvature(curvature, hvp)
         super().__init__(params, {"lr": lr})
         for group in self.param_groups:
             _check_range("lr", float(group["lr"]), minimum=0.0)
@@ -126,6 +119,8 @@ class SaddleFreeNewton(Optimizer):
         self.curvature: CurvatureName = curvature
         self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
         self.memory = StepMemory(previous_directions, secants=secants)
+        if preconditioner == "auto":
+            preconditioner = None if self.krylov_dim is None else "diagonal"
         self.preconditioner = make_preconditioner(preconditioner)
         self.exploration = exploration
         self.hvp: ProductMethod = hvp
@@ -250,7 +245,7 @@ class SaddleFreeNewton(Optimizer):
         same_function: bool | None,
     ) -> StepRecord:
         origin = parameters.read()
-        operator = self.make_operator(curvature, parameters)
+        operator = self.operator(curvature, parameters)
         try:
             if loss_and_gradient is None:
                 source = operator.loss_and_gradient if curvature is objective else None
@@ -259,7 +254,8 @@ class SaddleFreeNewton(Optimizer):
             _require_finite(loss, gradient)
             around = TrialLoss.at(trial, objective, parameters, loss, gradient)
             if not self._checked:
-                self._require_repeatable(around)
+                trial.require_repeatable(around.offset)
+                self._checked = True
             self._complete_secant(loss, gradient, same_function)
             self.preconditioner.refresh(operator, self._generator)
             space = build_subspace(
@@ -278,13 +274,15 @@ class SaddleFreeNewton(Optimizer):
                 "A Hessian-vector product is not finite at the present parameters, so no step is tried: look for norms "
                 "and square roots at zero in the model."
             )
-        self._escape = self.preconditioner.scale(space.ritz_vector(0))
+        lowest, highest = (self.preconditioner.scale(space.ritz_vector(index)) for index in (0, -1))
+        self._escape = lowest
         record = StepRecord(
             loss_before=loss,
             loss_after=loss,
             gradient_norm=float(norm(gradient)),
-            lambda_min=float(space.eigenvalues[0]),
-            lambda_max=float(space.eigenvalues[-1]),
+            # Rayleigh quotients in the parameters' own coordinates, whatever the preconditioner.
+            lambda_min=float(space.eigenvalues[0] / norm(lowest).cpu().square()),
+            lambda_max=float(space.eigenvalues[-1] / norm(highest).cpu().square()),
             subspace_dim=len(space),
             products=operator.products,
             gradients=1,
@@ -308,16 +306,22 @@ class SaddleFreeNewton(Optimizer):
         record: StepRecord,
     ) -> StepRecord:
         """Algorithm 1's inner loop: fresh gradients, one Hessian; ends at the first step that is not taken."""
+        before, origin = record, parameters.read()
         for inner in range(self.inner_steps):
             if inner > 0:
                 loss, gradient = gradient_of(objective, parameters)
-                record = replace(record, gradients=record.gradients + 1)
-                if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
+                spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)
+                if not (loss < before.loss_after and bool(torch.isfinite(gradient).all())):
+                    # The trial data promised a decrease that the objective does not show: take the step back.
+                    parameters.write(origin)
                     self.memory.abandon()
-                    break
+                    self.damping.feedback(accepted=False, reduction_ratio=0.0)
+                    return spent
+                record = replace(record, gradients=spent.gradients)
                 self.memory.complete(gradient)
                 trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
                 record = replace(record, loss_after=loss)
+                before, origin = record, parameters.read()
             record, step = take_inner_step(
                 model,
                 clip(gradient, self.max_grad_norm),
@@ -329,14 +333,14 @@ class SaddleFreeNewton(Optimizer):
             if step is None:
                 if inner == 0:
                     self.memory.clear()  # what the memory says has led nowhere
-                    self._require_repeatable(trial)
+                    trial.objective.require_repeatable(trial.offset)
                 break
             self.memory.record(step, gradient)
         return record
 
     # ------------------------------------------------------------------------------------------------ parts of a step
 
-    def make_operator(self, objective: Objective, parameters: FlatParameters | Iterable[Tensor]) -> CurvatureOperator:
+    def operator(self, objective: Objective, parameters: FlatParameters) -> CurvatureOperator:
         """The curvature operator that this optimizer's options name.
 
         Args:
@@ -346,16 +350,14 @@ class SaddleFreeNewton(Optimizer):
         Returns:
             The operator.
         """
-        if self.hvp == "finite_difference":
-            return FiniteDifferenceOperator(objective, parameters)
-        kind = GaussNewtonOperator if self.curvature == "gauss_newton" else HessianOperator
-        return kind(objective, parameters, retention=self.hvp, budget=self._budget)
+        return make_operator(objective, parameters, self.curvature, self.hvp, self._budget)
 
     def _current_parameters(self) -> FlatParameters:
         """The parameters that require gradients now; what belongs to another set of them is forgotten."""
         parameters = FlatParameters(p for group in self.param_groups for p in group["params"])
         if [id(p) for p in parameters.tensors] != [id(p) for p in self._parameters.tensors]:
             self.memory.clear()
+            self.preconditioner.reset()
             self._escape = None
         self._parameters = parameters
         return parameters
@@ -389,17 +391,6 @@ class SaddleFreeNewton(Optimizer):
             self.memory.abandon()
         self.memory.complete(gradient)
 
-    def _require_repeatable(self, trial: TrialLoss) -> None:
-        """A second evaluation at the same point must agree, or no trial loss means anything."""
-        first, second = trial.offset, trial.objective.value()
-        if not abs(second - first) <= _REPEATABLE * max(abs(first), abs(second)):
-            raise ObjectiveError(
-                f"The closure returned {first:.8g} and then {second:.8g} at the same parameters, but it must be a "
-                "fixed function within one step: draw the batch outside the closure, and random numbers from torch's, "
-                "NumPy's or Python's global generators, which are replayed."
-            )
-        self._checked = True
-
     # ------------------------------------------------------------------------------------------------ training loops
 
     def attach(self, driver: Driver | None) -> None:
@@ -407,6 +398,20 @@ class SaddleFreeNewton(Optimizer):
         self._driver = driver
 
     # ------------------------------------------------------------------------------------------------ state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the training loop that drives the optimizer, so that copies and pickles work."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_driver", "_generator", "step")}
+        return state | {"generator_state": self._generator.get_state(), "generator_device": self._generator.device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over what `__getstate__` gave, or the two entries that torch's `load_state_dict` passes."""
+        whole = "generator_state" in state
+        super().__setstate__({k: v for k, v in state.items() if k not in ("generator_state", "generator_device")})
+        if whole:
+            self._driver = None
+            self._generator = torch.Generator(state["generator_device"])
+            self._generator.set_state(state["generator_state"])
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state, as tensors, lists and numbers: damping, remembered steps, preconditioner, generator."""
@@ -465,13 +470,8 @@ def _resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> 
 
 
 def _check_range(name: str, value: float, *, minimum: float) -> None:
-    if not (math.isfinite(value) and value >= minimum):
-        raise ValueError(f"{name} is {value}, but a number of at least {minimum:g} is expected.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, but one of {', '.join(map(repr, choices))} is expected.")
+    if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= minimum):
+        raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
 
 
 def _require_finite(loss: float, gradient: Tensor) -> None:

@@ -59,8 +59,8 @@ class FlatParameters:
             )
         if self.tensors[0].dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"The parameters have dtype {dtypes[0]}, but curvature needs float32 or float64: keep the parameters "
-                "in float32 (for instance with precision='bf16-mixed' in place of 'bf16-true')."
+                f"The parameters have dtype {dtypes[0]}, but curvature needs float32 or float64: convert the model "
+                "with model.float() (precision='bf16-mixed' keeps float32 parameters, 'bf16-true' does not)."
             )
         if any(p.layout != torch.strided for p in self.tensors):
             raise ValueError("A parameter is sparse, but curvature needs dense parameters: use a dense layer instead.")

@@ -26,6 +26,9 @@ class Preconditioner(ABC):
             generator: Source of random probes, on the parameters' device.
         """
 
+    def reset(self) -> None:  # noqa: B027
+        """Forgets everything: the parameters are others now."""
+
     @abstractmethod
     def scale(self, vectors: Tensor) -> Tensor:
         """``D v`` for vectors of shape ``(n,)`` or ``(c, n)``."""
@@ -89,6 +92,10 @@ class DiagonalPreconditioner(Preconditioner):
             self._mean.mul_(self.decay).add_(square, alpha=1 - self.decay)
             self._refreshes += 1
         self._update()
+
+    def reset(self) -> None:
+        """Forgets the running average."""
+        self._mean, self._refreshes, self._diagonal = None, 0, None
 
     def _update(self) -> None:
         if self._mean is None or self._refreshes == 0 or not bool(self._mean.any()):

@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["combine", "dot", "norm", "project"]
 
 _CHUNK = 4096  # float32 rounding inside one chunk stays below 1e-6; float64 takes over between chunks
+_SAFE = (1e-15, 1e18)  # norms whose squares float32 holds with room to spare
 _SLAB = 16_384  # columns of one matrix-vector product: large enough for BLAS, short enough for float32
 
 
@@ -39,7 +40,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def norm(x: Tensor) -> Tensor:
     """Euclidean norm of a flat vector, accumulated in float64.
 
-    Chunks are normed before they are squared, so that entries whose squares leave the range of float32 still count.
+    Entries whose squares leave the range of float32 still count.
 
     Args:
         x: Vector of shape ``(n,)``.
@@ -51,8 +52,14 @@ def norm(x: Tensor) -> Tensor:
     rest: Tensor = torch.linalg.vector_norm(x[whole:].double())
     if not whole:
         return rest
-    chunks = torch.linalg.vector_norm(x[:whole].view(-1, _CHUNK), dim=1, dtype=torch.float64)
-    total: Tensor = torch.linalg.vector_norm(torch.cat([chunks, rest.reshape(1)]))
+    for dtype in (
+        x.dtype,
+        torch.float64,
+    ):  # squares of single precision may leave its range: rare, and ten times slower
+        chunks = torch.linalg.vector_norm(x[:whole].view(-1, _CHUNK), dim=1, dtype=dtype).double()
+        total: Tensor = torch.linalg.vector_norm(torch.cat([chunks, rest.reshape(1)]))
+        if _SAFE[0] < float(total) < _SAFE[1]:
+            break
     return total
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator
-from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
-from lightning_sfn.newton.gauss_newton import GaussNewtonOperator
+from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.krylov import lanczos
 from lightning_sfn.newton.objective import Closure, Objective
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.reductions import norm
 
@@ -55,8 +54,15 @@ class Spectrum:
     @property
     def negative_fraction(self) -> float:
         """Share of the Ritz values that are negative beyond rounding (the paper's index alpha, within the subspace)."""
-        rounding = 1e-7 * float(self.eigenvalues.abs().max())
-        return float((self.eigenvalues < -rounding).double().mean())
+        return float((self.eigenvalues < -self.residuals.min()).double().mean())  # residuals include rounding
+
+    def __str__(self) -> str:
+        """The numbers in one line."""
+        return (
+            f"eigenvalues from {self.lambda_min:.4g} to {self.lambda_max:.4g} (error up to {self.residual_max:.1g}), "
+            f"{self.negative_fraction:.0%} of {len(self.eigenvalues)} Ritz values negative; loss {self.loss:.6g}, "
+            f"gradient norm {self.gradient_norm:.3g}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for JSON."""
@@ -77,8 +83,8 @@ def hessian_spectrum(
     params: Iterable[Tensor],
     krylov_dim: int | None = None,
     *,
-    curvature: str = "hessian",
-    hvp: str = "auto",
+    curvature: CurvatureName = "hessian",
+    hvp: ProductMethod = "auto",
     seed: int = 0,
 ) -> Spectrum:
     """Ritz values of the Hessian of a loss, by Lanczos from a random vector.
@@ -112,19 +118,7 @@ def hessian_spectrum(
         raise ValueError(
             f"krylov_dim is {krylov_dim}, but a number from 1 to {parameters.size} (all parameters) is expected."
         )
-    objective = Objective([closure])
-    operator: CurvatureOperator
-    if curvature not in ("hessian", "gauss_newton"):
-        raise ValueError(f"curvature is {curvature!r}, but 'hessian' or 'gauss_newton' is expected.")
-    if hvp == "finite_difference" and curvature == "gauss_newton":
-        raise ValueError("hvp='finite_difference' gives the Hessian: use curvature='hessian' with it.")
-    if hvp == "finite_difference":
-        operator = FiniteDifferenceOperator(objective, parameters)
-    elif hvp in ("auto", "retain", "recompute"):
-        kind = GaussNewtonOperator if curvature == "gauss_newton" else HessianOperator
-        operator = kind(objective, parameters, retention=hvp)  # type: ignore[arg-type]
-    else:
-        raise ValueError(f"hvp is {hvp!r}, but 'auto', 'retain', 'recompute' or 'finite_difference' is expected.")
+    operator = make_operator(Objective([closure]), parameters, curvature, hvp)
     return spectrum_of(operator, krylov_dim, seed=seed)
 
 

@@ -36,8 +36,9 @@ class StepRecord:
         damping: The last damping that was chosen.
         step_norm: Norm of the whole change of the parameters.
         predicted_decrease: Decrease that the quadratic model in the subspace promised, over all inner steps taken.
-        lambda_min: Smallest Ritz value of the subspace, in its (preconditioned) coordinates.
-        lambda_max: Largest Ritz value, likewise.
+        lambda_min: Curvature along the subspace's lowest Ritz vector: no smaller than the smallest eigenvalue (secants
+            aside).
+        lambda_max: Curvature along its highest Ritz vector: no larger than the largest eigenvalue, likewise.
         subspace_dim: Dimension of the subspace: Lanczos vectors and remembered steps.
         products: Hessian-vector products spent.
         trials: Trial losses spent.
@@ -181,6 +182,9 @@ class SubspaceModel:
             steps = steps * shrink.to(steps).unsqueeze(1)
         if isinstance(self.learning_rates, float):
             shrink = shrink * self.learning_rates
+        else:  # groups differ: the steps leave the subspace's own scaling, so look at where they lie in it
+            along = torch.stack([self.space.coordinates(self.preconditioner.unscale(step)) for step in steps])
+            shrink = torch.ones(len(dampings), dtype=torch.float64)
         slope = along @ coordinates
         bend = (along.square() @ self.space.eigenvalues) / 2
         return steps, -(shrink * slope + shrink.square() * bend)
@@ -283,7 +287,8 @@ def take_inner_step(
     after, predicted, step = best
     accepted = step is not None and after < trial.loss
     strategy.feedback(accepted=accepted, reduction_ratio=(trial.loss - after) / predicted if predicted > 0 else 0.0)
-    record = replace(record, damping=choice.damping, trials=record.trials + choice.trials)
+    chosen = choice.damping if model.rule.damped else math.nan
+    record = replace(record, damping=chosen, trials=record.trials + choice.trials)
     if not accepted or step is None:
         return record, None
     target = origin + step

@@ -22,7 +22,16 @@ from torchmetrics import Metric
 from lightning_sfn.newton.objective import Closure, ObjectiveError
 from lightning_sfn.newton.randomness import RandomState
 
-__all__ = ["RecordedStep", "StepRecorder", "isolated", "loss_of", "own_containers", "replay_closure"]
+__all__ = [
+    "RecordedStep",
+    "StepRecorder",
+    "is_mixed",
+    "isolated",
+    "loss_of",
+    "own_containers",
+    "process_mean",
+    "replay_closure",
+]
 
 _CONTAINERS = (list, dict, set, deque)
 _LOGGING_METHODS = ("log", "log_dict")
@@ -98,6 +107,23 @@ def loss_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def process_mean(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+    """The mean of a tensor over the Trainer's processes; ``None`` if there is one process.
+
+    Args:
+        trainer: The Trainer.
+    """
+    if trainer.world_size == 1:
+        return None
+
+    def mean(tensor: Tensor) -> Tensor:
+        reduced = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    return mean
+
+
 def replay_closure(trainer: Trainer, module: LightningModule, recorded: RecordedStep) -> Closure:
     """A closure that evaluates a recorded step again, in isolation, on the unwrapped module.
 
@@ -158,9 +184,13 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _full_precision(trainer: Trainer) -> Any:
-    """Lightning's context for the step, unless it is autocast (the one plugin that has a scaler slot)."""
-    plugin = trainer.precision_plugin
-    return nullcontext() if hasattr(plugin, "scaler") else plugin.train_step_context()
+    """Lightning's context for the step, unless it is autocast."""
+    return nullcontext() if is_mixed(trainer) else trainer.precision_plugin.train_step_context()
+
+
+def is_mixed(trainer: Trainer) -> bool:
+    """Whether training runs under autocast, so that its losses differ from those of replays by rounding."""
+    return hasattr(trainer.precision_plugin, "scaler")  # the slot of the mixed precision plugin alone
 
 
 @contextmanager

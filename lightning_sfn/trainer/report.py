@@ -3,9 +3,27 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pytorch_lightning import Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+
 from lightning_sfn.newton.spectrum import Spectrum
 
-__all__ = ["SwitchReport"]
+__all__ = ["SwitchReport", "say"]
+
+
+@rank_zero_only
+def say(trainer: Trainer, text: str) -> None:
+    """Shows a message above the progress bar, where there is one; a plain log line would be drawn over.
+
+    Args:
+        trainer: The Trainer whose bar it is.
+        text: The message.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is not None and getattr(bar, "is_enabled", False):
+        bar.print(text)
+    else:
+        rank_zero_info(text)
 
 
 @dataclass

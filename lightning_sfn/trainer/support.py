@@ -30,6 +30,11 @@ def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> N
             f"{who} needs training_step(batch, batch_idx), but {type(module).__name__} draws from dataloader_iter "
             "itself, so its step cannot be replayed: let it take the batch."
         )
+    for name, layer in module.named_modules():
+        if getattr(layer, "sparse", False) is True:
+            raise MisconfigurationException(
+                f"{who} needs dense gradients, but layer {name!r} makes sparse ones: build it with sparse=False."
+            )
     for base in type(trainer.strategy).__mro__:
         if base.__name__ in _SHARDING:
             raise MisconfigurationException(

@@ -23,10 +23,11 @@ from lightning_sfn.newton.objective import Closure, Objective
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, replay_closure
+from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, is_mixed, process_mean, replay_closure
 
-__all__ = ["DataBudgets", "WindowedNewton"]
+__all__ = ["DataBudgets", "WindowedNewton", "cases_of"]
 
+_FEWEST = 4  # batches of a part: with fewer, one odd batch decides about a step
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
 
 
@@ -37,8 +38,8 @@ class DataBudgets:
     Attributes:
         gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. A
             window never crosses the end of an epoch.
-        curvature_fraction: Share of the window's batches that Hessian-vector products see, at least one.
-        trial_fraction: Share of the window's batches that trial losses see, at least one; others than those of the
+        curvature_fraction: Share of the window's batches that Hessian-vector products see, at least four batches.
+        trial_fraction: Share of the window's batches that trial losses see, at least four; others than those of the
             curvature as far as possible.
         adaptive: Whether both shares double after a step that was rejected, misjudged, or lowered the loss by less than
             a ten-thousandth, and halve (down to the values above) after any other.
@@ -85,9 +86,11 @@ class DataBudgets:
             Indices for the curvature, and indices for the trial losses.
         """
         order = torch.randperm(count, generator=generator).tolist()
-        curvature = order[: max(1, round(min(1.0, self.curvature_fraction * growth) * count))]
-        trial = order[::-1][: max(1, round(min(1.0, self.trial_fraction * growth) * count))]
-        return sorted(curvature), sorted(trial)
+        sizes = (
+            min(count, max(_FEWEST, round(share * growth * count)))
+            for share in (self.curvature_fraction, self.trial_fraction)
+        )
+        return sorted(order[: next(sizes)]), sorted(order[::-1][: next(sizes)])
 
 
 @dataclass
@@ -141,6 +144,7 @@ class WindowedNewton:
         self._held: _Window | None = None
         self.steps_taken = 0
         self.growth = 1.0
+        self._unclipped: Tensor | None = None
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
 
@@ -166,6 +170,10 @@ class WindowedNewton:
                 self._step_on_window()
         return result
 
+    def note_gradient(self) -> None:
+        """Keeps the gradient that Lightning is about to clip: secants and trial losses need the objective's own."""
+        self._unclipped = self._parameters().gradients()
+
     def end_epoch(self) -> None:
         """Takes the step of a window that the end of the epoch cut short unannounced (a hook that ended the epoch)."""
         self._step_on_window()
@@ -185,12 +193,17 @@ class WindowedNewton:
 
     def _collect(self, recorded: list[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
-        parameters = FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
+        parameters = self._parameters()
         # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
-        cases = sum(_cases(step) for step in recorded)
+        # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
+        recorded = recorded[-self._trainer.accumulate_grad_batches :]
+        cases = sum(cases_of(step) for step in recorded)
+        if self._trainer.world_size > 1:  # gradients are averaged over processes without weights: so are the batches
+            cases = float(self._reduce(torch.tensor(cases, dtype=torch.float64)))
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
         correction = self._trainer.accumulate_grad_batches / len(recorded)
-        gradient = parameters.gradients() * (correction * cases)
+        unclipped, self._unclipped = self._unclipped, None
+        gradient = (parameters.gradients() if unclipped is None else unclipped) * (correction * cases)
         window = self._window
         window.steps.extend(recorded)
         window.weights.extend([cases / len(recorded)] * len(recorded))
@@ -216,23 +229,23 @@ class WindowedNewton:
         self._adapt(loss_and_gradient[0] if loss_and_gradient is not None else None)
         generator = torch.Generator().manual_seed(self.steps_taken)
         curvature, trial = self._budgets.choose(len(everything), self.growth, generator)
-        self.last_curvature = self._objective(window, curvature)
+        objective = self._objective(window, everything)
+        self.last_curvature = objective if len(curvature) == len(everything) else self._objective(window, curvature)
         self._before_step()
         record = self._optimizer.step_on(
-            self._objective(window, everything),
+            objective,
             curvature=self.last_curvature,
-            trial=self._objective(window, trial),
+            # Under autocast the window's loss is not that of its replays, with which trial losses are compared.
+            trial=objective
+            if len(trial) == len(everything) and not is_mixed(self._trainer)
+            else self._objective(window, trial),
             loss_and_gradient=loss_and_gradient,
-            same_function=self._same_function,
+            # Other windows hold other cases or other random numbers: there the losses tell.
+            same_function=True if self._held is not None else None,
         )
         self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
         self.steps_taken += 1
         self._on_step(record)
-
-    @property
-    def _same_function(self) -> bool:
-        """Whether each window is the same set of cases: a whole epoch, or a held one."""
-        return self._held is not None or self._budgets.gradient_batches == "epoch"
 
     def _adapt(self, loss_now: float | None) -> None:
         """Grows or shrinks the parts by what became of the last step.
@@ -243,7 +256,8 @@ class WindowedNewton:
         if self._last_step is None or not self._budgets.adaptive:
             return
         loss_before, promised, accepted = self._last_step
-        decrease = loss_before - loss_now if self._same_function and loss_now is not None else promised
+        whole = self._budgets.gradient_batches == "epoch"  # then this loss and the last are of the same cases
+        decrease = loss_before - loss_now if whole and loss_now is not None else promised
         poor = not accepted or decrease < 0.5 * promised or decrease < _SLOW * abs(loss_before)
         self.growth = self.growth * 2 if poor else self.growth / 2
         self.growth = min(max(self.growth, 1.0), self._budgets.largest_growth)
@@ -263,7 +277,7 @@ class WindowedNewton:
             [self._closure(step) for step in steps],
             [window.weights[index] for index in indices],
             random_states=[step.random_state for step in steps],
-            reduce=self._reduce if self._trainer.world_size > 1 else None,
+            reduce=process_mean(self._trainer),
         )
 
     def _closure(self, step: RecordedStep) -> Closure:
@@ -284,20 +298,26 @@ class WindowedNewton:
         return torch.stack(penalties).sum() if penalties else torch.zeros((), device=self._module.device)
 
     def _with_decay(self, loss: float, gradient: Tensor) -> tuple[float, Tensor]:
-        parameters = FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
+        parameters = self._parameters()
         decay_of = {id(p): decay for tensors, decay in self._decay for p in tensors}
         with torch.no_grad():
             added = parameters.flatten([p * decay_of.get(id(p), 0.0) for p in parameters.tensors])
             return loss + float(self._penalty()), gradient + added
 
+    def _parameters(self) -> FlatParameters:
+        return FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
+
     def _reduce(self, tensor: Tensor) -> Tensor:
-        reduced = self._trainer.strategy.reduce(tensor.to(self._module.device), reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced
+        mean = process_mean(self._trainer)
+        return tensor if mean is None else mean(tensor)
 
 
-def _cases(step: RecordedStep) -> float:
-    """Number of cases in a recorded batch; 1 where Lightning cannot tell."""
+def cases_of(step: RecordedStep) -> float:
+    """Number of cases in a recorded batch; 1 where Lightning cannot tell.
+
+    Args:
+        step: The recorded step.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

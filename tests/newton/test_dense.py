@@ -27,7 +27,7 @@ def test_the_full_space_gives_all_eigenpairs() -> None:
     for index, value in enumerate(space.eigenvalues):
         vector = space.ritz_vector(index)
         torch.testing.assert_close(matrix @ vector, value * vector)
-    assert space.residuals.tolist() == [0.0] * 6
+    assert space.residuals.max() <= 1e-13
     assert space.products == operator.products == len(space) == 6
 
 

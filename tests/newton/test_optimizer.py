@@ -156,7 +156,7 @@ def test_products_see_the_operator_that_the_options_name(dtype: torch.dtype) -> 
     x = torch.ones(2, dtype=dtype, requires_grad=True)
     objective = Objective([lambda: (x**2).sum()])
     kinds = [
-        type(SaddleFreeNewton([x], **options).make_operator(objective, [x]))  # type: ignore[arg-type]
+        type(SaddleFreeNewton([x], **options).operator(objective, [x]))  # type: ignore[arg-type]
         for options in ({}, {"hvp": "finite_difference"}, {"curvature": "gauss_newton", "hvp": "retain"})
     ]
     assert kinds == [HessianOperator, FiniteDifferenceOperator, GaussNewtonOperator]
@@ -786,8 +786,8 @@ def flash(x: Tensor) -> Tensor:
     ("loss", "error", "words"),
     [
         (lambda x: x, ObjectiveError, ["shape (1, 1, 2, 4)", ".mean()"]),
-        (lambda x: None, ObjectiveError, ["NoneType", "scalar loss"]),
-        (lambda x: 1.0, ObjectiveError, ["float", "scalar loss"]),
+        (lambda x: None, ObjectiveError, ["NoneType", "scalar tensor"]),
+        (lambda x: 1.0, ObjectiveError, ["float", "without .item()"]),
         (lambda x: (x**2).sum().detach(), ObjectiveError, ["without a graph", ".detach()"]),
         (lambda x: (x**2).sum() * math.nan, FloatingPointError, ["nan", "checkpoint"]),
         (counting, ObjectiveError, ["at the same parameters", "fixed function"]),

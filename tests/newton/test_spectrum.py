@@ -84,11 +84,11 @@ def test_the_seed_alone_decides_the_start_vector() -> None:
 
 def test_the_index_counts_values_that_are_negative_beyond_rounding() -> None:
     values = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 2.0], dtype=torch.float64)
-    spectrum = Spectrum(values, torch.zeros(5), 0.5, 0.25, 5)
+    spectrum = Spectrum(values, torch.full((5,), 1e-8, dtype=torch.float64), 0.5, 0.25, 5)
     assert spectrum.negative_fraction == 0.2
     assert json.loads(json.dumps(spectrum.to_dict())) == {
         "eigenvalues": values.tolist(),
-        "residuals": [0.0] * 5,
+        "residuals": [1e-8] * 5,
         "lambda_min": -1.0,
         "lambda_max": 2.0,
         "negative_fraction": 0.2,

@@ -1,22 +1,21 @@
 """`HessianSpectrum`: logs the ends of the Hessian's spectrum while any optimizer trains."""
 
 from collections import OrderedDict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator
-from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
-from lightning_sfn.newton.graphs import Retention
 from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.operators import ProductMethod, check_curvature, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, spectrum_of
-from lightning_sfn.trainer.replay import RecordedStep, own_containers, replay_closure
+from lightning_sfn.trainer.replay import RecordedStep, own_containers, process_mean, replay_closure
 from lightning_sfn.trainer.support import is_dry_run, require_replayable
+from lightning_sfn.trainer.window import cases_of
 
 __all__ = ["HessianSpectrum"]
 
@@ -56,7 +55,7 @@ class HessianSpectrum(Callback):
         krylov_dim: int = 32,
         num_batches: int = 1,
         *,
-        hvp: Literal["auto", "retain", "recompute", "finite_difference"] = "auto",
+        hvp: ProductMethod = "auto",
     ) -> None:
         """See the class."""
         if every_n_epochs is not None and every_n_steps is not None:
@@ -75,6 +74,10 @@ class HessianSpectrum(Callback):
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise MisconfigurationException(f"{name} is {count}, but a positive number is expected.")
+        try:
+            check_curvature("hessian", hvp)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.krylov_dim, self.num_batches = krylov_dim, num_batches
         self._hvp = hvp
@@ -91,6 +94,13 @@ class HessianSpectrum(Callback):
                     "HessianSpectrum needs a logger, but the Trainer has none: pass logger=TensorBoardLogger(...)."
                 )
             self.last, self._probe, self._probed_at = None, [], 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses parameters whose curvature cannot be taken, before anything is spent."""
+        try:
+            FlatParameters(pl_module.parameters())
+        except ValueError as error:
+            raise MisconfigurationException(f"HessianSpectrum: {error}") from error
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps the first batches of the run."""
@@ -117,16 +127,14 @@ class HessianSpectrum(Callback):
         parameters = FlatParameters(module.parameters())
         objective = Objective(
             [replay_closure(trainer, module, step) for step in self._probe],
+            [cases_of(step) for step in self._probe],
             random_states=[step.random_state for step in self._probe],
+            reduce=process_mean(trainer),
         )
-        self.last = spectrum_of(self._operator(objective, parameters), self.krylov_dim)
+        if self.last is None:
+            objective.require_repeatable(objective.value())
+        self.last = spectrum_of(make_operator(objective, parameters, "hessian", self._hvp), self.krylov_dim)
         self._log(trainer, self.last)
-
-    def _operator(self, objective: Objective, parameters: FlatParameters) -> CurvatureOperator:
-        if self._hvp == "finite_difference":
-            return FiniteDifferenceOperator(objective, parameters)
-        retention: Retention = self._hvp
-        return HessianOperator(objective, parameters, retention=retention)
 
     def _log(self, trainer: Trainer, spectrum: Spectrum) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped

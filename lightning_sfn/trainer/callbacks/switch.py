@@ -10,7 +10,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
@@ -18,7 +17,7 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, spectrum_of
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.report import SwitchReport
+from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.support import is_dry_run, require_one_optimizer, require_replayable
 from lightning_sfn.trainer.window import DataBudgets, WindowedNewton
 
@@ -94,6 +93,11 @@ class SwitchToSFN(EarlyStopping):
             raise MisconfigurationException(f"min_delta is {min_delta}, but a number of zero or more is expected.")
         if probe_dim < 0:
             raise MisconfigurationException(f"probe_dim is {probe_dim}, but a number of zero or more is expected.")
+        if not callable(optimizer):
+            raise MisconfigurationException(
+                f"optimizer is an object of class {type(optimizer).__name__}, but something that makes one from "
+                "parameters is expected: SaddleFreeNewton itself, or functools.partial(SaddleFreeNewton, ...)."
+            )
         super().__init__(
             monitor=monitor,
             mode=mode,
@@ -162,6 +166,11 @@ class SwitchToSFN(EarlyStopping):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Sees the gradient before Lightning clips it."""
+        if trainer.gradient_clip_val and self._driver is not None:
+            self._driver.note_gradient()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
         if self._driver is not None:
@@ -175,7 +184,7 @@ class SwitchToSFN(EarlyStopping):
             self.report.newton_seconds += time.monotonic() - self._clock
             self.report.final = self._monitored(trainer)
             self.report.spectrum_at_end = self._probe()
-            rank_zero_info(f"\n{self.report.table()}")
+            say(trainer, f"\n{self.report.table()}\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
@@ -227,19 +236,21 @@ class SwitchToSFN(EarlyStopping):
         self._base, self.newton = base, newton
         self._base_schedulers = list(trainer.strategy.lr_scheduler_configs)
         if self._base_schedulers:
-            rank_zero_info(f"SwitchToSFN: {len(self._base_schedulers)} learning rate scheduler(s) rest from now on.")
+            say(trainer, f"SwitchToSFN: {len(self._base_schedulers)} learning rate scheduler(s) rest from now on.")
         self._driver = WindowedNewton(
             trainer,
             module,
             newton,
             self.budgets,
-            weight_decay=[(group["params"], float(group.get("weight_decay", 0.0))) for group in base.param_groups],
+            weight_decay=[(group["params"], _coupled_decay(base, group)) for group in base.param_groups],
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
         )
         if self._restored is not None:
             newton.load_state_dict(self._restored["newton"])
             self._driver.load_state_dict(self._restored["window"])
+        if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
+            newton.max_grad_norm = float(trainer.gradient_clip_val)
         newton.attach(self._driver)
         # The setter rebuilds Lightning's wrappers; changing the list in place would leave the old optimizer stepping.
         trainer.strategy.optimizers = [newton]
@@ -260,6 +271,11 @@ class SwitchToSFN(EarlyStopping):
                 f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
                 "pass functools.partial(SaddleFreeNewton, ...)."
             )
+        if newton.curvature == "gauss_newton":
+            raise MisconfigurationException(
+                "SwitchToSFN got curvature='gauss_newton', but training_step hands over a loss without the model "
+                "output: use curvature='hessian', or SaddleFreeNewton in plain torch."
+            )
         return newton
 
     def _begin_report(self, trainer: Trainer, base: Optimizer) -> None:
@@ -270,9 +286,10 @@ class SwitchToSFN(EarlyStopping):
             plateau = self._monitored(trainer)
             self.report = SwitchReport(self.monitor, type(base).__name__, plateau, first_steps=trainer.global_step)
             self.report.first_seconds = now - self._clock
-            rank_zero_info(
+            say(
+                trainer,
                 f"SwitchToSFN: {self.monitor} has stalled at {plateau:.6g}; "
-                f"saddle-free Newton goes on from step {trainer.global_step}."
+                f"saddle-free Newton goes on from step {trainer.global_step}.",
             )
         self._clock, self._restored = now, None
 
@@ -292,7 +309,7 @@ class SwitchToSFN(EarlyStopping):
         if self._probe_dim == 0 or self._driver is None or self._driver.last_curvature is None or self.newton is None:
             return None
         parameters = FlatParameters(p for group in self.newton.param_groups for p in group["params"])
-        return spectrum_of(self.newton.make_operator(self._driver.last_curvature, parameters), self._probe_dim)
+        return spectrum_of(self.newton.operator(self._driver.last_curvature, parameters), self._probe_dim)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -319,3 +336,9 @@ class SwitchToSFN(EarlyStopping):
         if self.switched and self._base is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [self._base.state_dict()]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._base_schedulers]
+
+
+def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """Weight decay that is part of the objective; AdamW's is not, it shrinks weights beside the gradient step."""
+    decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
+    return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
