@@ -841,3 +841,80 @@ def test_grad_fields_are_left_alone() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     SaddleFreeNewton([x]).step(saddle(x))
     assert x.grad is None
+
+
+# ------------------------------------------------------------------------------------------------ after the review
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e6])
+def test_a_step_that_the_objective_refutes_is_taken_back(bad: float) -> None:
+    """Trial data promise a decrease; the objective, seen again for the second inner step, rises or is no number."""
+    x = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    start = x.detach().clone()
+
+    def objective() -> torch.Tensor:
+        smooth = x.square().sum()
+        return smooth if torch.equal(x.detach(), start) else smooth * 0 + bad + smooth
+
+    optimizer = SaddleFreeNewton([x], inner_steps=2)
+    optimizer.step(objective, curvature_closure=lambda: x.square().sum(), trial_closure=lambda: x.square().sum())
+    record = record_of(optimizer)
+    assert torch.equal(x.detach(), start)
+    assert not record.accepted
+    assert record.loss_after == record.loss_before == 2.0
+    assert record.step_norm == 0.0
+
+
+def test_copies_and_pickles_go_on_like_the_original() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    inputs = torch.randn(20, 3, dtype=torch.float64)
+
+    def closure(net: nn.Module) -> Callable[[], torch.Tensor]:
+        return lambda: (net(inputs) - inputs[:, :1].sin()).square().mean()
+
+    optimizer = SaddleFreeNewton(model.parameters())
+    optimizer.step(closure(model))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        optimizer.step(closure(model))
+        copied.step(closure(copied_model))
+    for original, other in zip(model.parameters(), copied_model.parameters(), strict=True):
+        assert torch.equal(original, other)
+
+
+def test_the_prediction_counts_the_learning_rates_of_groups() -> None:
+    """On a quadratic the model is exact, so what is predicted is what happens."""
+    x, y = (torch.full((2,), 2.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    options = {"damping": 0.1, "inner_steps": 1, "krylov_dim": 4}
+    optimizer = SaddleFreeNewton([{"params": [x], "lr": 0.5}, {"params": [y], "lr": 0.1}], **options)
+    optimizer.step(lambda: 3 * x.square().sum() + y.square().sum() + (x * y).sum())
+    record = record_of(optimizer)
+    assert record.predicted_decrease == pytest.approx(record.loss_before - record.loss_after, rel=1e-9)
+
+
+def test_the_exact_method_by_default_is_the_saddle_free_step() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    inputs = torch.randn(30, 2, dtype=torch.float64)
+    targets = inputs.prod(1, keepdim=True)
+    parameters = list(model.parameters())
+
+    def loss() -> torch.Tensor:
+        return (model(inputs) - targets).square().mean()
+
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+
+    def of_vector(vector: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(dict(model.named_parameters()), vector.split([p.numel() for p in parameters]), strict=True))
+        shaped = {name: named[name].view_as(p) for name, p in model.named_parameters()}
+        return (torch.func.functional_call(model, shaped, (inputs,)) - targets).square().mean()
+
+    hessian = torch.autograd.functional.hessian(of_vector, flat).numpy()
+    (gradient,) = torch.autograd.grad(of_vector(flat.requires_grad_()), flat)
+    values, vectors = np.linalg.eigh(hessian)
+    expected = -vectors @ ((vectors.T @ gradient.numpy()) / (np.abs(values) + 1e-2))
+    optimizer = SaddleFreeNewton(parameters, krylov_dim="full", damping=1e-2, inner_steps=1)
+    optimizer.step(loss)
+    assert record_of(optimizer).accepted
+    moved = torch.cat([p.detach().reshape(-1) for p in parameters]) - flat.detach()
+    assert np.linalg.norm(moved.numpy() - expected) <= 1e-8 * np.linalg.norm(expected)

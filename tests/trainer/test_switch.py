@@ -666,3 +666,21 @@ def test_two_processes_stay_together() -> None:
     at_first = full_loss(module)
     nn.utils.vector_to_parameters(first, module.parameters())
     assert full_loss(module) < 0.5 * at_first
+
+
+class Uneven(Shared):
+    """Its second process drops rows, another number in each batch."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        rows = 3 + int(batch[0].abs().sum() * 10) % 5 if self.global_rank == 1 else len(batch[0])
+        return [tensor[:rows] for tensor in batch]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_with_batches_of_other_sizes_stay_together() -> None:
+    callback = SwitchToSFN(patience=2, min_delta=0.1, optimizer=partial(SaddleFreeNewton, krylov_dim=8), probe_dim=0)
+    trainer = make_trainer(8, accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[callback, Writing()])
+    trainer.fit(Uneven(), factorised_loader())
+    (first, _), (second, _) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first, second)
