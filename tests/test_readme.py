@@ -1,5 +1,6 @@
 """The README's code runs, and its tables are those of the results files."""
 
+import json
 import re
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def test_the_code_of_the_readme_runs(block: str, tmp_path: Path) -> None:
     exec(block, namespace)
     if "trainer" in namespace and "trainer.fit" in block:
         assert namespace["trainer"].callback_metrics["train_loss"] < 10  # type: ignore[attr-defined]
+
+
+def test_every_seed_of_the_main_recipe_escaped() -> None:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "autoencoder_escape.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [0, 1, 2, 3, 4]
+    assert all(run["final"] < 0.8 * run["plateau"] for run in runs)
+    assert all(run["lambda_min"][0] < 0 for run in runs)
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
