@@ -111,7 +111,7 @@ class SaddleFreeNewton(Optimizer):
         super().__init__(params, {"lr": lr})
         for group in self.param_groups:
             _check_range("lr", float(group["lr"]), minimum=0.0)
-        self._parameters = FlatParameters(p for group in self.param_groups for p in group["params"])
+        self._parameters = FlatParameters.of_groups(self.param_groups)
         self.krylov_dim = _resolve_krylov_dim(krylov_dim, self._parameters.size)
         self.inner_steps = inner_steps
         self.damping = make_damping(damping)
@@ -226,9 +226,10 @@ class SaddleFreeNewton(Optimizer):
         origin = parameters.read()
         try:
             with torch.no_grad():
-                self.last_step = self._outer_step(
+                record = self._outer_step(
                     parameters, objective, curvature or objective, trial or objective, loss_and_gradient, same_function
                 )
+                self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
         except BaseException:
             parameters.write(origin)
             self.memory.abandon()
@@ -244,12 +245,11 @@ class SaddleFreeNewton(Optimizer):
         loss_and_gradient: tuple[float, Tensor] | None,
         same_function: bool | None,
     ) -> StepRecord:
-        origin = parameters.read()
         operator = self.operator(curvature, parameters)
         try:
-            if loss_and_gradient is None:
-                source = operator.loss_and_gradient if curvature is objective else None
-                loss_and_gradient = source() if source else gradient_of(objective, parameters)
+            if loss_and_gradient is None:  # the graphs of the products give the gradient too, where they are the same
+                same = curvature is objective
+                loss_and_gradient = operator.loss_and_gradient() if same else gradient_of(objective, parameters)
             loss, gradient = loss_and_gradient
             _require_finite(loss, gradient)
             around = TrialLoss.at(trial, objective, parameters, loss, gradient)
@@ -294,7 +294,7 @@ class SaddleFreeNewton(Optimizer):
         # An estimate from trial data is off by a share of the decrease; another batch moves the loss by more.
         slack = 0.0 if trial is objective else 0.25 * (record.loss_before - record.loss_after)
         self._expected = (record.loss_after, slack)
-        return replace(record, step_norm=float(norm(parameters.read() - origin)))
+        return record
 
     def _inner_steps(
         self,
@@ -354,7 +354,7 @@ class SaddleFreeNewton(Optimizer):
 
     def _current_parameters(self) -> FlatParameters:
         """The parameters that require gradients now; what belongs to another set of them is forgotten."""
-        parameters = FlatParameters(p for group in self.param_groups for p in group["params"])
+        parameters = FlatParameters.of_groups(self.param_groups)
         if [id(p) for p in parameters.tensors] != [id(p) for p in self._parameters.tensors]:
             self.memory.clear()
             self.preconditioner.reset()

@@ -1,6 +1,7 @@
 """A flat view of the trainable parameters: the vector space in which every other module of `newton` works."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,15 @@ class FlatParameters:
         self.shapes = tuple(p.shape for p in self.tensors)
         self.sizes = tuple(p.numel() for p in self.tensors)
         self.size = sum(self.sizes)
+
+    @classmethod
+    def of_groups(cls, groups: Iterable[dict[str, Any]]) -> "FlatParameters":
+        """The trainable parameters of an optimizer's parameter groups.
+
+        Args:
+            groups: The groups, as ``optimizer.param_groups`` holds them.
+        """
+        return cls(parameter for group in groups for parameter in group["params"])
 
     def _check(self) -> None:
         devices = sorted({str(p.device) for p in self.tensors})

@@ -106,8 +106,9 @@ class _Window:
 class WindowedNewton:
     """Takes over `SaddleFreeNewton.step` inside Lightning's loop (a `Driver`).
 
-    Each call runs Lightning's closure once, so logging, hooks, clipping and accumulation are Lightning's own. When the
-    window is complete, one Newton step is taken on it; everything beyond the gradient comes from isolated replays.
+    Each call runs Lightning's closure once, so logging, hooks and accumulation are Lightning's own. When the window is
+    complete, one Newton step is taken on it; everything beyond the gradient comes from isolated replays. Gradients
+    enter the window before Lightning clips them (`note_gradient`).
 
     Args:
         trainer: The Trainer.
@@ -197,9 +198,8 @@ class WindowedNewton:
         # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
         recorded = recorded[-self._trainer.accumulate_grad_batches :]
-        cases = sum(cases_of(step) for step in recorded)
-        if self._trainer.world_size > 1:  # gradients are averaged over processes without weights: so are the batches
-            cases = float(self._reduce(torch.tensor(cases, dtype=torch.float64)))
+        # Gradients are averaged over processes without weights too.
+        cases = self._mean(sum(cases_of(step) for step in recorded))
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
         correction = self._trainer.accumulate_grad_batches / len(recorded)
         unclipped, self._unclipped = self._unclipped, None
@@ -214,9 +214,7 @@ class WindowedNewton:
         """Mean loss and gradient of a window over all processes, weight decay included."""
         total = sum(window.weights)
         assert window.gradient is not None
-        loss, gradient = window.loss / total, window.gradient / total
-        if self._trainer.world_size > 1:  # the gradient comes averaged from the strategy
-            loss = float(self._reduce(torch.tensor(loss, dtype=torch.float64)))
+        loss, gradient = self._mean(window.loss / total), window.gradient / total  # the strategy averaged the gradient
         return self._with_decay(loss, gradient) if self._decay else (loss, gradient)
 
     def _complete(self) -> bool:
@@ -305,11 +303,12 @@ class WindowedNewton:
             return loss + float(self._penalty()), gradient + added
 
     def _parameters(self) -> FlatParameters:
-        return FlatParameters(p for group in self._optimizer.param_groups for p in group["params"])
+        return FlatParameters.of_groups(self._optimizer.param_groups)
 
-    def _reduce(self, tensor: Tensor) -> Tensor:
+    def _mean(self, number: float) -> float:
+        """Mean of a number over the processes."""
         mean = process_mean(self._trainer)
-        return tensor if mean is None else mean(tensor)
+        return number if mean is None else float(mean(torch.tensor(number, dtype=torch.float64)))
 
 
 def cases_of(step: RecordedStep) -> float:

@@ -308,7 +308,7 @@ class SwitchToSFN(EarlyStopping):
         """The spectrum on the curvature batches of the last Newton step, at the present parameters."""
         if self._probe_dim == 0 or self._driver is None or self._driver.last_curvature is None or self.newton is None:
             return None
-        parameters = FlatParameters(p for group in self.newton.param_groups for p in group["params"])
+        parameters = FlatParameters.of_groups(self.newton.param_groups)
         return spectrum_of(self.newton.operator(self._driver.last_curvature, parameters), self._probe_dim)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
