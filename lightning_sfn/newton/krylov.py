@@ -79,8 +79,13 @@ class KrylovSubspace:
         Each interval ``theta +- residual`` contains an eigenvalue; rounding in the basis' dtype is part of it.
         For a subspace of Lanczos vectors alone; with added directions their own residuals are not part of it.
         """
-        rounding = _ROUNDING * torch.finfo(self.basis.dtype).eps * self.eigenvalues.abs().max()
-        return torch.hypot(self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs(), rounding)
+        leak = self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs()
+        return torch.hypot(leak, torch.tensor(self.rounding, dtype=torch.float64))
+
+    @property
+    def rounding(self) -> float:
+        """The part of every residual that is rounding in the basis' dtype: no more vectors make it smaller."""
+        return _ROUNDING * torch.finfo(self.basis.dtype).eps * float(self.eigenvalues.abs().max())
 
     def coordinates(self, vector: Tensor) -> Tensor:
         """Coordinates of a vector along the Ritz vectors, float64, shape ``(k,)``, on the CPU."""
@@ -132,28 +137,64 @@ def lanczos(
     basis = torch.empty(capacity, size, dtype=start.dtype, device=start.device)
     projected = torch.zeros(capacity, capacity, dtype=torch.float64)
     length = float(norm(start))
-    basis[0] = start / length if length > 0 else _random_unit(basis[:0], generator)
-    coupling, leftover, scale = 0.0, start, 0.0
+    basis[0] = start / length if length > 0 else random_unit(basis[:0], generator)
+    coupling, leftover = 0.0, start
     for j in range(steps):
-        image = matvec(basis[j])
-        diagonal = float(dot(image, basis[j]))
-        leftover = torch.add(image, basis[j], alpha=-diagonal)
-        if j > 0:
-            leftover.add_(basis[j - 1], alpha=-coupling)
-        leftover, coupling = _orthogonalise(leftover, basis[: j + 1])
-        projected[j, j] = diagonal
-        scale = max(scale, abs(diagonal), coupling)
-        if coupling <= 4 * torch.finfo(start.dtype).eps * scale:
-            coupling = 0.0  # invariant subspace: what is left is rounding error
+        leftover, coupling = lanczos_step(matvec, basis, projected, j)
         if j + 1 < steps:
-            basis[j + 1] = leftover / coupling if coupling > 0 else _random_unit(basis[: j + 1], generator)
-            projected[j, j + 1] = projected[j + 1, j] = coupling
+            append(basis, projected, j + 1, leftover, coupling, generator)
     space = _Extension(basis, projected, steps, coupling, leftover)
     for direction in directions:
         space.add(direction, matvec)
     used = space.used
     products = steps + space.products
     return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, products)
+
+
+def lanczos_step(matvec: Callable[[Tensor], Tensor], basis: Tensor, projected: Tensor, j: int) -> tuple[Tensor, float]:
+    """One Lanczos step from basis vector j; fills in its diagonal element of the projected operator.
+
+    Args:
+        matvec: The symmetric operator.
+        basis: The basis, shape ``(capacity, n)``, of which rows 0 to j are in use.
+        projected: The projected operator, in which column j above the diagonal is known already.
+        j: The basis vector to go on from.
+
+    Returns:
+        What its product has outside the basis, shape ``(n,)``, and the norm of that; the norm is 0 where it is rounding
+        error alone, because the basis spans an invariant subspace.
+    """
+    image = matvec(basis[j])
+    diagonal = float(dot(image, basis[j]))
+    leftover = torch.add(image, basis[j], alpha=-diagonal)
+    above = projected[:j, j]
+    coupled = above.nonzero().flatten()  # the vector before; after a restart all vectors that were kept
+    if len(coupled) == 1:
+        leftover.add_(basis[int(coupled)], alpha=-float(above[coupled]))
+    elif len(coupled):
+        leftover -= combine(above, basis[:j])
+    leftover, coupling = _orthogonalise(leftover, basis[: j + 1])
+    projected[j, j] = diagonal
+    scale = max(float(projected[: j + 1, : j + 1].abs().max()), coupling)
+    invariant = coupling <= 4 * torch.finfo(basis.dtype).eps * scale
+    return leftover, 0.0 if invariant else coupling
+
+
+def append(
+    basis: Tensor, projected: Tensor, j: int, leftover: Tensor, coupling: float, generator: torch.Generator
+) -> None:
+    """Makes the outcome of a Lanczos step the next basis vector, in place.
+
+    Args:
+        basis: The basis, of which rows 0 to j - 1 are in use.
+        projected: The projected operator.
+        j: Place of the new vector.
+        leftover: What the last product had outside the basis.
+        coupling: Its norm; where it is 0 a random vector takes its place.
+        generator: Source of random vectors.
+    """
+    basis[j] = leftover / coupling if coupling > 0 else random_unit(basis[:j], generator)
+    projected[j - 1, j] = projected[j, j - 1] = coupling
 
 
 class _Extension:
@@ -217,7 +258,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
     return vector, after
 
 
-def _random_unit(basis: Tensor, generator: torch.Generator) -> Tensor:
+def random_unit(basis: Tensor, generator: torch.Generator) -> Tensor:
     """A random unit vector orthogonal to the rows of a basis."""
     vector = torch.randn(basis.shape[1], dtype=basis.dtype, device=basis.device, generator=generator)
     if len(basis):
