@@ -152,6 +152,20 @@ class WindowedNewton:
                 self._step_on_window()
         return result
 
+    def watch(self) -> Objective | None:
+        """Collects the batches of a step that another optimizer took.
+
+        Returns:
+            The mean loss of the window, where this step completed it.
+        """
+        recorded = [step for step in self._recorder.take() if step.loss is not None]
+        self._window.steps += recorded
+        self._window.weights += [cases_of(step) for step in recorded]
+        if not self._window.steps or not self._complete():
+            return None
+        window, self._window = self._window, _Window()
+        return self._objective(window, range(len(window.steps)))
+
     def note_gradient(self) -> None:
         """Keeps the gradient that Lightning is about to clip: secants and trial losses need the objective's own."""
         self._unclipped = self._parameters().gradients()
