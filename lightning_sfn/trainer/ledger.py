@@ -29,7 +29,7 @@ class Ledger:
 
     def __init__(self, monitor: str, sign: int, checks: int) -> None:
         """See the class."""
-        self.report = SwitchReport(monitor, sign, checks=checks)
+        self.report = SwitchReport(monitor, sign)
         self.progress = Progress(sign, checks)
         self.first_speed = {"second": 0.0, "epoch": 0.0}
         self._clock = time.monotonic()
@@ -63,6 +63,7 @@ class Ledger:
         if newton:
             self.first_speed = {"second": self.progress.speed("second"), "epoch": self.progress.speed("epoch")}
             self.report.last_speed = self.first_speed["second"]
+            self.report.checks = max(len(self.progress.points) - 1, 0)
         value = self.phase.after
         self.report.phases.append(Phase(optimizer, newton, before=value))
         self.progress.points = []

@@ -64,7 +64,7 @@ class SwitchReport:
         sign: 1 where the metric is to rise, -1 where it is to fall.
         phases: One optimizer after the other, the first one first.
         last_speed: Improvement per second that the first optimizer still made over the checks before the last switch.
-        checks: How many checks these were.
+        checks: How many checks these were; 0 if the metric had not been seen twice.
         spectrum_at_switch: Spectrum on the curvature batches of the first Newton step.
         spectrum_at_end: Spectrum on those of the last one, at the final parameters.
     """
@@ -73,7 +73,7 @@ class SwitchReport:
     sign: int = -1
     phases: list[Phase] = field(default_factory=list)
     last_speed: float = 0.0
-    checks: int = 1
+    checks: int = 0
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
 
@@ -152,6 +152,10 @@ class SwitchReport:
         gain, speed = self.gain(self._of(newton=True)), self.speed(newton=True)
         if gain <= 0:
             return f"SFN did not pay: {self.monitor} did not improve with it."
+        if not self.checks:
+            return (
+                f"SFN improved {self.monitor} by {gain:.4g}, {speed:.3g} per second; there is nothing to compare with."
+            )
         checks = "last check" if self.checks == 1 else f"last {self.checks} checks"
         return (
             f"SFN {'paid' if self.paid else 'did not pay'}: it improved {self.monitor} by {gain:.4g}, {speed:.3g} per "
