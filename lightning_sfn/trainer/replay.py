@@ -91,7 +91,11 @@ class StepRecorder:
         """Stops recording."""
         self._active = False
         self._recorded = []
-        if self._strategy.__dict__.get("training_step") == self._record:
+        if self._strategy.__dict__.get("training_step") != self._record:
+            return  # somebody has put a wrapper around ours, which now only passes on
+        if getattr(self._original, "__func__", None) is type(self._strategy).training_step:
+            del self._strategy.__dict__["training_step"]
+        else:
             self._strategy.__dict__["training_step"] = self._original
 
 

@@ -101,8 +101,8 @@ def require_second_derivatives(
             return evaluate(module, recorded, with_output=newton.curvature == "gauss_newton")
 
         objective = Objective([closure], self_seeding=True)
-        operator = newton.operator(objective, parameters)
         try:
+            operator = newton.operator(objective, parameters)
             operator.matvec(parameters.read())
             operator.close()
             loss = objective.value()
@@ -114,8 +114,6 @@ def require_second_derivatives(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        finally:
-            operator.close()
 
 
 def is_dry_run(trainer: Trainer) -> bool:
