@@ -16,6 +16,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
 from lightning_sfn.newton.objective import Closure, ObjectiveError
@@ -199,7 +200,8 @@ class Isolation:
     """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
 
     A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
-    recurrent layers without cuDNN, compiled modules eagerly, and automatic mixed precision is off, since Lanczos
+    recurrent layers without cuDNN, compiled modules eagerly, all activation checkpoints without reentry, and automatic
+    mixed precision is off, since Lanczos
     amplifies rounding noise. `rewind` puts the module back to the state at the beginning, so that each evaluation after
     it is the same function. At the end every attribute of every submodule is what it was (buffers and other tensors,
     torchmetrics states, counters, the contents of lists, dictionaries and sets), and so are the global random numbers.
@@ -226,6 +228,7 @@ class Isolation:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_differentiable_checkpoints())
             stack.enter_context(_full_precision(self._trainer))
             stack.enter_context(_untouched_trainer(self._trainer))
             stack.callback(RandomState.capture(self._module.device).restore)
@@ -305,6 +308,25 @@ def _full_precision(trainer: Trainer) -> Any:
 def is_mixed(trainer: Trainer) -> bool:
     """Whether training runs under autocast, so that its losses differ from those of replays by rounding."""
     return hasattr(trainer.precision_plugin, "scaler")  # the slot of the mixed precision plugin alone
+
+
+class _NonReentrant:
+    """Stands for the autograd function of reentrant activation checkpoints, which has no second derivative."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Lets reentrant activation checkpoints work as the other kind does."""
+    reentrant = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
 @contextmanager
