@@ -48,6 +48,7 @@ class Objective:
             and Python's global random numbers freely: they are replayed.
         weights: Relative weights of the parts, for instance their numbers of cases. Equal if left out.
         random_states: The random number state of each part; by default the state found at its first evaluation.
+        self_seeding: Whether the closures set the random numbers themselves, so that nothing is to be replayed.
         reduce: Mean over processes of a tensor, for objectives shared out over several devices.
 
     Attributes:
@@ -70,6 +71,7 @@ class Objective:
         weights: Sequence[float] | None = None,
         *,
         random_states: Sequence[RandomState | None] | None = None,
+        self_seeding: bool = False,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """See the class."""
@@ -85,6 +87,7 @@ class Objective:
         self.sizes = tuple(weights)
         self._closures = tuple(closures)
         self._states: list[RandomState | None] = list(random_states or [None] * len(closures))
+        self._self_seeding = self_seeding
         self._reduce = reduce
 
     def __len__(self) -> int:
@@ -109,7 +112,9 @@ class Objective:
         state = self._states[index]
         # Losses that differentiate inside (physics-informed ones) need grad mode even where no gradient is asked for.
         with torch.enable_grad():
-            if state is None:
+            if self._self_seeding:
+                result = self._closures[index]()
+            elif state is None:
                 self._states[index] = RandomState.capture(_first_accelerator())
                 result = self._closures[index]()
             else:
@@ -156,7 +161,7 @@ class Objective:
 
     def local(self) -> "Objective":
         """The same parts, with the same random numbers, without the mean over processes."""
-        objective = Objective(self._closures, self.weights)
+        objective = Objective(self._closures, self.weights, self_seeding=self._self_seeding)
         objective._states = self._states
         return objective
 

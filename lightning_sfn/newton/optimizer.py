@@ -1,6 +1,7 @@
 r"""`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -18,12 +19,14 @@ from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_c
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner, make_preconditioner
 from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
 from lightning_sfn.newton.trust_region import trust_region as find_trust_region
 
 __all__ = ["Driver", "SaddleFreeNewton"]
 
 _DEFAULT_KRYLOV_DIM = 16
+_SMALL_BUDGET = 2**24  # bytes of kept graphs that are not worth a further try
 _SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
 
 
@@ -220,21 +223,48 @@ class SaddleFreeNewton(Optimizer):
         Raises:
             ObjectiveError: An objective cannot be optimized.
             CurvatureError: An operation has no second derivative.
-            FloatingPointError: Loss or gradient is not finite. In every case the parameters are as they were.
+            FloatingPointError: Loss or gradient is not finite. In every case the parameters are as they were. Where
+                memory runs out, the step is tried again with fewer kept graphs, then with fewer Lanczos vectors.
         """
         parameters = self._current_parameters()
         origin = parameters.read()
-        try:
-            with torch.no_grad():
-                record = self._outer_step(
-                    parameters, objective, curvature or objective, trial or objective, loss_and_gradient, same_function
-                )
-                self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
-        except BaseException:
-            parameters.write(origin)
-            self.memory.abandon()
-            raise
-        return self.last_step
+        while True:
+            try:
+                with torch.no_grad():
+                    record = self._outer_step(
+                        parameters,
+                        objective,
+                        curvature or objective,
+                        trial or objective,
+                        loss_and_gradient,
+                        same_function,
+                    )
+                    self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
+                return self.last_step
+            except BaseException as error:
+                parameters.write(origin)
+                self.memory.abandon()
+                if not (is_out_of_memory(error) and self._economise()):
+                    raise
+            if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
+                torch.cuda.empty_cache()
+
+    def _economise(self) -> bool:
+        """Gives up memory after a shortage: first kept graphs, then Lanczos vectors. Whether there was any to give."""
+        if self.hvp in ("auto", "retain") and self._budget.limit > 0:
+            self.hvp = "auto"
+            self._budget.limit = self._budget.limit // 4 if self._budget.limit > _SMALL_BUDGET else 0
+        elif self.krylov_dim is not None and self.krylov_dim > 1:
+            self.krylov_dim //= 2
+        else:
+            return False
+        dimension = "all" if self.krylov_dim is None else self.krylov_dim
+        warnings.warn(
+            f"Memory ran out in a Newton step. It is tried again with graph_bytes={self._budget.limit} and "
+            f"krylov_dim={dimension}: pass these values to begin with.",
+            stacklevel=3,
+        )
+        return True
 
     def _outer_step(
         self,

@@ -71,6 +71,32 @@ class RandomState:
         if self.accelerator is not None and self.device is not None:
             torch.cuda.set_rng_state(self.accelerator, self.device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot as tensors, numbers and strings, for checkpoints."""
+        version, words, gauss = self.python
+        kind, keys, *rest = self.numpy
+        return {
+            "python": [version, torch.tensor(words), gauss],
+            "numpy": [kind, torch.tensor(keys.tolist()), *rest],
+            "cpu": self.cpu,
+            "device": None if self.device is None else str(self.device),
+            "accelerator": self.accelerator,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "RandomState":
+        """The snapshot that `state_dict` gave."""
+        version, words, gauss = state["python"]
+        kind, keys, *rest = state["numpy"]
+        accelerator = state["accelerator"]
+        return cls(
+            python=(version, tuple(words.tolist()), gauss),
+            numpy=(kind, np.array(keys.tolist(), dtype=np.uint32), *rest),
+            cpu=state["cpu"].cpu(),
+            device=None if state["device"] is None else torch.device(state["device"]),
+            accelerator=None if accelerator is None else accelerator.cpu(),
+        )
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Runs the body from this state, and leaves the global generators as they were before."""

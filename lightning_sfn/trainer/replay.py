@@ -16,15 +16,17 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
-from torchmetrics import Metric
 
 from lightning_sfn.newton.objective import Closure, ObjectiveError
 from lightning_sfn.newton.randomness import RandomState
 
 __all__ = [
+    "Isolation",
     "RecordedStep",
     "StepRecorder",
+    "evaluate",
     "is_mixed",
     "isolated",
     "loss_of",
@@ -34,7 +36,6 @@ __all__ = [
 ]
 
 _CONTAINERS = (list, dict, set, deque)
-_LOGGING_METHODS = ("log", "log_dict")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,11 @@ class StepRecorder:
         """Stops recording."""
         self._active = False
         self._recorded = []
-        if self._strategy.__dict__.get("training_step") == self._record:
+        if self._strategy.__dict__.get("training_step") != self._record:
+            return  # somebody has put a wrapper around ours, which now only passes on
+        if getattr(self._original, "__func__", None) is type(self._strategy).training_step:
+            del self._strategy.__dict__["training_step"]
+        else:
             self._strategy.__dict__["training_step"] = self._original
 
 
@@ -147,18 +152,36 @@ def replay_closure(
     """
 
     def closure() -> Tensor | tuple[Tensor, Tensor]:
-        with isolated(trainer, module), _default_dtype(dtype), _noted_forward(module, with_output) as forwarded:
-            args, kwargs = own_containers((recorded.args, recorded.kwargs))
-            returned = module.training_step(*args, **kwargs)
-        loss = loss_of(returned)
-        if loss is None:
-            raise ObjectiveError(
-                "training_step returned no loss in a replay, but it did in training: let it return the loss whenever "
-                "it is given the same batch."
-            )
-        return (loss, _output_of(module, returned, forwarded)) if with_output else loss
+        with isolated(trainer, module), _default_dtype(dtype):
+            return evaluate(module, recorded, with_output=with_output)
 
     return closure
+
+
+def evaluate(module: LightningModule, recorded: RecordedStep, *, with_output: bool = False) -> Any:
+    """Runs a recorded step again.
+
+    Args:
+        module: The module, isolated.
+        recorded: The step.
+        with_output: Whether the model output is wanted too, for Gauss-Newton products.
+
+    Returns:
+        The scalar loss with its graph, or the pair of loss and output.
+
+    Raises:
+        ObjectiveError: The step returned no loss, or no output where one is wanted.
+    """
+    with _noted_forward(module, with_output) as forwarded:
+        args, kwargs = own_containers((recorded.args, recorded.kwargs))
+        returned = module.training_step(*args, **kwargs)
+    loss = loss_of(returned)
+    if loss is None:
+        raise ObjectiveError(
+            "training_step returned no loss in a replay, but it did in training: let it return the loss whenever "
+            "it is given the same batch."
+        )
+    return (loss, _output_of(module, returned, forwarded)) if with_output else loss
 
 
 @contextmanager
@@ -187,31 +210,115 @@ def _output_of(module: nn.Module, returned: Any, forwarded: list[Any]) -> Tensor
 
 @contextmanager
 def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Runs the body so that the module's `training_step` leaves no trace and can be differentiated twice.
-
-    Logging is switched off, loggers are replaced by dummies, and afterwards every attribute of every submodule is what
-    it was: buffers (which are cloned first, so that in-place updates hit the clones), torchmetrics states, counters and
-    the contents of lists, dictionaries and sets. Not undone are in-place changes of plain tensor attributes (make them
-    buffers) and of anything outside the module. Attention runs in its math kernel, recurrent layers without cuDNN,
-    compiled modules eagerly, and automatic mixed precision is off, since Lanczos amplifies rounding noise.
+    """Runs the body, one evaluation of `training_step`, in an `Isolation` of its own.
 
     Args:
         trainer: The module's Trainer.
         module: The module.
     """
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_full_precision(trainer))
-        stack.enter_context(_silent_loggers(trainer))
-        stack.enter_context(_untouched_attributes(module))
-        for submodule in module.modules():
-            for name in _LOGGING_METHODS:
-                if hasattr(submodule, name) and hasattr(submodule, "training_step"):
-                    submodule.__dict__[name] = _log_nothing
+    with Isolation(trainer, module) as isolation:
+        isolation.rewind()
         yield
+
+
+class Isolation:
+    """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
+
+    A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
+    recurrent layers without cuDNN, compiled modules eagerly, all activation checkpoints without reentry, and automatic
+    mixed precision is off, since Lanczos amplifies rounding noise. `rewind` puts the module back to the state at the
+    beginning, so that each evaluation after it is the same function. At the end every attribute of every submodule is
+    what it was (buffers and other tensors, torchmetrics states, counters, the contents of lists, dictionaries and
+    sets), and so are the global random numbers.
+
+    Tensors are copied before an evaluation changes them in place. Not undone are in-place changes of tensors inside
+    lists and dictionaries, and changes of anything outside the module.
+
+    Args:
+        trainer: The module's Trainer.
+        module: The module.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        """See the class."""
+        self._trainer, self._module = trainer, module
+        self._stack = ExitStack()
+        self._before: list[_Saved] = []
+        self._tensors: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def __enter__(self) -> "Isolation":
+        """Notes the module's state."""
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_differentiable_checkpoints())
+            stack.enter_context(_full_precision(self._trainer))
+            stack.enter_context(_untouched_trainer(self._trainer))
+            stack.callback(RandomState.capture(self._module.device).restore)
+            self._before = [_Saved.of(submodule) for submodule in self._module.modules()]
+            self._tensors = [place for saved in self._before for place in saved.tensors()]
+            stack.callback(self._restore)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leaves everything as it was."""
+        self._stack.close()
+
+    def rewind(self) -> None:
+        """Puts the module back to the beginning, with copies in place of its tensors."""
+        self._restore()
+        copies: dict[int, Tensor] = {}
+        for attributes, name, tensor in self._tensors:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.clone()
+            attributes[name] = copies[id(tensor)]
+        for saved in self._before:
+            if saved.logs:
+                saved.attributes.update(log=_log_nothing, log_dict=_log_nothing)
+
+    def _restore(self) -> None:
+        for saved in self._before:
+            saved.restore()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A submodule's attributes as they were: the objects, and the contents of plain containers.
+
+    Attributes:
+        attributes: The submodule's ``__dict__``.
+        values: A copy of it.
+        contents: Pairs of each container among the values, at any depth, and a copy of it.
+        logs: Whether the submodule has Lightning's logging methods.
+    """
+
+    attributes: dict[str, Any]
+    values: dict[str, Any]
+    contents: list[tuple[Any, Any]]
+    logs: bool
+
+    @classmethod
+    def of(cls, submodule: nn.Module) -> "_Saved":
+        attributes = submodule.__dict__
+        contents = [(container, container.copy()) for container in _containers(attributes.values(), set())]
+        return cls(attributes, attributes.copy(), contents, hasattr(submodule, "training_step"))
+
+    def tensors(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Where the submodule's own tensors stand, parameters apart: buffers and plain attributes."""
+        for attributes in (self.attributes, self.attributes["_buffers"]):
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, nn.Parameter):
+                    yield attributes, name, value
+
+    def restore(self) -> None:
+        self.attributes.clear()
+        self.attributes.update(self.values)
+        for container, copy in self.contents:
+            if container or copy:
+                _refill(container, copy)
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
@@ -238,40 +345,34 @@ def is_mixed(trainer: Trainer) -> bool:
     return hasattr(trainer.precision_plugin, "scaler")  # the slot of the mixed precision plugin alone
 
 
+class _NonReentrant:
+    """Stands for the autograd function of reentrant activation checkpoints, which has no second derivative."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
 @contextmanager
-def _silent_loggers(trainer: Trainer) -> Iterator[None]:
-    loggers = trainer.loggers
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Lets reentrant activation checkpoints work as the other kind does."""
+    reentrant = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+
+
+@contextmanager
+def _untouched_trainer(trainer: Trainer) -> Iterator[None]:
+    """Dummy loggers, and no stop: a step may ask for one where a trial loss is large."""
+    loggers, should_stop = trainer.loggers, trainer.should_stop
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:
-        trainer.loggers = loggers
-
-
-@contextmanager
-def _untouched_attributes(module: nn.Module) -> Iterator[None]:
-    """Puts every attribute of every submodule back: the objects, and the contents of plain containers."""
-    before: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
-    for submodule in module.modules():
-        attributes = submodule.__dict__
-        contents = [(container, container.copy()) for container in _containers(attributes.values(), set())]
-        before.append((attributes, dict(attributes), contents))
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None:
-                submodule._buffers[name] = buffer.clone()
-        if isinstance(submodule, Metric):
-            for name in submodule._defaults:
-                value = attributes.get(name)
-                if isinstance(value, Tensor):
-                    attributes[name] = value.clone()
-    try:
-        yield
-    finally:
-        for attributes, saved, contents in before:
-            attributes.clear()
-            attributes.update(saved)
-            for container, copy in contents:
-                _refill(container, copy)
+        trainer.loggers, trainer.should_stop = loggers, should_stop
 
 
 def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
@@ -280,7 +381,8 @@ def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
         if isinstance(value, _CONTAINERS) and id(value) not in seen:
             seen.add(id(value))
             yield value
-            yield from _containers(value.values() if isinstance(value, dict) else value, seen)
+            if value:
+                yield from _containers(value.values() if isinstance(value, dict) else value, seen)
 
 
 def _refill(container: Any, copy: Any) -> None:

@@ -1,6 +1,8 @@
-"""What a switch to SFN gained and what it cost."""
+"""What each optimizer of a run gained and what it cost."""
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pytorch_lightning import Trainer
@@ -8,7 +10,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_sfn.newton.spectrum import Spectrum
 
-__all__ = ["SwitchReport", "say"]
+__all__ = ["Phase", "SwitchReport", "say"]
 
 
 @rank_zero_only
@@ -27,78 +29,203 @@ def say(trainer: Trainer, text: str) -> None:
 
 
 @dataclass
+class Phase:
+    """The time in which one optimizer trained.
+
+    Attributes:
+        optimizer: Its class name.
+        newton: Whether it is SFN.
+        before: The metric at the beginning; at the first check in the first phase.
+        after: The metric at the end.
+        seconds: Seconds, everything included (validation too).
+        steps: Optimizer steps; for SFN, Newton steps tried.
+        taken: Steps that changed the parameters.
+        gradients: Gradients of one loader batch; for SFN, those of Newton steps included.
+        products: Hessian-vector products.
+    """
+
+    optimizer: str
+    newton: bool = False
+    before: float = math.nan
+    after: float = math.nan
+    seconds: float = 0.0
+    steps: int = 0
+    taken: int = 0
+    gradients: int = 0
+    products: int = 0
+
+
+@dataclass
 class SwitchReport:
-    """Numbers of one switched run; filled in while it goes on.
+    """Numbers of one run, filled in while it goes on.
 
     Attributes:
         monitor: Name of the monitored metric.
-        first_optimizer: Class name of the optimizer that stalled.
-        plateau: The metric when the switch was decided.
-        final: The metric at the end.
-        first_steps: Optimizer steps before the switch.
-        first_seconds: Seconds of training before the switch.
-        newton_steps: Newton steps tried.
-        accepted_steps: Newton steps that lowered the trial loss.
-        newton_seconds: Seconds of training since the switch, first-order passes over the data included.
-        products: Hessian-vector products.
+        sign: 1 where the metric is to rise, -1 where it is to fall.
+        phases: One optimizer after the other, the first one first.
+        last_speed: Improvement per second that the first optimizer still made over the checks before the last switch.
+        checks: How many checks these were; 0 if the metric had not been seen twice.
         spectrum_at_switch: Spectrum on the curvature batches of the first Newton step.
         spectrum_at_end: Spectrum on those of the last one, at the final parameters.
     """
 
     monitor: str
-    first_optimizer: str
-    plateau: float
-    final: float = float("nan")
-    first_steps: int = 0
-    first_seconds: float = 0.0
-    newton_steps: int = 0
-    accepted_steps: int = 0
-    newton_seconds: float = 0.0
-    products: int = 0
+    sign: int = -1
+    phases: list[Phase] = field(default_factory=list)
+    last_speed: float = 0.0
+    checks: int = 0
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
 
-    def state_dict(self, newton_seconds: float) -> dict[str, Any]:
-        """The report as plain numbers, lists and tensors, for checkpoints.
+    # ------------------------------------------------------------------------------------------------ sums
+
+    @property
+    def first_optimizer(self) -> str:
+        """Class name of the optimizer that stalled."""
+        return self.phases[0].optimizer
+
+    @property
+    def plateau(self) -> float:
+        """The metric at the first switch."""
+        return next((phase.before for phase in self.phases if phase.newton), math.nan)
+
+    @property
+    def final(self) -> float:
+        """The metric at the end."""
+        return self.phases[-1].after
+
+    @property
+    def first_steps(self) -> int:
+        """Steps of the first optimizer."""
+        return sum(phase.steps for phase in self._of(newton=False))
+
+    @property
+    def first_seconds(self) -> float:
+        """Seconds with the first optimizer."""
+        return sum(phase.seconds for phase in self._of(newton=False))
+
+    @property
+    def newton_steps(self) -> int:
+        """Newton steps tried."""
+        return sum(phase.steps for phase in self._of(newton=True))
+
+    @property
+    def accepted_steps(self) -> int:
+        """Newton steps that lowered the trial loss."""
+        return sum(phase.taken for phase in self._of(newton=True))
+
+    @property
+    def newton_seconds(self) -> float:
+        """Seconds with SFN, first-order passes over the data included."""
+        return sum(phase.seconds for phase in self._of(newton=True))
+
+    @property
+    def products(self) -> int:
+        """Hessian-vector products."""
+        return sum(phase.products for phase in self.phases)
+
+    def _of(self, *, newton: bool) -> list[Phase]:
+        return [phase for phase in self.phases if phase.newton == newton]
+
+    def gain(self, phases: Iterable[Phase]) -> float:
+        """Improvement of the metric in some phases; phases in which it was not seen count as none."""
+        gains = [self.sign * (phase.after - phase.before) for phase in phases]
+        return sum(gain for gain in gains if math.isfinite(gain))
+
+    def speed(self, *, newton: bool) -> float:
+        """Improvement of the metric per second with SFN, or with the first optimizer.
 
         Args:
-            newton_seconds: Seconds since the switch, as of now.
+            newton: Which of the two.
         """
-        return asdict(replace(self, newton_seconds=newton_seconds))
+        phases = self._of(newton=newton)
+        seconds = sum(phase.seconds for phase in phases)
+        return self.gain(phases) / seconds if seconds > 0 else 0.0
+
+    @property
+    def paid(self) -> bool:
+        """Whether SFN improved the metric, and faster than the first optimizer did just before the switch."""
+        return self.speed(newton=True) > max(self.last_speed, 0.0)
+
+    def verdict(self) -> str:
+        """Whether SFN was worth its time, in one sentence."""
+        gain, speed = self.gain(self._of(newton=True)), self.speed(newton=True)
+        if gain <= 0:
+            return f"SFN did not pay: {self.monitor} did not improve with it."
+        if not self.checks:
+            return (
+                f"SFN improved {self.monitor} by {gain:.4g}, {speed:.3g} per second; there is nothing to compare with."
+            )
+        checks = "last check" if self.checks == 1 else f"last {self.checks} checks"
+        return (
+            f"SFN {'paid' if self.paid else 'did not pay'}: it improved {self.monitor} by {gain:.4g}, {speed:.3g} per "
+            f"second; {self.first_optimizer} had last made {self.last_speed:.3g} per second ({checks})."
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The sums as they are logged."""
+        return {
+            "sfn/seconds": self.newton_seconds,
+            "sfn/first_seconds": self.first_seconds,
+            "sfn/improvement_per_second": self.speed(newton=True),
+            "sfn/first_improvement_per_second": self.speed(newton=False),
+            "sfn/stalled_improvement_per_second": self.last_speed,
+            "sfn/batch_gradients": float(sum(phase.gradients for phase in self._of(newton=True))),
+            "sfn/first_batch_gradients": float(sum(phase.gradients for phase in self._of(newton=False))),
+            "sfn/total_products": float(self.products),
+            "sfn/paid": float(self.paid),
+        }
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The phases as rows of text."""
+        return [
+            (
+                "SFN" if phase.newton else phase.optimizer,
+                f"{phase.steps} ({phase.taken} taken)" if phase.newton else f"{phase.steps}",
+                f"{phase.gradients}",
+                f"{phase.products}",
+                f"{phase.seconds:.1f}",
+                f"{phase.before:.4f}",
+                f"{phase.after:.4f}",
+                f"{self.gain([phase]) / phase.seconds:.3g}" if phase.seconds > 0 else "",
+            )
+            for phase in self.phases
+        ]
+
+    def table(self) -> str:
+        """The report as text: a table of the phases, the curvature where it was taken, and the verdict."""
+        header = ("", "steps", "gradients", "Hv products", "seconds", f"{self.monitor}", "after", "per second")
+        rows = [header, *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self._curvature(), self.verdict()])
+
+    def _curvature(self) -> list[str]:
+        at_switch, at_end = self.spectrum_at_switch, self.spectrum_at_end
+        if at_switch is None or at_end is None:
+            return []
+        return [
+            f"curvature {when}: from {spectrum.lambda_min:.3g} to {spectrum.lambda_max:.3g} (ratio "
+            f"{_balance(spectrum):.2g}), gradient norm {spectrum.gradient_norm:.3g}"
+            for when, spectrum in (("at the switch", at_switch), ("at the end", at_end))
+        ]
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, lists and tensors, for checkpoints."""
+        return asdict(self)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "SwitchReport":
         """The report that `state_dict` gave."""
         spectra = {name: state[name] for name in ("spectrum_at_switch", "spectrum_at_end")}
-        return cls(**(state | {name: Spectrum(**kept) if kept else None for name, kept in spectra.items()}))
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """The report as rows: what, at the switch (or before it), at the end (or since it)."""
-        at_switch, at_end = self.spectrum_at_switch, self.spectrum_at_end
-        rows = [
-            (self.monitor, f"{self.plateau:.4f}", f"{self.final:.4f}"),
-            ("optimizer", self.first_optimizer, "SaddleFreeNewton"),
-            ("steps", f"{self.first_steps}", f"{self.newton_steps} ({self.accepted_steps} taken)"),
-            ("seconds", f"{self.first_seconds:.1f}", f"{self.newton_seconds:.1f}"),
-            ("Hessian-vector products", "0", f"{self.products}"),
-        ]
-        if at_switch is not None and at_end is not None:
-            rows += [
-                ("smallest eigenvalue", f"{at_switch.lambda_min:.3g}", f"{at_end.lambda_min:.3g}"),
-                ("largest eigenvalue", f"{at_switch.lambda_max:.3g}", f"{at_end.lambda_max:.3g}"),
-                ("smallest / largest", f"{_balance(at_switch):.2g}", f"{_balance(at_end):.2g}"),
-                ("gradient norm", f"{at_switch.gradient_norm:.3g}", f"{at_end.gradient_norm:.3g}"),
-            ]
-        return rows
-
-    def table(self) -> str:
-        """The report as a text table."""
-        rows = [("", "until the switch", "with SFN"), *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        restored = {name: Spectrum(**kept) if kept else None for name, kept in spectra.items()}
+        return cls(**(state | restored | {"phases": [Phase(**phase) for phase in state["phases"]]}))
 
 
 def _balance(spectrum: Spectrum) -> float:
     """Smallest over largest eigenvalue: how much negative curvature there is next to positive."""
-    return spectrum.lambda_min / spectrum.lambda_max if spectrum.lambda_max != 0 else float("nan")
+    return spectrum.lambda_min / spectrum.lambda_max if spectrum.lambda_max != 0 else math.nan

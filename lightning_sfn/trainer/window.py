@@ -9,88 +9,30 @@ whole window, and shrink again where they do well.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sfn.newton.objective import Closure, Objective
+from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, is_mixed, process_mean, replay_closure
+from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
+from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, evaluate, is_mixed, process_mean
 
 __all__ = ["DataBudgets", "WindowedNewton", "cases_of"]
 
-_FEWEST = 4  # batches of a part: with fewer, one odd batch decides about a step
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
-
-
-@dataclass(frozen=True)
-class DataBudgets:
-    """How much data each ingredient of a step sees.
-
-    Attributes:
-        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. A
-            window never crosses the end of an epoch.
-        curvature_fraction: Share of the window's batches that Hessian-vector products see, at least four batches.
-        trial_fraction: Share of the window's batches that trial losses see, at least four; others than those of the
-            curvature as far as possible.
-        adaptive: Whether both shares double after a step that was rejected, misjudged, or lowered the loss by less than
-            a ten-thousandth, and halve (down to the values above) after any other.
-        hold: Whether the first whole window is kept, and every later loader batch brings one step on it ("everything,
-            held": for data that fits into memory several times over).
-
-    Raises:
-        MisconfigurationException: A value is out of range.
-    """
-
-    gradient_batches: int | Literal["epoch"] = "epoch"
-    curvature_fraction: float = 0.1
-    trial_fraction: float = 0.1
-    adaptive: bool = True
-    hold: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        if self.gradient_batches != "epoch" and (
-            not isinstance(self.gradient_batches, int) or self.gradient_batches < 1
-        ):
-            raise MisconfigurationException(
-                f"gradient_batches is {self.gradient_batches!r}, but a positive number or 'epoch' is expected."
-            )
-        for name in ("curvature_fraction", "trial_fraction"):
-            share = getattr(self, name)
-            if not 0 < share <= 1:
-                raise MisconfigurationException(f"{name} is {share}, but a share above 0 and up to 1 is expected.")
-
-    @property
-    def largest_growth(self) -> float:
-        """Growth at which both parts are the whole window."""
-        return 1 / min(self.curvature_fraction, self.trial_fraction)
-
-    def choose(self, count: int, growth: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
-        """Draws the batches of the curvature and of the trial losses.
-
-        Args:
-            count: Number of batches in the window.
-            growth: Factor on both shares.
-            generator: Source of the draw.
-
-        Returns:
-            Indices for the curvature, and indices for the trial losses.
-        """
-        order = torch.randperm(count, generator=generator).tolist()
-        sizes = (
-            min(count, max(_FEWEST, round(share * growth * count)))
-            for share in (self.curvature_fraction, self.trial_fraction)
-        )
-        return sorted(order[: next(sizes)]), sorted(order[::-1][: next(sizes)])
 
 
 @dataclass
@@ -102,13 +44,39 @@ class _Window:
     gradient: Tensor | None = None  # sum over batches of weight times gradient
     loss: float = 0.0  # likewise
 
+    def add(self, steps: Sequence[RecordedStep], cases: float, loss: float, gradient: Tensor) -> None:
+        """Adds batches that hold some cases together, with their mean loss and gradient."""
+        self.steps.extend(steps)
+        self.weights.extend([cases / len(steps)] * len(steps))
+        self.gradient = gradient * cases if self.gradient is None else self.gradient.add_(gradient, alpha=cases)
+        self.loss += loss * cases
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The window with its batches, for checkpoints; ``None`` if they are not plain data."""
+        steps = pack_steps(self.steps)
+        if steps is None:
+            return None
+        return {"steps": steps, "weights": self.weights, "gradient": self.gradient, "loss": self.loss}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> "_Window":
+        """The window that `state_dict` gave."""
+        gradient = state["gradient"]
+        return cls(
+            unpack_steps(state["steps"], device),
+            list(state["weights"]),
+            None if gradient is None else gradient.to(device).clone(),
+            state["loss"],
+        )
+
 
 class WindowedNewton:
     """Takes over `SaddleFreeNewton.step` inside Lightning's loop (a `Driver`).
 
     Each call runs Lightning's closure once, so logging, hooks and accumulation are Lightning's own. When the window is
     complete, one Newton step is taken on it; everything beyond the gradient comes from isolated replays. Gradients
-    enter the window before Lightning clips them (`note_gradient`).
+    enter the window before Lightning clips them (`note_gradient`). A batch whose loss or gradient is not finite is left
+    out of its window.
 
     Args:
         trainer: The Trainer.
@@ -118,9 +86,12 @@ class WindowedNewton:
         weight_decay: Pairs of parameters and weight decay; the penalty becomes part of the objective.
         before_step: Called before each Newton step, when its objectives are known.
         on_step: Called with the record of each Newton step.
+        on_failure: Called with the error where a step was impossible (a number that is not finite, or no memory left
+            even after saving); the parameters are then as they were. Without it the error is raised.
 
     Attributes:
-        steps_taken: Newton steps so far.
+        steps_taken: Newton steps so far, failed ones included.
+        batch_gradients: Gradients of single batches so far, Lightning's own included.
         growth: Present factor on the shares of the window that curvature and trials see.
         last_curvature: The objective that the products of the last (or coming) step see.
     """
@@ -133,21 +104,30 @@ class WindowedNewton:
         budgets: DataBudgets,
         *,
         weight_decay: Sequence[tuple[Sequence[Tensor], float]] = (),
-        before_step: Callable[[], None],
+        before_step: Callable[[], None] = lambda: None,
         on_step: Callable[[StepRecord], None],
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         """See the class."""
         self._trainer, self._module, self._optimizer, self._budgets = trainer, module, optimizer, budgets
         self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
-        self._before_step, self._on_step = before_step, on_step
+        self._before_step, self._on_step, self._on_failure = before_step, on_step, on_failure
         self._recorder = StepRecorder(trainer, module.device)
         self._window = _Window()
         self._held: _Window | None = None
+        self._isolation: Isolation | None = None
         self.steps_taken = 0
+        self.batch_gradients = 0
         self.growth = 1.0
         self._unclipped: Tensor | None = None
+        self._warned = False
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no batch waits for a step."""
+        return not self._window.steps
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """Runs Lightning's closure; takes a Newton step if it completes the window.
@@ -162,6 +142,7 @@ class WindowedNewton:
         recorded = [step for step in self._recorder.take() if step.loss is not None]
         if self._trainer.fit_loop._skip_backward:
             return result  # weight averaging passes over the data for batch norm's statistics alone
+        self.batch_gradients += len(recorded)
         if self._held is not None:
             self._newton_step(self._held, None)
         else:
@@ -170,6 +151,20 @@ class WindowedNewton:
             if self._complete():
                 self._step_on_window()
         return result
+
+    def watch(self) -> Objective | None:
+        """Collects the batches of a step that another optimizer took.
+
+        Returns:
+            The mean loss of the window, where this step completed it.
+        """
+        recorded = [step for step in self._recorder.take() if step.loss is not None]
+        self._window.steps += recorded
+        self._window.weights += [cases_of(step) for step in recorded]
+        if not self._window.steps or not self._complete():
+            return None
+        window, self._window = self._window, _Window()
+        return self._objective(window, range(len(window.steps)))
 
     def note_gradient(self) -> None:
         """Keeps the gradient that Lightning is about to clip: secants and trial losses need the objective's own."""
@@ -194,21 +189,32 @@ class WindowedNewton:
 
     def _collect(self, recorded: list[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
-        parameters = self._parameters()
         # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
         recorded = recorded[-self._trainer.accumulate_grad_batches :]
-        # Gradients are averaged over processes without weights too.
-        cases = self._mean(sum(cases_of(step) for step in recorded))
-        # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
-        correction = self._trainer.accumulate_grad_batches / len(recorded)
         unclipped, self._unclipped = self._unclipped, None
-        gradient = (parameters.gradients() if unclipped is None else unclipped) * (correction * cases)
-        window = self._window
-        window.steps.extend(recorded)
-        window.weights.extend([cases / len(recorded)] * len(recorded))
-        window.gradient = gradient if window.gradient is None else window.gradient.add_(gradient)
-        window.loss += sum(float(step.loss) for step in recorded if step.loss is not None) * cases / len(recorded)
+        gradient = self._parameters().gradients() if unclipped is None else unclipped
+        # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
+        gradient = gradient * (self._trainer.accumulate_grad_batches / len(recorded))
+        loss = sum(float(step.loss) for step in recorded if step.loss is not None) / len(recorded)
+        finite = math.isfinite(loss) and bool(torch.isfinite(gradient).all())
+        # Gradients are averaged over processes without weights too. One that saw no number tells all others by this.
+        cases = self._mean(sum(cases_of(step) for step in recorded) if finite else math.nan)
+        if math.isnan(cases):
+            self._leave_out(recorded)
+            return
+        if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
+            self._window = _Window()  # layers were frozen or freed: the gradients so far are of another function
+        self._window.add(recorded, cases, loss, gradient)
+
+    def _leave_out(self, recorded: Sequence[RecordedStep]) -> None:
+        if not self._warned:
+            rank_zero_warn(
+                f"Loss or gradient of batch {self._trainer.fit_loop.epoch_loop.batch_idx} is not finite (loss "
+                f"{[float(step.loss) for step in recorded if step.loss is not None]}): such batches are left out of "
+                "Newton steps from now on. Look for what causes it."
+            )
+            self._warned = True
 
     def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor]:
         """Mean loss and gradient of a window over all processes, weight decay included."""
@@ -229,20 +235,31 @@ class WindowedNewton:
         curvature, trial = self._budgets.choose(len(everything), self.growth, generator)
         objective = self._objective(window, everything)
         self.last_curvature = objective if len(curvature) == len(everything) else self._objective(window, curvature)
-        self._before_step()
-        record = self._optimizer.step_on(
-            objective,
-            curvature=self.last_curvature,
-            # Under autocast the window's loss is not that of its replays, with which trial losses are compared.
-            trial=objective
-            if len(trial) == len(everything) and not is_mixed(self._trainer)
-            else self._objective(window, trial),
-            loss_and_gradient=loss_and_gradient,
-            # Other windows hold other cases or other random numbers: there the losses tell.
-            same_function=True if self._held is not None else None,
-        )
-        self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
+        # Under autocast the window's loss is not that of its replays, with which trial losses are compared.
+        on_all = len(trial) == len(everything) and not is_mixed(self._trainer)
+        trial_objective = objective if on_all else self._objective(window, trial)
         self.steps_taken += 1
+        self._last_step = None
+        try:
+            with self.session():
+                self._before_step()
+                record = self._optimizer.step_on(
+                    objective,
+                    curvature=self.last_curvature,
+                    trial=trial_objective,
+                    loss_and_gradient=loss_and_gradient,
+                    # Other windows hold other cases or other random numbers: there the losses tell.
+                    same_function=True if self._held is not None else None,
+                )
+        except Exception as error:
+            if self._on_failure is None or not _is_survivable(error, self._trainer):
+                raise
+            self._on_failure(error)
+            return
+        self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
+        own_gradients = record.gradients - (loss_and_gradient is not None)
+        self.batch_gradients += own_gradients * len(window.steps)
+        self.batch_gradients += 0 if on_all else record.gradients * len(trial)  # see TrialLoss
         self._on_step(record)
 
     def _adapt(self, loss_now: float | None) -> None:
@@ -260,35 +277,77 @@ class WindowedNewton:
         self.growth = self.growth * 2 if poor else self.growth / 2
         self.growth = min(max(self.growth, 1.0), self._budgets.largest_growth)
 
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
     def state_dict(self) -> dict[str, Any]:
-        """What decides about later windows."""
-        return {"steps_taken": self.steps_taken, "growth": self.growth, "last_step": self._last_step}
+        """What decides about later windows, with the batches of a half-filled and of a held one.
+
+        A batch of a custom class is not stored, and nor are the batches of several processes, of which a checkpoint
+        holds only the first one's; ``"window"`` and ``"held"`` are then ``None``.
+        """
+        alone = self._trainer.world_size == 1
+        return {
+            "steps_taken": self.steps_taken,
+            "batch_gradients": self.batch_gradients,
+            "growth": self.growth,
+            "last_step": self._last_step,
+            "holds": self._held is not None,
+            "waiting": len(self._window.steps),
+            "window": self._window.state_dict() if alone else None,
+            "held": self._held.state_dict() if alone and self._held is not None else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Takes over what `state_dict` gave; batches that it does not hold are collected anew, with a warning."""
         self.steps_taken, self.growth, self._last_step = state["steps_taken"], state["growth"], state["last_step"]
+        self.batch_gradients = state["batch_gradients"]
+        if state["window"] is not None:
+            self._window = _Window.from_state(state["window"], self._module.device)
+        if state["held"] is not None:
+            self._held = _Window.from_state(state["held"], self._module.device)
+        missing = state["waiting"] if state["window"] is None else 0
+        if missing or (state["holds"] and state["held"] is None):
+            rank_zero_warn(
+                "The checkpoint was written while batches waited for a Newton step, and it could not hold them "
+                "(batches of a custom class, or several processes): they are collected anew, so this run is not the "
+                "uninterrupted one bit for bit. Save at the end of epochs, and without hold=True, to avoid this."
+            )
+
+    # ------------------------------------------------------------------------------------------------ objectives
+
+    @contextmanager
+    def session(self) -> Iterator[Isolation]:
+        """One isolation for all evaluations in the body, where each would pay for its own otherwise."""
+        if self._isolation is not None:
+            yield self._isolation
+            return
+        with Isolation(self._trainer, self._module) as isolation:
+            self._isolation = isolation
+            try:
+                yield isolation
+            finally:
+                self._isolation = None
 
     def _objective(self, window: _Window, indices: Sequence[int]) -> Objective:
         """The mean loss of some of a window's batches, by replay."""
-        steps = [window.steps[index] for index in indices]
         return Objective(
-            [self._closure(step) for step in steps],
+            [self._closure(window.steps[index]) for index in indices],
             [window.weights[index] for index in indices],
-            random_states=[step.random_state for step in steps],
+            self_seeding=True,
             reduce=process_mean(self._trainer),
         )
 
-    def _closure(self, step: RecordedStep) -> Closure:
-        replay = replay_closure(self._trainer, self._module, step)
-        if not self._decay:
-            return replay
+    def _closure(self, step: RecordedStep) -> Callable[[], Any]:
+        with_output = self._optimizer.curvature == "gauss_newton"
 
-        def with_decay() -> Tensor:
-            loss = replay()
-            assert isinstance(loss, Tensor)
-            return loss + self._penalty()
+        def closure() -> Any:
+            with self.session() as isolation:
+                isolation.rewind()
+                step.random_state.restore()
+                result = evaluate(self._module, step, with_output=with_output)
+                return result + self._penalty() if self._decay else result
 
-        return with_decay
+        return closure
 
     def _penalty(self) -> Tensor:
         """Half the weighted squared norm: its gradient is what SGD's weight decay adds."""
@@ -309,6 +368,12 @@ class WindowedNewton:
         """Mean of a number over the processes."""
         mean = process_mean(self._trainer)
         return number if mean is None else float(mean(torch.tensor(number, dtype=torch.float64)))
+
+
+def _is_survivable(error: Exception, trainer: Trainer) -> bool:
+    """Whether training can go on without this step, on all processes alike."""
+    # Numbers are averaged over processes, so all of them meet one that is not finite; memory runs out on one alone.
+    return isinstance(error, FloatingPointError) or (is_out_of_memory(error) and trainer.world_size == 1)
 
 
 def cases_of(step: RecordedStep) -> float:

@@ -14,7 +14,7 @@ from lightning_sfn.newton.curvature import HessianOperator, gradient_of
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
-from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, isolated, loss_of, replay_closure
+from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, isolated, loss_of, replay_closure
 
 from .modules import (
     Fitting,
@@ -300,6 +300,11 @@ def remember_in_buffer(module: Any, loss: Tensor) -> None:
     module.state.mul_(0.9).add_(loss)
 
 
+def remember_in_tensor(module: Any, loss: Tensor) -> None:
+    module.state.mul_(0.9).add_(loss)
+    module.net.also.add_(1.0)
+
+
 def remember_in_cycle(module: Any, loss: Tensor) -> None:
     module.state["root"].setdefault("losses", []).append(float(loss))
 
@@ -315,6 +320,7 @@ def cycle() -> dict[str, Any]:
     [
         pytest.param(remember_in_nested_list, lambda: {"losses": []}, lambda s: list(s["losses"]), id="nested list"),
         pytest.param(remember_in_buffer, lambda: nn.Buffer(torch.zeros(())), float, id="buffer"),
+        pytest.param(remember_in_tensor, lambda: torch.zeros(()), float, id="plain tensor"),
         pytest.param(remember_in_cycle, cycle, lambda s: list(s["losses"]), id="container that holds itself"),
     ],
 )
@@ -325,8 +331,9 @@ def test_state_below_the_surface_of_attributes(
     for callbacks in ([], [Replaying()]):
         seed_everything(0)
         module = Remembering(remember, state=state())
+        module.net.also = torch.zeros(2)
         make_trainer(1, callbacks=list(callbacks)).fit(module, regression_loader())
-        found.append(read(module.state))
+        found.append((read(module.state), module.net.also.tolist()))
     assert found[1] == found[0]
 
 
@@ -397,6 +404,7 @@ def test_recorder_takes_each_step_once_and_gives_the_method_back() -> None:
             if len(self.counts) == 2:
                 self.recorder.detach()
                 assert trainer.strategy.training_step == self.original
+                assert "training_step" not in trainer.strategy.__dict__
 
     taking = Taking()
     make_trainer(1, callbacks=[taking]).fit(Fitting(), regression_loader())
@@ -439,6 +447,46 @@ def test_nested_isolation_and_shared_submodules() -> None:
         module(torch.randn(4, 3))
     assert module.traces() == before
     assert all(a is b for a, b in zip(module.buffers(), buffers, strict=True))
+
+
+def test_rewinding_gives_each_evaluation_the_same_start() -> None:
+    """One isolation for several evaluations: none sees what another did, tensors shared by two names included."""
+    module, trainer = Untidy(dropout=0.0), make_trainer(1)
+    module.plain = module.alias = torch.zeros(2)
+    before, streams = module.traces(), random_streams()
+    seen = []
+    with Isolation(trainer, module) as isolation:
+        for _ in range(3):
+            isolation.rewind()
+            seen.append(
+                (module.count, len(module.losses), float(module.norm.running_mean.sum()), module.plain.tolist())
+            )
+            module.count += 1
+            module.losses.append(torch.ones(()))
+            module.brand_new = 1
+            module(torch.randn(4, 3))
+            module.plain.add_(1.0)
+            assert module.alias is module.plain
+            trainer.should_stop = True
+    assert seen == [seen[0]] * 3
+    assert module.traces() == before
+    assert random_streams() == streams
+    assert not trainer.should_stop
+    assert module.plain is module.alias
+    assert not module.plain.any()
+
+
+def test_parameters_are_never_copied() -> None:
+    """Neither registered ones, nor those that a module keeps in an attribute of its own."""
+    module = Fitting()
+    module.__dict__["favourite"] = module.net[0].weight
+    module.net[2].weight.requires_grad_(False)
+    with Isolation(make_trainer(1), module) as isolation:
+        isolation.rewind()
+        assert module.favourite is module.net[0].weight
+        assert module.net[2].weight is dict(module.named_parameters())["net.2.weight"]
+        (gradient,) = torch.autograd.grad(module.favourite.sum(), module.net[0].weight)
+    assert bool(gradient.all())
 
 
 def test_module_that_switches_its_mode_in_the_step() -> None:

@@ -1,7 +1,12 @@
+"""The report adds up over phases, and says honestly whether SFN paid."""
+
+import math
+
+import pytest
 import torch
 
 from lightning_sfn.newton.spectrum import Spectrum
-from lightning_sfn.trainer.report import SwitchReport
+from lightning_sfn.trainer.report import Phase, SwitchReport
 
 
 def spectrum(low: float, high: float) -> Spectrum:
@@ -9,48 +14,77 @@ def spectrum(low: float, high: float) -> Spectrum:
     return Spectrum(values, torch.zeros(2, dtype=torch.float64), loss=1.0, gradient_norm=0.125, products=2)
 
 
-def report() -> SwitchReport:
-    made = SwitchReport("val_loss", "SGD", plateau=2.5, first_steps=40, first_seconds=1.25)
-    made.final, made.newton_steps, made.accepted_steps, made.newton_seconds, made.products = 0.5, 7, 6, 3.0, 91
-    return made
+def report(after: float = 0.5, last_speed: float = 0.01, sign: int = -1) -> SwitchReport:
+    phases = [
+        Phase("SGD", False, before=4.5, after=2.5, seconds=10.0, steps=40, gradients=80),
+        Phase(
+            "SaddleFreeNewton", True, before=2.5, after=1.5, seconds=4.0, steps=7, taken=6, gradients=90, products=91
+        ),
+        Phase("SGD", False, before=1.5, after=1.25, seconds=2.0, steps=8, gradients=16),
+        Phase(
+            "SaddleFreeNewton", True, before=1.25, after=after, seconds=1.0, steps=3, taken=3, gradients=30, products=9
+        ),
+    ]
+    return SwitchReport("val_loss", sign, phases, last_speed=last_speed, checks=5)
 
 
-def test_rows_hold_the_numbers_before_and_after() -> None:
-    rows = {name: (before, after) for name, before, after in report().rows()}
-    assert rows["val_loss"] == ("2.5000", "0.5000")
-    assert rows["optimizer"] == ("SGD", "SaddleFreeNewton")
-    assert rows["steps"] == ("40", "7 (6 taken)")
-    assert rows["seconds"][1] == "3.0"
-    assert rows["Hessian-vector products"] == ("0", "91")
-    assert "smallest eigenvalue" not in rows
+def test_sums_over_the_phases_of_each_optimizer() -> None:
+    made = report()
+    assert (made.first_optimizer, made.plateau, made.final) == ("SGD", 2.5, 0.5)
+    assert (made.first_steps, made.first_seconds) == (48, 12.0)
+    assert (made.newton_steps, made.accepted_steps, made.newton_seconds, made.products) == (10, 9, 5.0, 100)
+    assert made.speed(newton=True) == pytest.approx((1.0 + 0.75) / 5.0)
+    assert made.speed(newton=False) == pytest.approx((2.0 + 0.25) / 12.0)
+    metrics = made.metrics()
+    assert metrics["sfn/improvement_per_second"] == pytest.approx(0.35)
+    assert metrics["sfn/batch_gradients"] == 120
+    assert metrics["sfn/first_batch_gradients"] == 96
+    assert metrics["sfn/paid"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("made", "paid", "text"),
+    [
+        (report(), True, "SFN paid: it improved val_loss by 1.75, 0.35 per second; SGD had last made 0.01"),
+        (report(last_speed=-3.0), True, "SFN paid"),
+        (report(last_speed=0.5), False, "SFN did not pay: it improved val_loss by 1.75, 0.35 per second; SGD had last"),
+        (report(after=2.5), False, "SFN did not pay: val_loss did not improve with it"),
+        (report(sign=1), False, "SFN did not pay: val_loss did not improve"),  # accuracy that fell
+        (report(after=math.nan), True, "improved val_loss by 1,"),  # a phase in which the metric was not seen
+    ],
+)
+def test_verdict(made: SwitchReport, paid: bool, text: str) -> None:
+    assert made.paid == paid
+    assert text in made.verdict()
+    assert made.verdict() in made.table()
+
+
+def test_table_is_aligned_and_holds_every_cell() -> None:
+    made = report()
+    lines = made.table().splitlines()
+    assert set(lines[1]) == {"-"}
+    assert {len(line) for line in lines[:6]} == {len(lines[0])}
+    for line, row in zip(lines[2:6], made.rows(), strict=True):
+        assert all(cell in line for cell in row)
+    assert "curvature" not in made.table()
 
 
 def test_spectra_are_shown_when_both_are_known() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
-    assert len(made.rows()) == 5
+    assert "curvature" not in made.table()
     made.spectrum_at_end = spectrum(-0.5, 20.0)
-    rows = {name: (before, after) for name, before, after in made.rows()}
-    assert rows["smallest eigenvalue"] == ("-3", "-0.5")
-    assert rows["largest eigenvalue"] == ("10", "20")
-    assert rows["gradient norm"] == ("0.125", "0.125")
-
-
-def test_table_is_aligned_and_holds_every_cell() -> None:
-    lines = report().table().splitlines()
-    assert "until the switch" in lines[0]
-    assert set(lines[1]) == {"-"}
-    assert {len(line) for line in lines} == {len(lines[0])}
-    for line, row in zip(lines[2:], report().rows(), strict=True):
-        assert all(cell in line for cell in row)
+    assert "curvature at the switch: from -3 to 10 (ratio -0.3), gradient norm 0.125" in made.table()
+    assert "curvature at the end: from -0.5 to 20" in made.table()
 
 
 def test_a_report_survives_a_checkpoint() -> None:
-    spectrum = Spectrum(torch.tensor([-1.0, 2.0]), torch.tensor([0.1, 0.2]), 3.0, 0.5, 2)
-    report = SwitchReport("loss", "SGD", 4.0, first_steps=7, products=5, spectrum_at_switch=spectrum)
-    restored = SwitchReport.from_state(report.state_dict(newton_seconds=9.0))
-    assert restored.rows()[:3] == report.rows()[:3]
-    assert restored.newton_seconds == 9.0
+    made = report()
+    made.spectrum_at_switch = spectrum(-3.0, 10.0)
+    torch.save(made.state_dict(), "report.pt")
+    restored = SwitchReport.from_state(torch.load("report.pt", weights_only=True))
+    assert restored.phases == made.phases
+    assert restored.table() == made.table()
     assert restored.spectrum_at_end is None
     assert restored.spectrum_at_switch is not None
-    assert restored.spectrum_at_switch.to_dict() == spectrum.to_dict()
+    assert restored.spectrum_at_switch.to_dict() == made.spectrum_at_switch.to_dict()

@@ -558,11 +558,12 @@ def test_resuming_is_going_on(epoch: int, options: dict[str, Any]) -> None:
 
 
 def test_resuming_on_held_data() -> None:
-    """The held window is not part of a checkpoint: it is taken again from the first epoch after it."""
-    train(5, [forced(hold=True), saving()])
+    """The held window is part of the checkpoint."""
+    going_on, _ = train(6, [forced(hold=True), saving()])
     calls: list[NewtonCall] = []
-    train(6, [forced(calls, hold=True), ModelCheckpoint(dirpath="other")], "kept/epoch=3.ckpt")
-    assert [call.sizes[0] for call in calls] == [9] * 10
+    resumed, _ = train(6, [forced(calls, hold=True), ModelCheckpoint(dirpath="other")], "kept/epoch=3.ckpt")
+    assert [call.sizes[0] for call in calls] == [9] * 18
+    assert torch.equal(flat(resumed), flat(going_on))
 
 
 def test_resuming_before_the_plateau_keeps_the_count() -> None:

@@ -1,49 +1,91 @@
 """`SwitchToSFN`: sees that training has stalled, and goes on with saddle-free Newton."""
 
-import math
-import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.outlook import outlook_of
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.handover import Handover, SchedulerRule
+from lightning_sfn.trainer.ledger import Ledger
+from lightning_sfn.trainer.namespaces import join_namespace
+from lightning_sfn.trainer.plateau import PlateauWatch
+from lightning_sfn.trainer.replay import RecordedStep, own_containers
 from lightning_sfn.trainer.report import SwitchReport, say
-from lightning_sfn.trainer.support import is_dry_run, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.window import DataBudgets, WindowedNewton
+from lightning_sfn.trainer.rules import ReturnRule, SwitchRules
+from lightning_sfn.trainer.support import (
+    is_dry_run,
+    require_metrics,
+    require_one_optimizer,
+    require_replayable,
+    require_second_derivatives,
+)
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SwitchToSFN"]
 
 _LOGGED = ("loss_before", "loss_after", "damping", "step_norm", "lambda_min", "lambda_max", "accepted", "products")
+_GATE_DIM = 32  # Lanczos vectors of the probe that decides, where probe_dim says nothing
+_TOLERATED_FAILURES = 3  # Newton steps that may fail in a row
 
 
-class SwitchToSFN(EarlyStopping):
+class SwitchToSFN(PlateauWatch):
     """Watches a metric as `EarlyStopping` does; where that would stop, training goes on with saddle-free Newton.
 
     The module stays as it is (automatic optimization). Lightning's own closure delivers the gradient of each loader
     batch, which is accumulated over a window; Hessian-vector products and trial losses come from isolated replays of
-    `training_step`, which nothing sees. Learning rate schedulers of the first optimizer rest after the switch.
-    Checkpoints keep the first optimizer's state where Lightning expects it, so they open without this callback as well.
+    `training_step`, which nothing sees. Checkpoints keep the first optimizer's state where Lightning expects it, so
+    they open without this callback as well. Resuming from one goes on bit for bit: a half-filled window travels with
+    it, and so do the global random numbers (one process).
 
     As with `EarlyStopping`, ``patience`` checks without improvement switch: the check that brought the best value does
-    not count. The switch happens before the next training batch. A metric that is not finite never switches.
+    not count. The switch happens before the next training batch, on all processes alike.
+
+    A Newton step that meets a number that is not finite, or for which memory does not suffice, is left out. Where that
+    goes on, training returns to the first optimizer for good.
 
     Args:
         monitor: Metric to watch.
         mode: ``"min"`` or ``"max"``: which way the metric improves.
         patience: Checks without improvement after which to switch.
-        min_delta: Smallest change that counts as an improvement, absolute.
+        min_delta: Smallest change that counts as an improvement.
         optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
             ``class_path`` and ``init_args`` in YAML.
+        min_delta_mode: ``"abs"`` for a ``min_delta`` in the metric's unit, ``"rel"`` for a share of its best value.
+        cooldown: Checks after a return to the first optimizer that do not count.
+        check_finite: Whether checks that see NaN or infinity are passed over. Otherwise they count as checks without
+            improvement.
+        strict: Whether a missing metric is an error.
+        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation, as in
+            `EarlyStopping`.
+        check_every_n_steps: Check after every n-th optimizer step instead, on the mean of the values logged since the
+            last check (for long epochs; the metric needs ``on_step=True``).
+        min_epochs: Training epochs before the first switch.
+        min_steps: Optimizer steps before the first switch.
+        switch_at_epoch: Epoch (counted from 0) before which to switch, whatever the metric does. Until then no plateau
+            switches.
+        switch_at_step: Number of optimizer steps after which to do so.
+        require_negative_curvature: Whether a plateau switches only if a probe on the next window finds an eigenvalue
+            that is negative for certain, or a Newton step that promises enough.
+        min_predicted_decrease: What is enough: the share of the loss that a step is predicted to take off.
+        return_when: When to go back to the first optimizer: ``"slower_per_second"`` or ``"slower_per_epoch"`` as soon
+            as SFN improves the metric less over ``patience`` checks than the first optimizer last did, or stalls; or
+            after a number of Newton steps. ``None``: never. The next plateau switches again.
+        momentum: ``"keep"`` or ``"reset"``: what becomes of the first optimizer's state on return.
+        schedulers: Whether its learning rate schedulers ``"rest"`` while SFN trains and go on where they were, or
+            ``"step"`` on (schedules that end with the training).
         gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. The
             window's batches are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
@@ -51,22 +93,18 @@ class SwitchToSFN(EarlyStopping):
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
         probe_dim: Lanczos vectors of the spectra at the switch and at the end, for the report; 0 for none.
-        strict: Whether a missing metric is an error.
-        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation, as in
-            `EarlyStopping`.
 
     Attributes:
         switched: Whether SFN is training now.
-        switched_at_step: `global_step` of the switch; ``None`` before.
-        report: What was gained and spent; ``None`` before the switch.
-        newton: The optimizer in use since the switch; ``None`` before.
+        switched_at_step: `global_step` of the last switch; ``None`` before.
+        newton: The optimizer in use; ``None`` while the first one trains.
 
     Raises:
         MisconfigurationException: An argument is out of its range.
 
     Example:
         >>> from pytorch_lightning import Trainer
-        >>> trainer = Trainer(callbacks=[SwitchToSFN(monitor="train_loss", patience=5)], logger=False, barebones=False)
+        >>> trainer = Trainer(callbacks=[SwitchToSFN(monitor="train_loss", patience=5)], logger=False)
     """
 
     def __init__(
@@ -77,56 +115,85 @@ class SwitchToSFN(EarlyStopping):
         min_delta: float = 0.0,
         optimizer: Callable[[Iterable[Any]], Optimizer] = SaddleFreeNewton,
         *,
+        min_delta_mode: Literal["abs", "rel"] = "abs",
+        cooldown: int = 0,
+        check_finite: bool = True,
+        strict: bool = True,
+        check_on_train_epoch_end: bool | None = None,
+        check_every_n_steps: int | None = None,
+        min_epochs: int = 0,
+        min_steps: int = 0,
+        switch_at_epoch: int | None = None,
+        switch_at_step: int | None = None,
+        require_negative_curvature: bool = False,
+        min_predicted_decrease: float = 0.05,
+        return_when: ReturnRule | int | None = None,
+        momentum: Literal["keep", "reset"] = "keep",
+        schedulers: SchedulerRule = "rest",
         gradient_batches: int | Literal["epoch"] = "epoch",
         curvature_fraction: float = 0.1,
         trial_fraction: float = 0.1,
         adaptive: bool = True,
         hold: bool = False,
         probe_dim: int = 32,
-        strict: bool = True,
-        check_on_train_epoch_end: bool | None = None,
     ) -> None:
         """See the class."""
-        if patience < 1:
-            raise MisconfigurationException(f"patience is {patience}, but a positive number of checks is expected.")
-        if min_delta < 0:
-            raise MisconfigurationException(f"min_delta is {min_delta}, but a number of zero or more is expected.")
-        if probe_dim < 0:
-            raise MisconfigurationException(f"probe_dim is {probe_dim}, but a number of zero or more is expected.")
+        for name, value, choices in (
+            ("momentum", momentum, ("keep", "reset")),
+            ("schedulers", schedulers, ("rest", "step")),
+        ):
+            if value not in choices:
+                raise MisconfigurationException(f"{name} is {value!r}, but one of {choices} is expected.")
+        for name, number in (("probe_dim", probe_dim), ("min_predicted_decrease", min_predicted_decrease)):
+            if number < 0:
+                raise MisconfigurationException(f"{name} is {number}, but a number of zero or more is expected.")
         if not callable(optimizer):
             raise MisconfigurationException(
                 f"optimizer is an object of class {type(optimizer).__name__}, but something that makes one from "
                 "parameters is expected: SaddleFreeNewton itself, or functools.partial(SaddleFreeNewton, ...)."
             )
         super().__init__(
-            monitor=monitor,
-            mode=mode,
-            patience=patience,
-            min_delta=min_delta,
-            strict=strict,
-            check_finite=True,
+            monitor,
+            mode,
+            patience,
+            min_delta,
+            min_delta_mode=min_delta_mode,
+            cooldown=cooldown,
+            check_finite=check_finite,
+            # A switch at a given moment needs no metric.
+            strict=strict and switch_at_epoch is None and switch_at_step is None,
             check_on_train_epoch_end=check_on_train_epoch_end,
+            check_every_n_steps=check_every_n_steps,
         )
+        self.rules = SwitchRules(min_epochs, min_steps, switch_at_epoch, switch_at_step, return_when)
         self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
         self._make_optimizer = optimizer
-        self._probe_dim = probe_dim
+        self._promise = min_predicted_decrease if require_negative_curvature else None
+        self._momentum, self._schedulers, self._probe_dim = momentum, schedulers, probe_dim
         self._reset()
 
     def _reset(self) -> None:
+        self.restart()
         self.switched = False
         self.switched_at_step: int | None = None
-        self.report: SwitchReport | None = None
         self.newton: SaddleFreeNewton | None = None
-        self._stalled = False
-        self._driver: WindowedNewton | None = None
-        self._base: Optimizer | None = None
-        self._base_schedulers: list[Any] = []
+        self._trainer: Trainer | None = None
+        self._handover: Handover | None = None
+        self._driver: WindowedNewton | None = None  # collects batches for a probe while the first optimizer trains
+        self._ledger = Ledger(self.monitor, 1 if self.mode == "max" else -1, self.patience)
         self._restored: dict[str, Any] | None = None
         self._unlogged: StepRecord | None = None
-        self._clock = time.monotonic()
-        self._warned = False
-        self.wait_count = 0
-        self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        self._rehearsal: RecordedStep | None = None
+        self._rehearsed = False
+        self._stalled = self._given_up = False
+        self._return_reason: str | None = None
+        self._failures = 0
+
+    @property
+    def report(self) -> SwitchReport | None:
+        """What each optimizer gained and spent; ``None`` before the first switch."""
+        report = self._ledger.report
+        return report if any(phase.newton for phase in report.phases) else None
 
     # ------------------------------------------------------------------------------------------------ Lightning hooks
 
@@ -134,57 +201,100 @@ class SwitchToSFN(EarlyStopping):
         """Refuses what cannot work, and starts afresh when the same object is used for another fit."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            join_namespace(self, trainer)
             self._reset()
+            self._trainer = trainer
             require_replayable(trainer, pl_module, type(self).__name__)
+            if not self.rules.forces:
+                require_metrics(trainer, type(self).__name__)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the random numbers of a resumed run up again, before the loader draws its first shuffle."""
+        if self._restored is not None and self._restored["random"] is not None and trainer.world_size == 1:
+            RandomState.from_state(self._restored["random"]).restore()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the optimizer that a switch would make; switches again where a switched run is resumed."""
+        """Checks the optimizer that a switch would make; goes on where a resumed run was."""
         require_one_optimizer(trainer, type(self).__name__)
-        self._make_newton(trainer.optimizers[0])
-        self._clock = time.monotonic()
-        if self._restored is not None:
-            self._switch(trainer, pl_module)
+        self._handover = Handover(trainer, self._schedulers)
+        self._make_newton()
+        self._ledger.start(trainer, type(trainer.optimizers[0]).__name__)
+        restored, self._restored = self._restored, None
+        if restored is not None and restored["window"] is not None:
+            self._drive(trainer, pl_module, restored)
+            if restored["newton"] is not None:
+                self._take_over(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switches before the first batch of an accumulation window, once training has stalled."""
-        if self._stalled and batch_idx % trainer.accumulate_grad_batches == 0:
+        """Switches, or returns, before the first batch of an accumulation window."""
+        if not self._rehearsed:
+            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+            state = RandomState.capture(pl_module.device)
+            self._rehearsal = RecordedStep(own_containers(tuple(arguments.values())), {}, state, None)
+        if batch_idx % trainer.accumulate_grad_batches or is_dry_run(trainer):
+            return
+        if self.switched:
+            if self._return_reason is not None and self._driver is not None and self._driver.idle:
+                self._return(trainer)
+        elif self._driver is None and not self._given_up:
+            forced = self.switched_at_step is None and self.rules.is_forced(trainer)
+            if forced or (self._stalled and self._promise is None):
+                self._switch(trainer, pl_module, "is" if forced else "has stalled")
+            elif self._stalled:
+                say(trainer, f"SwitchToSFN: {self.monitor} has stalled; the next window tells whether SFN would help.")
+                self._drive(trainer, pl_module, None)
             self._stalled = False
-            self._switch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the Newton step that this batch completed."""
+        """Counts and logs; rehearses a replay after the first batch; decides where a probe's window is complete."""
+        if self._rehearsal is not None and outputs:
+            require_second_derivatives(trainer, pl_module, self._make_newton(), self._rehearsal, type(self).__name__)
+            self._rehearsal, self._rehearsed = None, True
+        if not self.switched:
+            self._ledger.count_batch(trainer)
+            self._watch(trainer, pl_module)
         self._log_step(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         record, self._unlogged = self._unlogged, None
-        if record is None:
+        if record is None or trainer.barebones:
             return
         metrics = {f"sfn/{name}": float(getattr(record, name)) for name in _LOGGED}
+        self._log(trainer, metrics)
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
+
+    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
-        if trainer.gradient_clip_val and self._driver is not None:
+        if trainer.gradient_clip_val and self.switched and self._driver is not None:
             self._driver.note_gradient()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
-        if self._driver is not None:
+        if self.switched and self._driver is not None:
             self._driver.end_epoch()
             self._log_step(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Completes the report and says it once."""
-        if self.report is not None and self._driver is not None:
-            self.report.newton_seconds += time.monotonic() - self._clock
-            self.report.final = self._monitored(trainer)
+        """Completes the report and says it once; says why there is none where the switch never happened."""
+        if self.report is not None:
+            self._ledger.close(trainer)
             self.report.spectrum_at_end = self._probe()
+            self._log(trainer, self.report.metrics())
             say(trainer, f"\n{self.report.table()}\n")
+        elif not is_dry_run(trainer):
+            say(
+                trainer,
+                f"SwitchToSFN did not switch: {self.wait_count} of {self.patience} checks without improvement at the "
+                f"end, best {self.monitor} {float(self.best_score):.6g}.",
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
@@ -197,71 +307,75 @@ class SwitchToSFN(EarlyStopping):
         """Takes our hands off the Trainer, which calls no teardown after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
-    # ------------------------------------------------------------------------------------------------ the decision
+    # ------------------------------------------------------------------------------------------------ the decisions
 
-    def _run_early_stopping_check(self, trainer: Trainer) -> None:
-        """Decides in the place where `EarlyStopping` does, which sees metrics of the same epoch; all ranks alike."""
-        if self.switched or self._stalled or is_dry_run(trainer):
+    def on_check(self, trainer: Trainer, value: float | None, plateau: bool) -> None:
+        """Decides to switch, or to return; all processes alike."""
+        if value is not None:
+            self._ledger.note(trainer, value)
+        if self.switched:
+            reason = self.rules.reason_to_return(self._ledger.progress, self._ledger.first_speed, plateau)
+            if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
+                self._return_reason = reason or "another process found it too slow"
+        elif plateau and self._driver is None:
+            self._stalled = self.switched_at_step is not None or self.rules.allows_first(trainer)
+
+    def _watch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Probes the curvature where a window has been collected for it, and switches if it promises something."""
+        objective = None if self._driver is None else self._driver.watch()
+        if objective is None or self._driver is None or self.newton is None:
             return
-        stalled = False
-        if self._validate_condition_metric(trainer.callback_metrics):
-            current = trainer.callback_metrics[self.monitor].squeeze()
-            if bool(torch.isfinite(current)):
-                stalled, _ = self._evaluate_stopping_criteria(current)
-            elif not self._warned:
-                rank_zero_warn(f"{self.monitor} is {float(current)}: SwitchToSFN does not switch on it.")
-                self._warned = True
-        # Every rank takes part, whatever it saw, or the others would wait for it.
-        self._stalled = trainer.strategy.reduce_boolean_decision(stalled, all=False)
-
-    def _validate_condition_metric(self, logs: dict[str, Tensor]) -> bool:
-        if self.monitor in logs:
-            return True
-        if self.strict:
-            raise MisconfigurationException(
-                f"SwitchToSFN monitors {self.monitor!r}, but what is logged is {', '.join(sorted(logs)) or 'nothing'}: "
-                "log it in training_step with on_epoch=True, monitor another metric, or pass strict=False."
-            )
-        return False
-
-    def _monitored(self, trainer: Trainer) -> float:
-        return float(trainer.callback_metrics.get(self.monitor, math.nan))
-
-    # ------------------------------------------------------------------------------------------------ the switch
-
-    def _switch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Puts the Newton optimizer in the first one's place."""
-        base = trainer.optimizers[0]
-        newton = self._make_newton(base)
-        self._base, self.newton = base, newton
-        self._base_schedulers = list(trainer.strategy.lr_scheduler_configs)
-        if self._base_schedulers:
-            say(trainer, f"SwitchToSFN: {len(self._base_schedulers)} learning rate scheduler(s) rest from now on.")
-        self._driver = WindowedNewton(
-            trainer,
-            module,
-            newton,
-            self.budgets,
-            weight_decay=[(group["params"], _coupled_decay(base, group)) for group in base.param_groups],
-            before_step=self._before_newton_step,
-            on_step=self._after_newton_step,
+        parameters = FlatParameters.of_groups(self.newton.param_groups)
+        with self._driver.session():
+            found = outlook_of(self.newton.operator(objective, parameters), self._probe_dim or _GATE_DIM)
+        promised = found.predicted_decrease > (self._promise or 0.0) * abs(found.loss)
+        text = (
+            f"smallest Ritz value {found.lambda_min:.3g} (error {found.residual:.1g}), predicted decrease "
+            f"{found.predicted_decrease:.3g} of {found.loss:.4g}"
         )
-        if self._restored is not None:
-            newton.load_state_dict(self._restored["newton"])
-            self._driver.load_state_dict(self._restored["window"])
-        if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
-            newton.max_grad_norm = float(trainer.gradient_clip_val)
-        newton.attach(self._driver)
-        # The setter rebuilds Lightning's wrappers; changing the list in place would leave the old optimizer stepping.
-        trainer.strategy.optimizers = [newton]
-        trainer.strategy.lr_scheduler_configs = []
-        self.switched = True
-        if self.switched_at_step is None:
-            self.switched_at_step = trainer.global_step
-        self._begin_report(trainer, base)
+        self._release()
+        if found.has_negative_curvature or promised:
+            say(trainer, f"SwitchToSFN: the probe speaks for SFN: {text}.")
+            self._switch(trainer, module, "has stalled")
+        else:
+            say(trainer, f"SwitchToSFN: no switch, the probe found neither a way out nor a good step: {text}.")
+            self.restart(self.cooldown)
 
-    def _make_newton(self, base: Optimizer) -> SaddleFreeNewton:
+    # ------------------------------------------------------------------------------------------------ there and back
+
+    def _switch(self, trainer: Trainer, module: LightningModule, state: str) -> None:
+        """Lets the Newton optimizer train; ``state`` says how the metric stands."""
+        if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+            self._given_up = True
+            rank_zero_warn("SwitchToSFN does not switch: the parameters are not finite any more.")
+            return
+        self._drive(trainer, module, None)
+        schedulers = self._take_over(trainer)
+        self.switched_at_step = trainer.global_step
+        self._ledger.begin(trainer, type(self.newton).__name__, newton=True)
+        say(
+            trainer,
+            f"SwitchToSFN: {self.monitor} {state} at {self._ledger.phase.before:.6g}; saddle-free Newton goes on from "
+            f"step {trainer.global_step}.{schedulers}",
+        )
+        self.restart()
+
+    def _return(self, trainer: Trainer) -> None:
+        """Lets the first optimizer train again."""
+        assert self._handover is not None
+        schedulers = self._handover.back(reset=self._momentum == "reset")
+        self._release()
+        self.switched = False
+        name = type(self._handover.base).__name__
+        self._ledger.begin(trainer, name, newton=False)
+        reason, self._return_reason = self._return_reason, None
+        say(trainer, f"SwitchToSFN: {name} goes on from step {trainer.global_step}, because {reason}.{schedulers}")
+        self.restart(self.cooldown)
+
+    def _make_newton(self) -> SaddleFreeNewton:
         """The Newton optimizer over the first one's parameters."""
+        assert self._handover is not None
+        base = self._handover.base
         try:
             newton = self._make_optimizer([{"params": group["params"]} for group in base.param_groups])
         except ValueError as error:
@@ -271,72 +385,117 @@ class SwitchToSFN(EarlyStopping):
                 f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
                 "pass functools.partial(SaddleFreeNewton, ...)."
             )
-        if newton.curvature == "gauss_newton":
+        if newton.curvature == "gauss_newton" and any(_coupled_decay(base, group) for group in base.param_groups):
             raise MisconfigurationException(
-                "SwitchToSFN got curvature='gauss_newton', but training_step hands over a loss without the model "
-                "output: use curvature='hessian', or SaddleFreeNewton in plain torch."
+                "SwitchToSFN got curvature='gauss_newton' and an optimizer with weight decay, which is part of the "
+                "objective but not a function of the model output: use curvature='hessian', or no weight decay."
             )
         return newton
 
-    def _begin_report(self, trainer: Trainer, base: Optimizer) -> None:
-        now = time.monotonic()
-        if self._restored is not None:
-            self.report = SwitchReport.from_state(self._restored["report"])
-        else:
-            plateau = self._monitored(trainer)
-            self.report = SwitchReport(self.monitor, type(base).__name__, plateau, first_steps=trainer.global_step)
-            self.report.first_seconds = now - self._clock
-            say(
-                trainer,
-                f"SwitchToSFN: {self.monitor} has stalled at {plateau:.6g}; "
-                f"saddle-free Newton goes on from step {trainer.global_step}.",
-            )
-        self._clock, self._restored = now, None
+    def _drive(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
+        """Makes a Newton optimizer and what collects its data."""
+        assert self._handover is not None
+        base = self._handover.base
+        self.newton = self._make_newton()
+        self._driver = WindowedNewton(
+            trainer,
+            module,
+            self.newton,
+            self.budgets,
+            weight_decay=[(group["params"], _coupled_decay(base, group)) for group in base.param_groups],
+            before_step=self._before_newton_step,
+            on_step=self._after_newton_step,
+            on_failure=self._after_failure,
+        )
+        if state is None:
+            return
+        self._driver.load_state_dict(state["window"])
+        if state["newton"] is not None:
+            try:
+                self.newton.load_state_dict(state["newton"])
+            except ValueError as error:
+                rank_zero_warn(f"SwitchToSFN begins with a new optimizer: {error}")
+
+    def _take_over(self, trainer: Trainer) -> str:
+        """Puts the Newton optimizer in the first one's place; says what became of the schedulers."""
+        assert self._handover is not None
+        assert self.newton is not None
+        if trainer.gradient_clip_val and self.newton.max_grad_norm is None:
+            if trainer.gradient_clip_algorithm == "value":
+                say(trainer, "SwitchToSFN: clipping by value does not apply to Newton steps; max_grad_norm would.")
+            else:
+                self.newton.max_grad_norm = float(trainer.gradient_clip_val)
+        self.newton.attach(self._driver)
+        self.switched = True
+        return self._handover.to(self.newton)
+
+    def _release(self) -> None:
+        """Gives up the Newton optimizer with the memory that it and its window hold."""
+        if self._driver is not None:
+            self._driver.detach()
+        self._driver, self.newton, self._failures = None, None, 0
+
+    # ------------------------------------------------------------------------------------------------ Newton's steps
 
     def _before_newton_step(self) -> None:
-        if self.report is not None and self.report.spectrum_at_switch is None:
-            self.report.spectrum_at_switch = self._probe()
+        if self._ledger.report.spectrum_at_switch is None:
+            self._ledger.report.spectrum_at_switch = self._probe()
 
     def _after_newton_step(self, record: StepRecord) -> None:
-        self._unlogged = record
-        if self.report is not None:
-            self.report.newton_steps += 1
-            self.report.accepted_steps += record.accepted
-            self.report.products += record.products
+        assert self._driver is not None
+        self._unlogged, self._failures = record, 0
+        self._ledger.count_step(record, self._driver.batch_gradients)
+        steps = self._ledger.phase.steps
+        if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:
+            self._return_reason = f"{steps} Newton steps were asked for"
+
+    def _after_failure(self, error: Exception) -> None:
+        rank_zero_warn(f"A Newton step was impossible, and the parameters are as they were: {error}")
+        self._failures += 1
+        if is_out_of_memory(error) or self._failures >= _TOLERATED_FAILURES:
+            self._given_up = True
+            self._return_reason = "memory does not suffice" if is_out_of_memory(error) else "Newton steps keep failing"
 
     def _probe(self) -> Spectrum | None:
         """The spectrum on the curvature batches of the last Newton step, at the present parameters."""
         if self._probe_dim == 0 or self._driver is None or self._driver.last_curvature is None or self.newton is None:
             return None
         parameters = FlatParameters.of_groups(self.newton.param_groups)
-        operator = self.newton.operator(self._driver.last_curvature, parameters)
-        return spectrum_of(operator, SpectrumSettings(self._probe_dim))
+        with self._driver.session():
+            operator = self.newton.operator(self._driver.last_curvature, parameters)
+            return spectrum_of(operator, SpectrumSettings(self._probe_dim))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, phase, and the Newton optimizer's state."""
-        state = super().state_dict()
-        state["switched_at_step"] = self.switched_at_step
-        state["stalled"] = self._stalled
-        state["newton"] = state["window"] = state["report"] = None
-        if self.newton is not None and self._driver is not None and self.report is not None:
-            state["newton"], state["window"] = self.newton.state_dict(), self._driver.state_dict()
-            state["report"] = self.report.state_dict(self.report.newton_seconds + time.monotonic() - self._clock)
-        return state
+        """Phase, counters, the Newton optimizer's state, the batches that wait, and the random numbers."""
+        alone = self._trainer is not None and self._trainer.world_size == 1
+        device = self._trainer.strategy.root_device if self._trainer is not None else None
+        return super().state_dict() | {
+            "switched_at_step": self.switched_at_step,
+            "stalled": self._stalled,
+            "given_up": self._given_up,
+            "return_reason": self._return_reason,
+            "failures": self._failures,
+            "ledger": self._ledger.state_dict(),
+            "newton": self.newton.state_dict() if self.newton is not None and self.switched else None,
+            "window": None if self._driver is None else self._driver.state_dict(),
+            "random": RandomState.capture(device).state_dict() if alone else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state; a switched run switches again when training starts."""
         super().load_state_dict(state_dict)
         self.switched_at_step = state_dict["switched_at_step"]
-        self._stalled = state_dict["stalled"]
-        self._restored = state_dict if state_dict["newton"] is not None else None
+        self._stalled, self._given_up = state_dict["stalled"], state_dict["given_up"]
+        self._return_reason, self._failures = state_dict["return_reason"], state_dict["failures"]
+        self._ledger.load_state_dict(state_dict["ledger"])
+        self._restored = state_dict
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores the first optimizer and its schedulers in Lightning's places, where any Trainer finds them."""
-        if self.switched and self._base is not None and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = [self._base.state_dict()]
-            checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._base_schedulers]
+        if self.switched and self._handover is not None:
+            self._handover.store(checkpoint)
 
 
 def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:

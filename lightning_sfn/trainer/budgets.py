@@ -1,0 +1,73 @@
+"""Data budgets: how much of a window's data each ingredient of a Newton step sees."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+__all__ = ["DataBudgets"]
+
+_FEWEST = 4  # batches of a part: with fewer, one odd batch decides about a step
+
+
+@dataclass(frozen=True)
+class DataBudgets:
+    """How much data each ingredient of a step sees.
+
+    Attributes:
+        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. A
+            window never crosses the end of an epoch.
+        curvature_fraction: Share of the window's batches that Hessian-vector products see, at least four batches.
+        trial_fraction: Share of the window's batches that trial losses see, at least four; others than those of the
+            curvature as far as possible.
+        adaptive: Whether both shares double after a step that was rejected, misjudged, or lowered the loss by less than
+            a ten-thousandth, and halve (down to the values above) after any other.
+        hold: Whether the first whole window is kept, and every later loader batch brings one step on it ("everything,
+            held": for data that fits into memory several times over).
+
+    Raises:
+        MisconfigurationException: A value is out of range.
+    """
+
+    gradient_batches: int | Literal["epoch"] = "epoch"
+    curvature_fraction: float = 0.1
+    trial_fraction: float = 0.1
+    adaptive: bool = True
+    hold: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.gradient_batches != "epoch" and (
+            not isinstance(self.gradient_batches, int) or self.gradient_batches < 1
+        ):
+            raise MisconfigurationException(
+                f"gradient_batches is {self.gradient_batches!r}, but a positive number or 'epoch' is expected."
+            )
+        for name in ("curvature_fraction", "trial_fraction"):
+            share = getattr(self, name)
+            if not 0 < share <= 1:
+                raise MisconfigurationException(f"{name} is {share}, but a share above 0 and up to 1 is expected.")
+
+    @property
+    def largest_growth(self) -> float:
+        """Growth at which both parts are the whole window."""
+        return 1 / min(self.curvature_fraction, self.trial_fraction)
+
+    def choose(self, count: int, growth: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
+        """Draws the batches of the curvature and of the trial losses.
+
+        Args:
+            count: Number of batches in the window.
+            growth: Factor on both shares.
+            generator: Source of the draw.
+
+        Returns:
+            Indices for the curvature, and indices for the trial losses.
+        """
+        order = torch.randperm(count, generator=generator).tolist()
+        sizes = (
+            min(count, max(_FEWEST, round(share * growth * count)))
+            for share in (self.curvature_fraction, self.trial_fraction)
+        )
+        return sorted(order[: next(sizes)]), sorted(order[::-1][: next(sizes)])

@@ -1,0 +1,62 @@
+"""Recorded steps in a checkpoint: batches as plain data, which ``torch.load(weights_only=True)`` opens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.trainer.replay import RecordedStep
+
+__all__ = ["pack_steps", "unpack_steps"]
+
+_SCALARS = (bool, int, float, str, bytes, type(None))
+
+
+def pack_steps(steps: Sequence[RecordedStep]) -> list[dict[str, Any]] | None:
+    """The steps as lists, dictionaries, tensors and numbers.
+
+    Args:
+        steps: The steps.
+
+    Returns:
+        One dictionary for each step; ``None`` if a batch holds anything but tensors, numbers and strings in Python's
+        own containers.
+    """
+    packed = []
+    for step in steps:
+        leaves, structure = tree_flatten((step.args, step.kwargs))
+        try:
+            named = treespec_dumps(structure)
+        except NotImplementedError:  # a container of somebody's own
+            return None
+        if not all(type(leaf) in (Tensor, *_SCALARS) for leaf in leaves):
+            return None
+        packed.append(
+            {
+                # Copies: a view would take the whole data set that it was cut from into the checkpoint.
+                "leaves": [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+                "on_accelerator": [isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in leaves],
+                "structure": named,
+                "random_state": step.random_state.state_dict(),
+            }
+        )
+    return packed
+
+
+def unpack_steps(packed: Sequence[dict[str, Any]], device: torch.device) -> list[RecordedStep]:
+    """The steps that `pack_steps` gave.
+
+    Args:
+        packed: What it gave.
+        device: Where the tensors that were on an accelerator go.
+    """
+    steps = []
+    for state in packed:
+        pairs = zip(state["leaves"], state["on_accelerator"], strict=True)
+        leaves = [leaf.to(device) if moved else leaf for leaf, moved in pairs]
+        args, kwargs = tree_unflatten(leaves, treespec_loads(state["structure"]))
+        steps.append(RecordedStep(args, kwargs, RandomState.from_state(state["random_state"]), None))
+    return steps

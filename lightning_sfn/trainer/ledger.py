@@ -1,0 +1,140 @@
+"""Keeps the books of a run: who trained how long, at what price, and how fast the metric improved."""
+
+import math
+import time
+from typing import Any
+
+from pytorch_lightning import Trainer
+
+from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.progress import Progress
+from lightning_sfn.trainer.report import Phase, SwitchReport
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """The report while it grows.
+
+    Args:
+        monitor: Name of the monitored metric.
+        sign: 1 where it is to rise, -1 where it is to fall.
+        checks: Over how many checks speed is measured.
+
+    Attributes:
+        report: What each optimizer gained and spent.
+        progress: The last checks of the optimizer that trains now.
+        first_speed: Improvement ``"second"`` and ``"epoch"`` that the first optimizer made before the last switch.
+    """
+
+    def __init__(self, monitor: str, sign: int, checks: int) -> None:
+        """See the class."""
+        self.report = SwitchReport(monitor, sign)
+        self.progress = Progress(sign, checks)
+        self.first_speed = {"second": 0.0, "epoch": 0.0}
+        self._clock = time.monotonic()
+        self._step_seen = 0
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that is going on."""
+        return self.report.phases[-1]
+
+    def start(self, trainer: Trainer, optimizer: str) -> None:
+        """Starts the clock, and the first phase unless a resumed run has one already.
+
+        Args:
+            trainer: The Trainer.
+            optimizer: Class name of the first optimizer.
+        """
+        self._clock, self._step_seen = time.monotonic(), trainer.global_step
+        if not self.report.phases:
+            self.report.phases.append(Phase(optimizer))
+
+    def begin(self, trainer: Trainer, optimizer: str, *, newton: bool) -> None:
+        """Closes the present phase and begins another.
+
+        Args:
+            trainer: The Trainer.
+            optimizer: Class name of the optimizer that trains from now on.
+            newton: Whether it is SFN.
+        """
+        self.close(trainer)
+        if newton:
+            self.first_speed = {"second": self.progress.speed("second"), "epoch": self.progress.speed("epoch")}
+            self.report.last_speed = self.first_speed["second"]
+            self.report.checks = max(len(self.progress.points) - 1, 0)
+        value = self.phase.after
+        self.report.phases.append(Phase(optimizer, newton, before=value))
+        self.progress.points = []
+        if math.isfinite(value):
+            self.note(trainer, value)
+        self._step_seen = trainer.global_step
+
+    def close(self, trainer: Trainer) -> None:
+        """Notes time and metric at the end of a phase.
+
+        Args:
+            trainer: The Trainer.
+        """
+        self._tick()
+        self.phase.after = float(trainer.callback_metrics.get(self.report.monitor, math.nan))
+
+    def note(self, trainer: Trainer, value: float) -> None:
+        """Notes a check.
+
+        Args:
+            trainer: The Trainer.
+            value: The metric.
+        """
+        self._tick()
+        if math.isnan(self.phase.before):
+            self.phase.before = value
+        per_epoch = trainer.num_training_batches  # where an epoch has no known length, a batch is the unit
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        epochs = batches / (per_epoch if math.isfinite(per_epoch) else 1)
+        self.progress.note(sum(phase.seconds for phase in self.report.phases), epochs, value)
+
+    def count_batch(self, trainer: Trainer) -> None:
+        """Counts a batch of the first optimizer.
+
+        Args:
+            trainer: The Trainer, after the batch.
+        """
+        step = trainer.global_step
+        self.phase.gradients += 1
+        self.phase.steps += step - self._step_seen
+        self._step_seen = step
+
+    def count_step(self, record: StepRecord, batch_gradients: int) -> None:
+        """Counts a Newton step.
+
+        Args:
+            record: Its record.
+            batch_gradients: Gradients of single batches since the switch.
+        """
+        self.phase.steps += 1
+        self.phase.taken += record.accepted
+        self.phase.products += record.products
+        self.phase.gradients = batch_gradients
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.phase.seconds += now - self._clock
+        self._clock = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """The books as plain numbers, lists and tensors."""
+        if self.report.phases:
+            self._tick()
+        return {
+            "report": self.report.state_dict(),
+            "progress": self.progress.state_dict(),
+            "first_speed": self.first_speed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.report = SwitchReport.from_state(state["report"])
+        self.progress.load_state_dict(state["progress"])
+        self.first_speed = state["first_speed"]

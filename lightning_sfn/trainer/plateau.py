@@ -1,0 +1,186 @@
+"""Seeing that training has stalled: `EarlyStopping`'s rules, with a plateau noted in place of a stop."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sfn.trainer.support import is_dry_run
+
+__all__ = ["PlateauWatch"]
+
+
+class PlateauWatch(EarlyStopping):
+    """Checks a metric where `EarlyStopping` does and by its rules, and says so to `on_check` instead of stopping.
+
+    It is an `EarlyStopping` because Lightning calls those alone after the module's own ``on_train_epoch_end``, so that
+    a metric logged there is seen in the same epoch. As there, the check that brings the best value does not count:
+    ``patience`` checks without improvement come after it (`ReduceLROnPlateau` would wait for one more).
+
+    Args:
+        monitor: Metric to watch.
+        mode: ``"min"`` or ``"max"``: which way the metric improves.
+        patience: Checks without improvement that make a plateau.
+        min_delta: Smallest change that counts as an improvement.
+        min_delta_mode: ``"abs"`` for a ``min_delta`` in the metric's unit, ``"rel"`` for a share of its best value.
+        cooldown: Checks after `restart` that do not count.
+        check_finite: Whether checks that see NaN or infinity are passed over (with a warning). Otherwise they count as
+            checks without improvement.
+        strict: Whether a missing metric is an error.
+        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation, as in
+            `EarlyStopping`.
+        check_every_n_steps: Check after every n-th optimizer step instead, on the mean of the values logged since the
+            last check (the metric must be logged with ``on_step=True``, or by validation).
+
+    Raises:
+        MisconfigurationException: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: Literal["min", "max"],
+        patience: int,
+        min_delta: float,
+        *,
+        min_delta_mode: Literal["abs", "rel"],
+        cooldown: int,
+        check_finite: bool,
+        strict: bool,
+        check_on_train_epoch_end: bool | None,
+        check_every_n_steps: int | None,
+    ) -> None:
+        """See the class."""
+        if patience < 1:
+            raise MisconfigurationException(f"patience is {patience}, but a positive number of checks is expected.")
+        if min_delta < 0:
+            raise MisconfigurationException(f"min_delta is {min_delta}, but a number of zero or more is expected.")
+        if min_delta_mode not in ("abs", "rel"):
+            raise MisconfigurationException(f"min_delta_mode is {min_delta_mode!r}, but 'abs' or 'rel' is expected.")
+        if cooldown < 0:
+            raise MisconfigurationException(f"cooldown is {cooldown}, but a number of zero or more is expected.")
+        if check_every_n_steps is not None and check_every_n_steps < 1:
+            raise MisconfigurationException(
+                f"check_every_n_steps is {check_every_n_steps}, but a positive number or None is expected."
+            )
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            patience=patience,
+            min_delta=min_delta,
+            strict=strict,
+            check_finite=check_finite,
+            check_on_train_epoch_end=check_on_train_epoch_end,
+        )
+        self.cooldown, self.check_every_n_steps = cooldown, check_every_n_steps
+        self._relative = min_delta_mode == "rel"
+        self._warned = False
+        self._checked_at = 0
+        self._last_seen: Tensor | None = None
+        self._since_check: tuple[Tensor | float, int] = (0.0, 0)  # sum and number of the values since the last check
+        self.restart()
+
+    def on_check(self, trainer: Trainer, value: float | None, plateau: bool) -> None:
+        """Called after each check, on all processes with the same ``plateau``.
+
+        Args:
+            trainer: The Trainer.
+            value: The metric; ``None`` if there was none, or none that counts.
+            plateau: Whether there have been ``patience`` checks without improvement on some process.
+        """
+
+    def restart(self, cooldown: int = 0) -> None:
+        """Forgets the best value and the count.
+
+        Args:
+            cooldown: Checks that do not count from now on.
+        """
+        self.wait_count = 0
+        self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        self._cooling = cooldown
+
+    # ------------------------------------------------------------------------------------------------ when
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collects the metric of each step, and checks after every n-th, where that is wanted."""
+        if self.check_every_n_steps is None:
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None and value is not self._last_seen:  # Lightning keeps the value of the last epoch there
+            self._last_seen = value
+            total, count = self._since_check
+            self._since_check = (total + value.detach().squeeze(), count + 1)
+        step = trainer.global_step
+        if step % self.check_every_n_steps == 0 and step != self._checked_at:
+            self._checked_at = step
+            (total, count), self._since_check = self._since_check, (0.0, 0)
+            self._check(trainer, torch.as_tensor(total) / count if count else None)
+
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        """Checks in the place where `EarlyStopping` does, which sees metrics of the same epoch."""
+        if self.check_every_n_steps is None:
+            value = trainer.callback_metrics.get(self.monitor)
+            self._check(trainer, None if value is None else value.detach().squeeze())
+
+    # ------------------------------------------------------------------------------------------------ what
+
+    def _check(self, trainer: Trainer, value: Tensor | None) -> None:
+        if is_dry_run(trainer):
+            return
+        if value is None:
+            self._require_metric(trainer)
+        elif self.check_finite and not bool(torch.isfinite(value)):
+            if not self._warned:
+                rank_zero_warn(f"{self.monitor} is {float(value)}: SwitchToSFN does not switch on it.")
+                self._warned = True
+            value = None
+        plateau = value is not None and self._is_plateau(value)
+        # Every rank takes part, whatever it saw, or the others would wait for it.
+        plateau = trainer.strategy.reduce_boolean_decision(plateau, all=False)
+        self.on_check(trainer, None if value is None else float(value), plateau)
+
+    def _is_plateau(self, value: Tensor) -> bool:
+        best = self.best_score.to(value.device)
+        delta = self.min_delta * (best.abs().nan_to_num(posinf=0.0) if self._relative else 1.0)  # signed
+        improved = bool(self.monitor_op(value - delta, best))
+        if improved:
+            self.best_score = value
+        if self._cooling > 0:
+            self._cooling -= 1
+            return False
+        self.wait_count = 0 if improved else self.wait_count + 1
+        return self.wait_count >= self.patience
+
+    def _require_metric(self, trainer: Trainer) -> None:
+        if self.strict and self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            how = "on_epoch=True" if self.check_every_n_steps is None else "on_step=True"
+            raise MisconfigurationException(
+                f"SwitchToSFN monitors {self.monitor!r}, but what is logged is {logged}: log it in training_step with "
+                f"{how}, monitor another metric, or pass strict=False."
+            )
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and the counters."""
+        total, count = self._since_check
+        return super().state_dict() | {
+            "cooling": self._cooling,
+            "checked_at": self._checked_at,
+            "since_check": (float(total), count),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._cooling, self._checked_at = state_dict["cooling"], state_dict["checked_at"]
+        total, count = state_dict["since_check"]
+        self._since_check = (total, count)

@@ -1,0 +1,91 @@
+"""The rules of the switch and of the way back, apart from the plateau itself."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sfn.trainer.progress import Progress
+
+__all__ = ["ReturnRule", "SwitchRules"]
+
+ReturnRule = Literal["slower_per_second", "slower_per_epoch"]
+
+
+@dataclass(frozen=True)
+class SwitchRules:
+    """When a plateau may switch, what switches without one, and when training goes back to the first optimizer.
+
+    Attributes:
+        min_epochs: Training epochs before the first switch.
+        min_steps: Optimizer steps before the first switch.
+        switch_at_epoch: Epoch (from 0) before which to switch for the first time, whatever the metric does.
+        switch_at_step: Optimizer steps after which to do so.
+        return_when: ``"slower_per_second"`` or ``"slower_per_epoch"``, a number of Newton steps, or ``None`` (never).
+
+    Raises:
+        MisconfigurationException: A value is out of range.
+    """
+
+    min_epochs: int = 0
+    min_steps: int = 0
+    switch_at_epoch: int | None = None
+    switch_at_step: int | None = None
+    return_when: ReturnRule | int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        for name in ("min_epochs", "min_steps", "switch_at_epoch", "switch_at_step"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise MisconfigurationException(f"{name} is {value}, but a number of zero or more is expected.")
+        known = self.return_when in ("slower_per_second", "slower_per_epoch", None)
+        count = isinstance(self.return_when, int) and not isinstance(self.return_when, bool) and self.return_when > 0
+        if not (known or count):
+            raise MisconfigurationException(
+                f"return_when is {self.return_when!r}, but 'slower_per_second', 'slower_per_epoch', a positive number "
+                "of Newton steps, or None is expected."
+            )
+
+    @property
+    def forces(self) -> bool:
+        """Whether the first switch comes without a plateau."""
+        return self.switch_at_epoch is not None or self.switch_at_step is not None
+
+    def is_forced(self, trainer: Trainer) -> bool:
+        """Whether it is due.
+
+        Args:
+            trainer: The Trainer, before a training batch.
+        """
+        at_epoch = self.switch_at_epoch is not None and trainer.current_epoch >= self.switch_at_epoch
+        return at_epoch or (self.switch_at_step is not None and trainer.global_step >= self.switch_at_step)
+
+    def allows_first(self, trainer: Trainer) -> bool:
+        """Whether a plateau may make the first switch by now.
+
+        Args:
+            trainer: The Trainer, after a training batch.
+        """
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        epochs = trainer.current_epoch + batches.is_last_batch  # counted only after the hooks at its end
+        return not self.forces and epochs >= self.min_epochs and trainer.global_step >= self.min_steps
+
+    def reason_to_return(self, newton: Progress, first_speed: dict[str, float], plateau: bool) -> str | None:
+        """Why training should go back to the first optimizer after a check, if it should.
+
+        Args:
+            newton: The progress since the switch.
+            first_speed: What the first optimizer last made, per ``"second"`` and per ``"epoch"``.
+            plateau: Whether the metric has stalled again.
+        """
+        if not isinstance(self.return_when, str):
+            return None
+        if plateau:
+            return "the metric has stalled again"
+        unit: Literal["second", "epoch"] = "second" if self.return_when == "slower_per_second" else "epoch"
+        speed, other = newton.speed(unit), max(first_speed[unit], 0.0)
+        if newton.complete and speed <= other:
+            return f"it makes {speed:.3g} per {unit}, and the first optimizer last made {other:.3g}"
+        return None

@@ -1,0 +1,88 @@
+"""Lack of memory is recognised whatever raises it, and a step makes do with less."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton import CurvatureError, CurvatureOperator, SaddleFreeNewton
+from lightning_sfn.newton.shortage import is_out_of_memory
+
+
+def chained() -> BaseException:
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            raise CurvatureError("A second derivative failed") from error
+    except CurvatureError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (chained(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (CurvatureError("no second derivative"), False),
+        (None, False),
+    ],
+)
+def test_recognising_it(error: BaseException | None, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_the_cpu_allocator_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+
+
+class Limited(SaddleFreeNewton):
+    """Has memory for so many Lanczos vectors and so many bytes of graphs."""
+
+    vectors, graphs = 2, 0
+
+    def operator(self, objective: Any, parameters: Any) -> CurvatureOperator:
+        operator = super().operator(objective, parameters)
+        matvec = operator.matvec
+
+        def limited(vector: Tensor) -> Tensor:
+            if self._budget.limit > self.graphs or (self.krylov_dim or 99) > self.vectors:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return matvec(vector)
+
+        operator.matvec = limited  # type: ignore[method-assign]
+        return operator
+
+
+def quartic(x: Tensor) -> Tensor:
+    return (x**4 - x**2).sum()
+
+
+@pytest.mark.parametrize("hvp", ["auto", "retain"])
+def test_first_graphs_are_given_up_and_then_vectors(hvp: Any) -> None:
+    x = torch.full((8,), 0.3, requires_grad=True)
+    optimizer = Limited([x], krylov_dim=8, graph_bytes=2**26, hvp=hvp)
+    with pytest.warns(UserWarning, match="Memory ran out") as caught:
+        loss = optimizer.step(lambda: quartic(x))
+    said = [str(warning.message) for warning in caught]
+    assert ["graph_bytes=16777216 and krylov_dim=8" in said[0], "graph_bytes=0 and krylov_dim=8" in said[1]] == [
+        True
+    ] * 2
+    assert ["krylov_dim=4" in said[2], "krylov_dim=2" in said[3], len(said)] == [True, True, 4]
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.accepted
+    assert quartic(x) < loss
+
+
+def test_where_nothing_is_left_to_give_the_error_is_raised_and_nothing_lost() -> None:
+    x = torch.full((8,), 0.3, requires_grad=True)
+    optimizer = Limited([x], krylov_dim="full", graph_bytes=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(lambda: quartic(x))
+    assert torch.equal(x.detach(), torch.full((8,), 0.3))
