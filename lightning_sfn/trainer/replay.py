@@ -151,7 +151,7 @@ def replay_closure(
         A closure for an `Objective`, which replays the random numbers.
     """
 
-    def closure() -> Tensor | tuple[Tensor, Tensor]:
+    def closure() -> Any:
         with isolated(trainer, module), _default_dtype(dtype):
             return evaluate(module, recorded, with_output=with_output)
 
