@@ -177,6 +177,7 @@ def after() -> dict[str, Any]:
         (WindowedNewton, "_newton_step", "remainder"),
         (SaddleFreeNewton, "_outer_step", "subspace algebra"),
         (krylov, "_orthogonalise", "reorthogonalisation"),
+        (krylov._Extension, "add", "reorthogonalisation"),
         (HessianOperator, "_matvec", "Hessian-vector products"),
         (HessianOperator, "_build", "Hessian-vector products"),
         (step, "gradient_of", "gradients"),
