@@ -165,6 +165,11 @@ class Objective:
         objective._states = self._states
         return objective
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes evaluate it together, so that all of them must do the same."""
+        return self._reduce is not None
+
     def reduce(self, tensor: Tensor) -> Tensor:
         """Mean of a tensor over the processes that share this objective (the tensor itself if there is one)."""
         return tensor if self._reduce is None else self._reduce(tensor)

@@ -224,7 +224,8 @@ class SaddleFreeNewton(Optimizer):
             ObjectiveError: An objective cannot be optimized.
             CurvatureError: An operation has no second derivative.
             FloatingPointError: Loss or gradient is not finite. In every case the parameters are as they were. Where
-                memory runs out, the step is tried again with fewer kept graphs, then with fewer Lanczos vectors.
+                memory runs out (on a process that works alone), the step is tried again with fewer kept graphs, then
+                with fewer Lanczos vectors.
         """
         parameters = self._current_parameters()
         origin = parameters.read()
@@ -244,7 +245,8 @@ class SaddleFreeNewton(Optimizer):
             except BaseException as error:
                 parameters.write(origin)
                 self.memory.abandon()
-                if not (is_out_of_memory(error) and self._economise()):
+                # Other processes would go on without the repeated products, and wait for what never comes.
+                if objective.is_shared or not (is_out_of_memory(error) and self._economise()):
                     raise
             if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
                 torch.cuda.empty_cache()

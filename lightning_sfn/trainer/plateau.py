@@ -1,6 +1,7 @@
 """Seeing that training has stalled: `EarlyStopping`'s rules, with a plateau noted in place of a stop."""
 
 import math
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,11 @@ class PlateauWatch(EarlyStopping):
         self._last_seen: Tensor | None = None
         self._since_check: tuple[Tensor | float, int] = (0.0, 0)  # sum and number of the values since the last check
         self.restart()
+
+    @cached_property
+    def state_key(self) -> str:
+        """As `EarlyStopping` has it, made once: Lightning asks for it around each hook of each batch."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def on_check(self, trainer: Trainer, value: float | None, plateau: bool) -> None:
         """Called after each check, on all processes with the same ``plateau``.

@@ -225,7 +225,7 @@ class Isolation:
     """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
 
     A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
-    recurrent layers without cuDNN, compiled modules eagerly, all activation checkpoints without reentry, and automatic
+    recurrent layers without cuDNN, compiled modules eagerly, activation checkpoints without reentry, and automatic
     mixed precision is off, since Lanczos amplifies rounding noise. `rewind` puts the module back to the state at the
     beginning, so that each evaluation after it is the same function. At the end every attribute of every submodule is
     what it was (buffers and other tensors, torchmetrics states, counters, the contents of lists, dictionaries and

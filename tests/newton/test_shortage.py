@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton import CurvatureError, CurvatureOperator, SaddleFreeNewton
+from lightning_sfn.newton import CurvatureError, CurvatureOperator, Objective, SaddleFreeNewton
 from lightning_sfn.newton.shortage import is_out_of_memory
 
 
@@ -86,3 +86,12 @@ def test_where_nothing_is_left_to_give_the_error_is_raised_and_nothing_lost() ->
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step(lambda: quartic(x))
     assert torch.equal(x.detach(), torch.full((8,), 0.3))
+
+
+def test_a_step_shared_with_other_processes_is_not_repeated() -> None:
+    """The others would wait for products that this process has taken already."""
+    x = torch.full((8,), 0.3, requires_grad=True)
+    optimizer = Limited([x], krylov_dim=8)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step_on(Objective([lambda: quartic(x)], reduce=lambda tensor: tensor))
+    assert optimizer.krylov_dim == 8

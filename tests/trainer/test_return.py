@@ -15,6 +15,7 @@ from lightning_sfn.trainer.progress import Progress
 from lightning_sfn.trainer.rules import SwitchRules
 
 from .modules import (
+    Factorised,
     Fitting,
     NewtonCall,
     Scripted,
@@ -243,14 +244,22 @@ def test_the_gate_is_open_for_a_promise(
 
 
 def test_the_gate_is_open_for_negative_curvature() -> None:
-    from .modules import Factorised
-
     callback = SwitchToSFN(patience=2, min_delta=0.1, require_negative_curvature=True, min_predicted_decrease=1e9)
     module = Factorised()
     trainer = make_trainer(30, callbacks=[callback])
     trainer.fit(module, factorised_loader())
     assert callback.switched_at_step == 8 * 4  # three epochs to the plateau, one for the probe
     assert float(trainer.callback_metrics["train_loss"]) < 0.1
+
+
+def test_the_gate_switches_between_accumulation_windows() -> None:
+    """The probe's three batches end in the middle of one."""
+    calls: list[NewtonCall] = []
+    options: dict[str, Any] = {"require_negative_curvature": True, "min_predicted_decrease": 0.0}
+    callback = forced(calls, monitor="metric", patience=1, min_delta=0.0, gradient_batches=3, **options)
+    make_trainer(6, callbacks=[callback], accumulate_grad_batches=2).fit(Bowl(), regression_loader())
+    assert callback.switched_at_step == 6
+    assert [call.sizes[0] for call in calls] == [4, 4, 4]
 
 
 def test_a_probe_leaves_no_trace() -> None:

@@ -185,7 +185,7 @@ class SwitchToSFN(PlateauWatch):
         self._unlogged: StepRecord | None = None
         self._rehearsal: RecordedStep | None = None
         self._rehearsed = False
-        self._stalled = self._given_up = False
+        self._stalled = self._approved = self._given_up = False
         self._return_reason: str | None = None
         self._failures = 0
 
@@ -238,12 +238,12 @@ class SwitchToSFN(PlateauWatch):
                 self._return(trainer)
         elif self._driver is None and not self._given_up:
             forced = self.switched_at_step is None and self.rules.is_forced(trainer)
-            if forced or (self._stalled and self._promise is None):
+            if forced or (self._stalled and (self._promise is None or self._approved)):
                 self._switch(trainer, pl_module, "is" if forced else "has stalled")
             elif self._stalled:
                 say(trainer, f"SwitchToSFN: {self.monitor} has stalled; the next window tells whether SFN would help.")
                 self._drive(trainer, pl_module, None)
-            self._stalled = False
+            self._stalled = self._approved = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -254,7 +254,7 @@ class SwitchToSFN(PlateauWatch):
             self._rehearsal, self._rehearsed = None, True
         if not self.switched:
             self._ledger.count_batch(trainer)
-            self._watch(trainer, pl_module)
+            self._watch(trainer)
         self._log_step(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -320,8 +320,8 @@ class SwitchToSFN(PlateauWatch):
         elif plateau and self._driver is None:
             self._stalled = self.switched_at_step is not None or self.rules.allows_first(trainer)
 
-    def _watch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Probes the curvature where a window has been collected for it, and switches if it promises something."""
+    def _watch(self, trainer: Trainer) -> None:
+        """Probes the curvature where a window has been collected for it; lets the switch happen if it promises much."""
         objective = None if self._driver is None else self._driver.watch()
         if objective is None or self._driver is None or self.newton is None:
             return
@@ -329,14 +329,15 @@ class SwitchToSFN(PlateauWatch):
         with self._driver.session():
             found = outlook_of(self.newton.operator(objective, parameters), self._probe_dim or _GATE_DIM)
         promised = found.predicted_decrease > (self._promise or 0.0) * abs(found.loss)
+        approved = trainer.strategy.reduce_boolean_decision(found.has_negative_curvature or promised, all=False)
         text = (
             f"smallest Ritz value {found.lambda_min:.3g} (error {found.residual:.1g}), predicted decrease "
             f"{found.predicted_decrease:.3g} of {found.loss:.4g}"
         )
         self._release()
-        if found.has_negative_curvature or promised:
+        if approved:
             say(trainer, f"SwitchToSFN: the probe speaks for SFN: {text}.")
-            self._switch(trainer, module, "has stalled")
+            self._stalled = self._approved = True
         else:
             say(trainer, f"SwitchToSFN: no switch, the probe found neither a way out nor a good step: {text}.")
             self.restart(self.cooldown)
@@ -474,6 +475,7 @@ class SwitchToSFN(PlateauWatch):
         return super().state_dict() | {
             "switched_at_step": self.switched_at_step,
             "stalled": self._stalled,
+            "approved": self._approved,
             "given_up": self._given_up,
             "return_reason": self._return_reason,
             "failures": self._failures,
@@ -487,7 +489,8 @@ class SwitchToSFN(PlateauWatch):
         """Takes over a state; a switched run switches again when training starts."""
         super().load_state_dict(state_dict)
         self.switched_at_step = state_dict["switched_at_step"]
-        self._stalled, self._given_up = state_dict["stalled"], state_dict["given_up"]
+        self._stalled, self._approved = state_dict["stalled"], state_dict["approved"]
+        self._given_up = state_dict["given_up"]
         self._return_reason, self._failures = state_dict["return_reason"], state_dict["failures"]
         self._ledger.load_state_dict(state_dict["ledger"])
         self._restored = state_dict
