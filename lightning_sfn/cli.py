@@ -85,6 +85,19 @@ class SFNCommand(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             raise UsageError(one_sentence(str(error))) from error
 
+    def _parse_ckpt_path(self) -> None:
+        """Read the options that a checkpoint holds, and refuse a file that is none."""
+        try:
+            super()._parse_ckpt_path()
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # whatever unpickling makes of a file that is none
+            path = self.config[self.config.subcommand].ckpt_path
+            raise MisconfigurationException(
+                f"{path} is not a checkpoint that Lightning wrote ({type(error).__name__}): give one that "
+                "trainer.save_checkpoint or ModelCheckpoint made."
+            ) from error
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """List the subcommands, and their arguments that come from elsewhere."""

@@ -1,14 +1,23 @@
 """The command: what it builds from a recipe, what it says when something is wrong, and one real run."""
 
+import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from datasets import Dataset, Features, Image
+from PIL import Image as PillowImage
+from pytorch_lightning import Trainer
 
-from lightning_sfn import cli
+from lightning_sfn import HessianSpectrum, Spectrum, cli
+from lightning_sfn.experiments.autoencoder import Autoencoder
+from lightning_sfn.experiments.mnist import MNISTDataModule
 from lightning_sfn.experiments.recipes import shipped_recipes
 
 RECIPE = shipped_recipes()["autoencoder"]
@@ -186,3 +195,133 @@ def test_a_short_run_in_a_process_of_its_own(empty_folder: Path) -> None:
     written = {path.name for path in (empty_folder / "runs" / "autoencoder" / "version_0").iterdir()}
     assert "config.yaml" in written
     assert any(name.startswith("events.out.tfevents") for name in written)
+
+
+# ------------------------------------------------------------------------------------------------ spectrum
+
+SIZES = (16, 4)
+
+
+@dataclass
+class Trained:
+    """A short run: its data, its checkpoint, and the spectrum at its end on all of the data."""
+
+    data: list[str]
+    folder: Path
+    spectrum: Spectrum
+    verdict: str
+
+    def words(self, *more: str, checkpoint: str = "last.ckpt") -> list[str]:
+        """The command that looks at the checkpoint."""
+        model = ["--model.sizes", str(list(SIZES)), "--num_batches", "3", "--precision", "64", "--krylov_dim", "20"]
+        return [
+            "spectrum",
+            "-c",
+            "autoencoder",
+            *self.data,
+            *model,
+            "--ckpt_path",
+            str(self.folder / checkpoint),
+            *more,
+        ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Two epochs on 24 images, the whole of them in three batches."""
+    folder = tmp_path_factory.mktemp("trained")
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 28, 28), dtype=np.uint8)
+    images = {"image": [PillowImage.fromarray(image) for image in pixels]}
+    for split in ("train", "test"):
+        Dataset.from_dict(images, features=Features({"image": Image()})).to_parquet(folder / f"{split}.parquet")
+    torch.manual_seed(0)
+    data = MNISTDataModule(source=folder, image_size=4, batch_size=8)
+    callback = HessianSpectrum(
+        every_n_epochs=2, krylov_dim=20, num_batches=3, smallest=5, largest=5, tol=1e-3, precision=64, log=False
+    )
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[callback], enable_checkpointing=False, log_every_n_steps=1, **quiet
+    )
+    trainer.fit(Autoencoder(SIZES, linear_code=False), data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    assert callback.last is not None
+    options = ["--data.source", str(folder), "--data.image_size", "4", "--data.batch_size", "8"]
+    return Trained([*options, "--trainer.max_epochs", "2"], folder, callback.last, callback.verdict)
+
+
+def test_spectrum_of_a_checkpoint(command: Command, trained: Trained, empty_folder: Path) -> None:
+    """The table, the file and the picture hold what the callback saw, and nothing else is written."""
+    files = ["--output", "out/spectrum.json", "--plot", "out/spectrum.png"]
+    status, out, err = command(*trained.words(*files, "--density", "true", "--density_probes", "2"))
+    assert status == 0
+    assert "Hessian-vector products (at most)" in err
+    spectrum, expected = Spectrum.load("out/spectrum.json"), trained.spectrum
+    for name in ("loss", "gradient_norm", "lambda_min", "lambda_max"):
+        assert getattr(spectrum, name) == pytest.approx(getattr(expected, name), rel=1e-7)
+    for (name, value, _), (also, wanted, _) in zip(spectrum.extremes(5, 5), expected.extremes(5, 5), strict=True):
+        assert name == also
+        assert value == pytest.approx(wanted, rel=1e-7)
+        assert f"{name} " in out
+        assert f"{value:.6g}" in out
+    for shown in (f"{spectrum.loss:.6g}", f"{spectrum.gradient_norm:.4g}", f"{spectrum.products}", "(density)"):
+        assert shown in out
+    assert spectrum.density is not None
+    notes = json.loads(Path("out/spectrum.json").read_text())
+    assert notes["verdict"] in out
+    assert notes["verdict"].partition(":")[0] == trained.verdict.partition(":")[0]
+    assert notes["checkpoint"].endswith("last.ckpt")
+    assert (notes["curvature"], notes["num_batches"]) == ("hessian", 3)
+    with PillowImage.open("out/spectrum.png") as picture:
+        assert picture.size == (1320, 504)
+    assert sorted(path.name for path in empty_folder.rglob("*")) == ["out", "spectrum.json", "spectrum.png"]
+
+
+def test_spectrum_of_weights_alone_with_gauss_newton(command: Command, trained: Trained) -> None:
+    words = trained.words("--curvature", "gauss_newton", "--output", "spectrum.json", checkpoint="weights.ckpt")
+    status, out, _ = command(*words)
+    assert status == 0
+    spectrum = Spectrum.load("spectrum.json")
+    assert spectrum.lambda_min >= -1e-12 * spectrum.lambda_max
+    assert spectrum.loss == pytest.approx(trained.spectrum.loss, rel=1e-9)
+    assert "cannot tell a saddle from a minimum" in out
+
+
+def test_spectrum_keeps_files_unless_told_otherwise(command: Command, trained: Trained) -> None:
+    Path("spectrum.json").write_text("mine")
+    status, line = command.fails(*trained.words("--output", "spectrum.json"))
+    assert status == 1
+    assert "spectrum.json exists: choose another name, or replace it with overwrite=True." in line
+    assert Path("spectrum.json").read_text() == "mine"
+    status, _, _ = command(*trained.words("--output", "spectrum.json", "--overwrite", "true"))
+    assert status == 0
+    assert Spectrum.load("spectrum.json").size == 16 * 4 * 2 + 4 + 16
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("--model.sizes", "[16,5]"), 1, "last.ckpt does not fit Autoencoder"),
+        (("--ckpt_path", "nowhere.ckpt"), 1, "There is no checkpoint nowhere.ckpt"),
+        (("--ckpt_path", "text.ckpt"), 1, "text.ckpt is not a checkpoint that Lightning wrote"),
+        (("--ckpt_path", "tensor.ckpt"), 1, "tensor.ckpt is not a checkpoint that Lightning wrote"),
+        (("--num_batches", "0"), 1, "num_batches is 0"),
+        (("--krylov_dim", "0"), 1, "krylov_dim is 0"),
+        (("--tol", "2"), 1, "tol is 2"),
+        (("--plot", "spectrum.txt"), 1, "plot is spectrum.txt"),
+        (("--trainer.limit_train_batches", "0"), 1, "The training data loader is empty"),
+        (("--curvature", "fisher"), 2, "curvature"),
+        (("--precision", "16"), 2, "precision"),
+        (("--foo", "1"), 2, "foo"),
+    ],
+)
+def test_mistakes_about_a_spectrum(
+    command: Command, trained: Trained, words: tuple[str, ...], status: int, said: str
+) -> None:
+    Path("text.ckpt").write_text("hello")
+    torch.save(torch.ones(3), "tensor.ckpt")
+    found, line = command.fails(*trained.words(*words, "--output", "spectrum.json"))
+    assert found == status
+    assert said in line
+    assert not Path("spectrum.json").exists()

@@ -27,7 +27,8 @@ class SpectralDensity:
     Every quantity is a mean over the probes and comes with its standard error; with one probe that is NaN.
 
     Attributes:
-        nodes: Quadrature nodes of each probe in ascending order, float64, shape ``(probes, k)``.
+        nodes: Quadrature nodes of each probe in ascending order, float64, shape ``(probes, k)``; 0 where rounding
+            leaves the sign open.
         weights: Their weights, float64, shape ``(probes, k)``, adding up to 1 for each probe.
         size: Number of eigenvalues, n.
         products: Matrix-vector products spent.
@@ -81,7 +82,7 @@ class SpectralDensity:
 
 def spectral_density(
     matvec: Callable[[Tensor], Tensor], like: Tensor, krylov_dim: int, probes: int, *, generator: torch.Generator
-) -> SpectralDensity:
+) -> SpectralDensity | None:
     """Estimates the spectral density of a symmetric operator.
 
     Args:
@@ -92,13 +93,16 @@ def spectral_density(
         generator: Source of random vectors, on that device.
 
     Returns:
-        The density.
+        The density; ``None`` where the operator returned numbers that are not finite.
     """
     nodes, weights, products = [], [], 0
     for _ in range(probes):
         signs = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
         space = lanczos(matvec, (2 * signs - 1).to(like.dtype), krylov_dim, generator=generator)
-        nodes.append(space.eigenvalues)
+        if not bool(space.projected.isfinite().all()):
+            return None
+        exact_zeros = space.eigenvalues.abs() <= space.rounding  # of a rank-deficient matrix; their signs mean nothing
+        nodes.append(space.eigenvalues.masked_fill(exact_zeros, 0.0))
         weights.append(space.eigenvectors[0].square())
         products += space.products
     return SpectralDensity(torch.stack(nodes), torch.stack(weights), like.numel(), products)

@@ -123,7 +123,8 @@ def _draw_stems(axes: Axes, spectrum: Spectrum) -> None:
     axes.axhline(0.0, color="0.3", linewidth=0.8)
     unit = _linear_part(values)
     axes.set_yscale("symlog", linthresh=unit)
-    axes.set_ylim(2 * min(float(values.min()), -unit), 2 * max(float(values.max()), unit))
+    # In this order the NaN of an empty spectrum is passed over.
+    axes.set_ylim(2 * min(-unit, spectrum.lambda_min), 2 * max(unit, spectrum.lambda_max))
     axes.set_xlabel("Ritz value, in ascending order")
     axes.set_ylabel("eigenvalue (loss per squared unit of the parameters)")
     axes.set_title(f"{len(values)} Ritz values with their residuals")

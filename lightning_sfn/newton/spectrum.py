@@ -60,9 +60,11 @@ class SpectrumSettings:
         least = {"krylov_dim": 1, "smallest": 0, "largest": 0, "max_products": self.krylov_dim, "density_probes": 0}
         for name, bound in least.items():
             number = getattr(self, name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < bound):
+            if number is None and name == "max_products":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or number < bound:
                 raise ValueError(f"{name} is {number!r}, but a whole number of at least {bound} is expected.")
-        if self.tol is not None and not 0 < self.tol < 1:
+        if self.tol is not None and not (isinstance(self.tol, float) and 0 < self.tol < 1):
             raise ValueError(f"tol is {self.tol!r}, but a number between 0 and 1, or None, is expected.")
 
     @property
@@ -178,6 +180,8 @@ class Spectrum:
         given = {name: entries[name] for name in cls.__dataclass_fields__ if name in entries}
         for name in ("eigenvalues", "residuals"):
             given[name] = torch.as_tensor(given[name], dtype=torch.float64)
+        if given["eigenvalues"].shape != given["residuals"].shape:
+            raise ValueError("There are not as many residuals as eigenvalues.")
         if given.get("density") is not None:
             given["density"] = SpectralDensity.from_dict(given["density"])
         return cls(**given)
@@ -207,7 +211,7 @@ class Spectrum:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not hold a spectrum: give a file that Spectrum.save wrote.") from error
 
     def plot(self) -> Figure:
@@ -307,7 +311,7 @@ def spectrum_of(
     def matvec(vector: Tensor) -> Tensor:
         nonlocal nonfinite
         image = operator.matvec(vector)
-        nonfinite += _count_nonfinite(image)
+        nonfinite = nonfinite or _count_nonfinite(image)
         if progress is not None:
             progress(operator.products, at_most)
         return image

@@ -17,7 +17,6 @@ from lightning_sfn.newton.reductions import norm
 
 __all__ = ["Ends", "RitzValues", "extreme_ritz_values"]
 
-_FEWEST = 3  # basis vectors with which a restart can keep one Ritz vector of each end
 _SLAB = 65_536  # columns of the basis that are rotated at a time
 
 
@@ -86,7 +85,8 @@ def extreme_ritz_values(
     Args:
         matvec: The symmetric operator, ``(n,) -> (n,)``.
         start: Start vector of shape ``(n,)``; a zero vector is replaced by a random one.
-        krylov_dim: Most vectors that the basis may hold; at most n are used, and fewer than 3 are not restarted.
+        krylov_dim: Most vectors that the basis may hold; at most n are used. A basis with no room for one vector more
+            than the eigenvalues asked for is not restarted.
         ends: The eigenvalues asked for, and their tolerance.
         max_products: Most products that may be spent, beyond those of the first basis.
         generator: Source of random vectors, on the start vector's device.
@@ -100,22 +100,23 @@ def extreme_ritz_values(
     projected = torch.zeros(capacity, capacity, dtype=torch.float64)
     length = float(norm(start))
     basis[0] = start / length if length > 0 else random_unit(basis[:0], generator)
-    coupling, products, j, first = 0.0, 0, 0, None
+    space, j, products, first = KrylovSubspace(basis[:0], projected[:0, :0], 0.0, 0, 0), 0, 0, None
     while True:
-        leftover, next_coupling = lanczos_step(matvec, basis, projected, j)
+        leftover, coupling = lanczos_step(matvec, basis, projected, j)
         products += 1
-        finite = math.isfinite(float(projected[j, j]) + next_coupling)
-        if finite:
-            coupling, j = next_coupling, j + 1
-        space = KrylovSubspace(basis[:j], projected[:j, :j].clone(), coupling, j, products)
+        finite = math.isfinite(float(projected[j, j]) + coupling)
+        if finite:  # else the last space stays: right after a restart the kept vectors alone are none
+            j += 1
+            space = KrylovSubspace(basis[:j], projected[:j, :j].clone(), coupling, j, products)
         full = j == capacity
         if first is None and (full or not finite):
             first = space
         if first is not None:
             converged = finite and ends.converged(space)
-            out_of_means = products >= max_products or (full and (coupling == 0.0 or capacity < _FEWEST))
+            stuck = full and (coupling == 0.0 or capacity <= ends.smallest + ends.largest)
+            out_of_means = stuck or products >= max_products
             if converged or out_of_means or not finite:
-                return _combined(first, space, ends, converged)
+                return _combined(first, space, ends, products, converged)
         if full:
             j = _restart(space, projected, ends)
             basis[j] = leftover / coupling
@@ -123,10 +124,10 @@ def extreme_ritz_values(
             append(basis, projected, j, leftover, coupling, generator)
 
 
-def _combined(first: KrylovSubspace, last: KrylovSubspace, ends: Ends, converged: bool) -> RitzValues:
+def _combined(first: KrylovSubspace, last: KrylovSubspace, ends: Ends, products: int, converged: bool) -> RitzValues:
     """The Ritz values of the first full basis with the ends of the last one."""
     if len(first) == 0:
-        return RitzValues.none(last.products)
+        return RitzValues.none(products)
     refined = len(last) >= ends.smallest + ends.largest
     low, high = (ends.smallest, ends.largest) if refined else (0, 0)
 
@@ -134,15 +135,14 @@ def _combined(first: KrylovSubspace, last: KrylovSubspace, ends: Ends, converged
         return torch.cat([outer[:low], inner[low : len(inner) - high], outer[len(outer) - high :]])
 
     values = merged(first.eigenvalues, last.eigenvalues)
-    return RitzValues(values, merged(first.residuals, last.residuals), last.products, converged)
+    return RitzValues(values, merged(first.residuals, last.residuals), products, converged)
 
 
 def _restart(space: KrylovSubspace, projected: Tensor, ends: Ends) -> int:
     """Replaces a full basis by its Ritz vectors near both ends, in place; returns how many there are."""
     count = len(space)
-    spare = max(count - ends.smallest - ends.largest, 0)
-    low = min(ends.smallest + spare // 4, count - 2)
-    high = min(ends.largest + spare // 4, count - 1 - low)
+    spare = count - ends.smallest - ends.largest
+    low, high = ends.smallest + spare // 4, ends.largest + spare // 4
     kept = torch.cat([torch.arange(low), torch.arange(count - high, count)])
     rotation = space.eigenvectors[:, kept].T.to(space.basis)
     for start in range(0, space.basis.shape[1], _SLAB):

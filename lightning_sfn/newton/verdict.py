@@ -74,6 +74,8 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
         )
     lowest, bound = spectrum.lambda_min, float(spectrum.residuals[0])
     scale = max(abs(lowest), abs(spectrum.lambda_max))
+    if scale == spectrum.gradient_norm == 0:
+        return "unknown: gradient and curvature are zero, which a minimum, a plateau and a saddle of high order share."
     gain = spectrum.gradient_norm**2 / (2 * scale) if scale > 0 else math.inf
     critical = gain <= _STATIONARY * abs(spectrum.loss)
     facts = (

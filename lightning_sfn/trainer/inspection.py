@@ -1,7 +1,9 @@
 """A Trainer that can also look at a checkpoint: ``trainer.spectrum(model, datamodule, ckpt_path=...)``."""
 
 import os
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ from lightning_sfn.trainer.probe import Probe, ProbeBatches
 from lightning_sfn.trainer.support import require_replayable
 
 __all__ = ["InspectingTrainer"]
+
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 class InspectingTrainer(Trainer):
@@ -82,24 +86,37 @@ class InspectingTrainer(Trainer):
             settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes * density)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        if num_batches < 1:
-            raise MisconfigurationException(f"num_batches is {num_batches}, but a positive number is expected.")
+        for name, count in {"num_batches": num_batches, "density_probes": density_probes}.items():
+            if count < 1:
+                raise MisconfigurationException(f"{name} is {count}, but a positive number is expected.")
+        if precision not in (32, 64):
+            raise MisconfigurationException(f"precision is {precision!r}, but 32 or 64 is expected.")
         for path in (output, plot):
             _require_writable(path, overwrite)
+        _require_drawable(plot)
         inspection = _Inspection(Probe(settings, curvature, hvp, precision), num_batches, ckpt_path, output, plot)
-        self._only_start(inspection)
-        self.fit(model, train_dataloaders, datamodule=datamodule)
+        with self._only_starting(inspection):
+            self.fit(model, train_dataloaders, datamodule=datamodule)
         self.verdict = inspection.verdict
         return inspection.spectrum
 
-    def _only_start(self, inspection: Callback) -> None:
-        """Prepares a fit that sets everything up and ends before its first batch."""
-        self.callbacks = [inspection]
-        self.loggers = []
-        self.num_sanity_val_steps = 0
-        self.limit_val_batches = 0
-        self.fit_loop.min_epochs, self.fit_loop.max_epochs = None, -1
-        self.fit_loop.epoch_loop.min_steps, self.fit_loop.epoch_loop.max_steps = None, -1
+    @contextmanager
+    def _only_starting(self, inspection: Callback) -> Iterator[None]:
+        """Lets a fit in the body set everything up and end before its first batch; undone afterwards."""
+        loop = self.fit_loop
+        progress = loop.epoch_progress.current
+        changes: list[tuple[Any, dict[str, Any]]] = [
+            (self, {"callbacks": [inspection], "loggers": [], "num_sanity_val_steps": 0, "limit_val_batches": 0}),
+            (loop, {"min_epochs": None, "max_epochs": max(loop.max_epochs or 1, 1)}),
+            (loop.epoch_loop, {"min_steps": None, "max_steps": -1}),
+            (progress, {"processed": 0, "completed": 0}),
+        ]
+        before = [(owner, {name: getattr(owner, name) for name in values}) for owner, values in changes]
+        _set(changes)
+        try:
+            yield
+        finally:
+            _set(before)
 
 
 class _Inspection(Callback):
@@ -134,6 +151,11 @@ class _Inspection(Callback):
         if trainer.is_global_zero:
             self._write(self.spectrum, trial)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where there was no batch, for then training does not start."""
+        if self.spectrum is None:
+            raise MisconfigurationException("The training data loader is empty, so there is nothing to look at.")
+
     def _write(self, spectrum: Spectrum, trial: NewtonTrial | None) -> None:
         if self._output is not None:
             decrease = (
@@ -151,6 +173,12 @@ class _Inspection(Callback):
             spectrum.plot().savefig(self._plot, dpi=120)
 
 
+def _set(values: list[tuple[Any, dict[str, Any]]]) -> None:
+    for owner, attributes in values:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+
+
 def _require_writable(path: str | None, overwrite: bool) -> None:
     if path is None:
         return
@@ -159,19 +187,32 @@ def _require_writable(path: str | None, overwrite: bool) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
+def _require_drawable(path: str | None) -> None:
+    if path is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise MisconfigurationException('A plot needs matplotlib, which is missing: pip install "lightning-sfn[plot]".')
+    if Path(path).suffix not in _PICTURES:
+        raise MisconfigurationException(f"plot is {path}, but a name that ends in {', '.join(_PICTURES)} is expected.")
+
+
 def _load_parameters(trainer: Trainer, module: LightningModule, path: str) -> None:
     """Loads a checkpoint's parameters and buffers, and the epoch that it was written in; nothing else."""
     if not os.path.exists(path):
         raise MisconfigurationException(f"There is no checkpoint {path}: give the path of an existing one.")
+    reason = "it has no state_dict"
     try:
-        checkpoint = trainer.strategy.load_checkpoint(path)
-        module.on_load_checkpoint(checkpoint)
-        trainer.strategy.load_model_state_dict(checkpoint)
-    except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
+        checkpoint: Any = trainer.strategy.load_checkpoint(path)
+    except Exception as error:  # whatever unpickling makes of a file that is none
+        checkpoint, reason = None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         raise MisconfigurationException(
-            f"{path} is not a checkpoint that Lightning wrote ({type(error).__name__}): give one that "
-            "trainer.save_checkpoint or ModelCheckpoint made."
-        ) from error
+            f"{path} is not a checkpoint that Lightning wrote ({reason}): give one that trainer.save_checkpoint or "
+            "ModelCheckpoint made."
+        )
+    module.on_load_checkpoint(checkpoint)
+    try:
+        trainer.strategy.load_model_state_dict(checkpoint)
     except RuntimeError as error:
         difference = " ".join(str(error).split())[:300]
         raise MisconfigurationException(

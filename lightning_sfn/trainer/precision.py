@@ -31,13 +31,13 @@ def curvature_dtype(module: nn.Module, bits: int) -> torch.dtype:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """A copy of nested data whose real tensors have another dtype; other tensors are left as they are."""
-    return apply_to_collection(value, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    """Nested data whose real tensors are at least as wide as a dtype; nothing is narrowed."""
+    return apply_to_collection(value, Tensor, lambda t: t.to(_at_least(dtype, t)) if t.is_floating_point() else t)
 
 
 @contextmanager
 def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Runs the body with copies of a module's parameters and buffers in another dtype; nothing if they have it.
+    """Runs the body with copies of a module's parameters and buffers in a wider dtype; nothing if they have it.
 
     The originals are not touched but set aside: converting them in place would cost them their gradient accumulators,
     and with those the hooks by which data-parallel training averages gradients.
@@ -51,7 +51,7 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for submodule in module.modules():
             for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items()):
-                if tensor is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+                if tensor is None or not tensor.is_floating_point() or tensor.dtype == _at_least(dtype, tensor):
                     continue
                 aside.append((submodule, name, tensor))
                 if isinstance(tensor, nn.Parameter):
@@ -66,3 +66,7 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 setattr(submodule, name, tensor)
             else:
                 submodule._buffers[name] = tensor
+
+
+def _at_least(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(dtype, tensor.dtype)

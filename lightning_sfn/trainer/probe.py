@@ -1,8 +1,9 @@
 """The probe: the batches on which every spectrum of a run is taken, and spectra taken on them."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,17 +13,17 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.objective import Closure, Objective
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
-from lightning_sfn.trainer.replay import RecordedStep, own_containers, process_mean, replay_closure
+from lightning_sfn.trainer.replay import RecordedStep, process_mean, replay_closure
 from lightning_sfn.trainer.window import cases_of
 
-__all__ = ["Probe", "ProbeBatches"]
+__all__ = ["Probe", "ProbeBatches", "step_arguments"]
 
 _PLAIN = (Tensor, str, bytes, int, float, bool, type(None))
 
@@ -52,8 +53,8 @@ class ProbeBatches:
         """Keeps a batch, already on the device, if this process' share is not complete yet."""
         if self.fixed:
             return
-        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
-        self._own.append(own_containers(tuple(arguments.values())))
+        # Copies: the step that follows may change its batch in place.
+        self._own.append(_copied(step_arguments(trainer, batch_idx, batch)))
         if len(self._own) * trainer.world_size >= self.count:
             self.fix(trainer)
 
@@ -108,8 +109,16 @@ class ProbeBatches:
             for number, arguments in enumerate(self._own)
         ]
         cases = [cases_of(step) for step in steps]
+
+        def closure(step: RecordedStep) -> Closure:
+            def fresh() -> Any:  # of a copy, since the step may change its batch in place
+                copy = replace(step, args=_copied(step.args))
+                return replay_closure(trainer, module, copy, with_output=with_output, dtype=dtype)()
+
+            return fresh
+
         return Objective(
-            [replay_closure(trainer, module, step, with_output=with_output, dtype=dtype) for step in steps],
+            [closure(step) for step in steps],
             cases,
             random_states=[step.random_state for step in steps],
             reduce=_mean_over_cases(trainer, sum(cases)),
@@ -161,8 +170,9 @@ class Probe:
             parameters = FlatParameters(p for n, p in module.named_parameters() if wanted is None or n in wanted)
             with_output = self.curvature == "gauss_newton"
             objective = batches.objective(trainer, module, dtype, with_output=with_output)
-            if check:
-                objective.require_repeatable(objective.value())
+            value = objective.value() if check else math.nan
+            if math.isfinite(value):  # else the spectrum counts what is not
+                objective.require_repeatable(value)
             operator = make_operator(objective, parameters, self.curvature, self.hvp)
             return spectrum_of(operator, self.settings, progress=progress)
 
@@ -203,6 +213,15 @@ def _mean_over_cases(trainer: Trainer, cases: float) -> Callable[[Tensor], Tenso
     return lambda tensor: mean(tensor * share)
 
 
+def step_arguments(trainer: Trainer, batch_idx: int, batch: Any) -> tuple[Any, ...]:
+    """What Lightning would call `training_step` with: the batch, and its index if the step takes one."""
+    return tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
+
+
+def _copied(value: Any) -> Any:
+    return apply_to_collection(value, Tensor, torch.clone)
+
+
 def _to(value: Any, device: torch.device) -> Any:
     return apply_to_collection(value, Tensor, lambda tensor: tensor.to(device))
 
@@ -212,5 +231,5 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     if type(value) is dict:
-        return all(map(_is_plain, value.values()))
-    return isinstance(value, _PLAIN)
+        return all(map(_is_plain, (*value, *value.values())))
+    return type(value) in _PLAIN  # a subclass is a type of its own

@@ -177,6 +177,15 @@ def symmetric(size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
     return ((matrix + matrix.T) / 2).to(dtype)
 
 
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A dense symmetric matrix with the given eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(len(values), len(values), dtype=torch.float64, generator=generator)
+    vectors = torch.linalg.qr(square)[0]
+    matrix = (vectors * values.double()) @ vectors.T
+    return ((matrix + matrix.T) / 2).to(values.dtype)
+
+
 def quadratic(matrix: Tensor, linear: Tensor | None = None) -> Callable[[Tensor], Callable[[], Tensor]]:
     """The closure of ``x'Ax/2 + b'x`` for a given leaf x."""
     b = torch.zeros(len(matrix), dtype=matrix.dtype) if linear is None else linear

@@ -68,3 +68,38 @@ def test_a_snapshot_survives_a_checkpoint() -> None:
     torch.save(state.state_dict(), "random.pt")
     RandomState.from_state(torch.load("random.pt", weights_only=True)).restore()
     assert (draw(), draw()) == expected
+
+
+def seeded_by_hand(seed: int) -> tuple[float, float, float, float]:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return draw()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_a_seeded_state_draws_what_seeding_gives_and_leaves_the_generators(seed: int) -> None:
+    expected = seeded_by_hand(seed)
+    before = RandomState.capture()
+    following = draw()
+    before.restore()
+    with RandomState.seeded(seed).replayed():
+        assert draw() == expected
+    assert draw() == following
+
+
+def test_seeds_differ() -> None:
+    draws = set()
+    for seed in range(4):
+        with RandomState.seeded(seed).replayed():
+            draws |= set(draw())
+    assert len(draws) == 16
+
+
+def test_a_seed_that_is_refused_leaves_the_generators() -> None:
+    before = RandomState.capture()
+    following = draw()
+    before.restore()
+    with pytest.raises(ValueError, match="2\\*\\*32"):
+        RandomState.seeded(2**32)
+    assert draw() == following

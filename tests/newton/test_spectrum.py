@@ -1,4 +1,6 @@
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,17 @@ from torch import Tensor
 from lightning_sfn.newton import CurvatureError, HessianOperator, Objective, Spectrum, hessian_spectrum
 from lightning_sfn.newton.spectrum import SpectrumSettings, spectrum_of
 
-from .cases import DTYPES, bits, frozen_probes, gauss_newton_reference, make, quadratic, reference, symmetric
+from .cases import (
+    DTYPES,
+    bits,
+    frozen_probes,
+    gauss_newton_reference,
+    make,
+    quadratic,
+    reference,
+    symmetric,
+    with_spectrum,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,3 +155,255 @@ def test_a_small_model_needs_no_krylov_dim() -> None:
     x = torch.zeros(2, requires_grad=True)
     spectrum = hessian_spectrum(lambda: 5 * x[0] ** 2 - x[1] ** 2, [x])
     torch.testing.assert_close(spectrum.eigenvalues, torch.tensor([-2.0, 10.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["mlp", "mlp_classifier", "cnn_batchnorm_dropout", "rnn", "lstm", "transformer"])
+def test_both_ends_of_a_model_are_those_of_the_dense_hessian(name: str, dtype: torch.dtype) -> None:
+    case = make(name, dtype)
+    frozen_probes(1, case)
+    spectrum = hessian_spectrum(case.closure, case.parameters, 12, smallest=2, largest=3, tol=1e-3, max_products=400)
+    exact = torch.from_numpy(np.linalg.eigvalsh(reference(name).hessian.numpy()))
+    assert spectrum.converged
+    assert 12 <= spectrum.products < 400
+    noise = (1e-12 if dtype == torch.float64 else 1e-5) * float(exact.abs().max())
+    for end in (slice(2), slice(-3, None)):
+        assert bool(((spectrum.eigenvalues[end] - exact[end]).abs() <= 1e-3 * exact[end].abs() + noise).all())
+    distance = (spectrum.eigenvalues[:, None] - exact).abs().min(dim=1).values
+    assert bool((distance <= spectrum.residuals + noise).all())
+
+
+def spectrum_with(values: list[float], **options: Any) -> Spectrum:
+    """The spectrum of a quadratic whose Hessian has these eigenvalues."""
+    x = torch.zeros(len(values), dtype=torch.float64, requires_grad=True)
+    return hessian_spectrum(quadratic(with_spectrum(torch.tensor(values, dtype=torch.float64)))(x), [x], **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([1000.0, *torch.linspace(-0.3, 1.0, 99).tolist()], (-0.3, 1000.0)),
+        ([3.0, 2.999, 2.998, *torch.linspace(-1.0, 1.0, 97).tolist()], (-1.0, 3.0)),
+        ([4.0, -2.0, 1.0, *[0.0] * 97], (-2.0, 4.0)),
+        ([-2.0, 1.0], (-2.0, 1.0)),
+        ([0.0] * 20, (0.0, 0.0)),
+    ],
+    ids=["dominated", "clustered", "rank deficient", "saddle", "zero"],
+)
+def test_known_spectra_converge(values: list[float], ends: tuple[float, float]) -> None:
+    spectrum = spectrum_with(values, krylov_dim=min(10, len(values)), tol=1e-6, max_products=500)
+    assert spectrum.converged
+    assert (spectrum.lambda_min, spectrum.lambda_max) == pytest.approx(ends, rel=1e-5, abs=1e-12)
+    assert spectrum.size == len(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "converged", "products"),
+    [
+        ({}, None, 8),
+        ({"max_products": 50}, None, 8),  # a budget without a tolerance is not used
+        ({"tol": 0.9}, True, 8),
+        ({"tol": 1e-9}, False, 32),
+        ({"tol": 1e-9, "max_products": 8}, False, 8),
+        ({"tol": 1e-9, "max_products": 21}, False, 21),
+        ({"tol": 1e-9, "smallest": 0, "largest": 0}, True, 8),
+        ({"tol": 1e-9, "max_products": 21, "density_probes": 2}, False, 37),
+    ],
+)
+def test_the_budget_is_kept_and_told(options: dict[str, Any], converged: bool | None, products: int) -> None:
+    spectrum = spectrum_with(torch.linspace(-1.0, 1.0, 200).tolist(), krylov_dim=8, **options)
+    assert spectrum.converged is converged
+    assert spectrum.products == products
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 6),
+        ({"tol": 1e-2}, 24),
+        ({"tol": 1e-12, "max_products": 31}, 31),
+        ({"density_probes": 3}, 24),
+        ({"tol": 1e-2, "density_probes": 2, "max_products": 40}, 52),
+    ],
+)
+def test_progress_counts_every_product_up_to_the_most_there_can_be(options: dict[str, Any], most: int) -> None:
+    calls: list[tuple[int, int]] = []
+    spectrum = spectrum_with(
+        torch.linspace(-1.0, 1.0, 60).tolist(), krylov_dim=6, progress=lambda *call: calls.append(call), **options
+    )
+    assert calls == [(number, most) for number in range(1, spectrum.products + 1)]
+    assert spectrum.products <= most
+
+
+@pytest.mark.parametrize("smallest", [0, 1, 3, 9])
+@pytest.mark.parametrize("largest", [0, 2, 9])
+def test_extremes_are_named_from_the_outside(smallest: int, largest: int) -> None:
+    values = [-3.0, -1.0, 0.5, 2.0, 7.0]
+    spectrum = spectrum_with(values)
+    names = [name for name, _, _ in spectrum.extremes(smallest, largest)]
+    low = [f"smallest_{i:02d}" for i in range(min(smallest, 5))]
+    assert names == low + [f"largest_{i:02d}" for i in range(min(largest, 5))]
+    expected = values[:smallest] + values[::-1][:largest]
+    assert [value for _, value, _ in spectrum.extremes(smallest, largest)] == pytest.approx(expected)
+
+
+def poisoned(x: Tensor, place: str) -> Tensor:
+    """A loss of which one derivative is not finite at zero."""
+    if place == "loss":
+        return x.square().sum() + math.inf
+    if place == "gradient":
+        return x.square().sum() + x[0].abs().sqrt()
+    return x.square().sum() + x[0].abs() ** 1.5  # its second derivative is infinite
+
+
+@pytest.mark.parametrize("density_probes", [0, 2])
+@pytest.mark.parametrize(("place", "count"), [("loss", 1), ("gradient", 1), ("product", 1)])
+def test_numbers_that_are_not_finite_are_counted_and_nothing_is_raised(
+    place: str, count: int, density_probes: int
+) -> None:
+    x = torch.zeros(5, requires_grad=True)
+    options: dict[str, Any] = {"tol": 1e-3, "density_probes": density_probes}
+    spectrum = hessian_spectrum(lambda: poisoned(x, place), [x], 4, **options)
+    assert spectrum.nonfinite == count
+    assert spectrum.products == (1 if place == "product" else 0)
+    assert len(spectrum.eigenvalues) == len(spectrum.residuals) == 0
+    assert spectrum.density is None
+    assert spectrum.converged is False
+    assert all(math.isnan(v) for v in (spectrum.lambda_min, spectrum.lambda_max, spectrum.residual_max))
+    assert math.isnan(spectrum.negative_fraction)
+    assert spectrum.extremes(3, 3) == []
+    assert "nan" in str(spectrum)
+
+
+class Failing(HessianOperator):
+    """Its products are not finite from the given one on."""
+
+    fails_at = 0
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        image = super()._matvec(vector)
+        if self.products >= self.fails_at:
+            image[:3] = math.nan
+        return image
+
+
+@pytest.mark.parametrize(("fails_at", "known"), [(4, 3), (9, 8), (20, 8), (30, 8)])
+def test_what_was_known_before_is_kept(fails_at: int, known: int) -> None:
+    """Products up to 24 are for the eigenvalues, later ones for the density."""
+    x = torch.zeros(50, dtype=torch.float64, requires_grad=True)
+    operator = Failing(Objective([quadratic(symmetric(50))(x)]), [x])
+    operator.fails_at = fails_at
+    spectrum = spectrum_of(operator, SpectrumSettings(8, tol=1e-14, max_products=24, density_probes=3))
+    assert spectrum.nonfinite == 3  # of the first such product
+    assert len(spectrum.eigenvalues) == known
+    assert not spectrum.converged
+    assert spectrum.density is None
+    exact = torch.linalg.eigvalsh(symmetric(50))
+    distance = (spectrum.eigenvalues[:, None] - exact).abs().min(dim=1).values
+    assert bool((distance <= spectrum.residuals + 1e-12).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"krylov_dim": 0}, "krylov_dim is 0, but a whole number of at least 1"),
+        ({"krylov_dim": 2.0}, "krylov_dim is 2.0, but a whole number"),
+        ({"krylov_dim": True}, "krylov_dim is True, but a whole number"),
+        ({"krylov_dim": None}, "krylov_dim is None, but a whole number"),
+        ({"smallest": -1}, "smallest is -1, but a whole number of at least 0"),
+        ({"smallest": None}, "smallest is None, but a whole number"),
+        ({"largest": "3"}, "largest is '3', but a whole number"),
+        ({"max_products": 63}, "max_products is 63, but a whole number of at least 64"),
+        ({"density_probes": -2}, "density_probes is -2, but a whole number of at least 0"),
+        ({"tol": 0.0}, "tol is 0.0, but a number between 0 and 1"),
+        ({"tol": 1.0}, "tol is 1.0, but a number between 0 and 1"),
+        ({"tol": -0.1}, "tol is -0.1, but a number between 0 and 1"),
+        ({"tol": math.nan}, "tol is nan, but a number between 0 and 1"),
+        ({"tol": "1e-3"}, "tol is '1e-3', but a number between 0 and 1"),
+        ({"tol": True}, "tol is True, but a number between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as refusal:
+        SpectrumSettings(**options)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "ritz_products", "products"),
+    [
+        ({}, 64, 64),
+        ({"tol": 1e-3}, 256, 256),
+        ({"tol": 1e-3, "max_products": 100}, 100, 100),
+        ({"krylov_dim": 8, "density_probes": 3}, 8, 32),
+        ({"krylov_dim": 2000, "density_probes": 1}, 1000, 2000),
+        ({"krylov_dim": 2000, "tol": 0.5}, 4000, 4000),
+    ],
+)
+def test_the_most_products_follow_from_the_settings(options: dict[str, Any], ritz_products: int, products: int) -> None:
+    settings = SpectrumSettings(**options)
+    assert (settings.most_ritz_products(1000), settings.most_products(1000)) == (ritz_products, products)
+
+
+SAVED = {
+    "plain": Spectrum(torch.tensor([-1.0, 2.0]).double(), torch.tensor([0.1, 0.2]).double(), 0.5, 0.25, 7, size=9),
+    "empty": Spectrum(torch.empty(0).double(), torch.empty(0).double(), math.nan, math.inf, 1, False, 4),
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "empty", "density"])
+def test_a_spectrum_survives_its_file(name: str, tmp_path: Path) -> None:
+    spectrum = spectrum_with([-2.0, 0.0, 1.0, 5.0], tol=1e-3, density_probes=2) if name == "density" else SAVED[name]
+    path = tmp_path / "new" / "folder" / "spectrum.json"
+    spectrum.save(path, checkpoint="last.ckpt", verdict="saddle: ...", lambda_min="a note does not replace a number")
+    again = Spectrum.load(str(path))
+    assert again.to_dict().keys() == spectrum.to_dict().keys()
+    assert str(again.to_dict()) == str(spectrum.to_dict())  # NaN is not equal to itself, but its name is
+    assert again.eigenvalues.dtype == again.residuals.dtype == torch.float64
+    assert (again.density is None) == (name != "density")
+    entries = json.loads(path.read_text())
+    assert entries["checkpoint"] == "last.ckpt"
+    assert str(entries["lambda_min"]) == str(spectrum.lambda_min)
+
+
+def test_saving_replaces_a_file_only_once_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "spectrum.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        SAVED["plain"].save(path, note=object())
+    assert path.read_text() == "old"
+    SAVED["plain"].save(path)
+    assert Spectrum.load(path).loss == 0.5
+    assert [file.name for file in tmp_path.glob("spectrum*")] == ["spectrum.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no JSON",
+        "[]",
+        "3",
+        "null",
+        '"eigenvalues"',
+        "{}",
+        '{"eigenvalues": [1.0], "residuals": [0.1]}',
+        '{"eigenvalues": null, "residuals": [], "loss": 0, "gradient_norm": 0, "products": 0}',
+        '{"eigenvalues": {}, "residuals": {}, "loss": 0, "gradient_norm": 0, "products": 0}',
+        '{"eigenvalues": ["a"], "residuals": [0], "loss": 0, "gradient_norm": 0, "products": 0}',
+        '{"eigenvalues": [], "residuals": [], "loss": 0, "gradient_norm": 0, "products": 0, "density": {}}',
+        '{"eigenvalues": [], "residuals": [], "loss": 0, "gradient_norm": 0, "products": 0, "density": [1]}',
+        '{"eigenvalues": [1, 2], "residuals": [0.1], "loss": 0, "gradient_norm": 0, "products": 0}',
+    ],
+)
+def test_a_file_that_holds_no_spectrum_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^\S+other\.json does not hold a spectrum: [^\n]+\.$"):
+        Spectrum.load(path)
+
+
+def test_a_binary_file_is_no_spectrum(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"last\.ckpt does not hold a spectrum"):
+        Spectrum.load(tmp_path / "last.ckpt")

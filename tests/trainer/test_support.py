@@ -138,7 +138,7 @@ def test_options_of_the_switch_out_of_range(options: dict[str, Any], message: st
         ({"every_n_epochs": 1, "every_n_steps": 5}, "every_n_epochs is 1 and every_n_steps is 5, but only one"),
         ({"every_n_epochs": 0}, "every_n_epochs is 0, but a positive number"),
         ({"every_n_steps": -3}, "every_n_steps is -3, but a positive number"),
-        ({"krylov_dim": 0}, "krylov_dim is 0, but a positive number"),
+        ({"krylov_dim": 0}, "krylov_dim is 0, but a whole number of at least 1"),
         ({"num_batches": 0}, "num_batches is 0, but a positive number"),
     ],
 )

@@ -18,7 +18,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import in_precision
-from lightning_sfn.trainer.probe import Probe, ProbeBatches
+from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments
 from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.support import is_dry_run, require_replayable
 
@@ -58,9 +58,11 @@ class HessianSpectrum(Callback):
         groups: Diagonal blocks to look at as well, by name: patterns of parameter names such as ``"encoder.*"``, logged
             under ``hessian_<name>/``.
         batches: Your own probe batches, in place of the first training batches.
-        curvature: ``"hessian"``, or ``"gauss_newton"`` (``training_step`` then returns ``"output"`` beside the loss).
+        curvature: ``"hessian"``, or ``"gauss_newton"`` (``training_step`` then returns ``"output"`` beside the loss;
+            everything is logged under ``gauss_newton/``).
         hvp: How products are computed, as in `SaddleFreeNewton`.
-        precision: 32 or 64 bits: the least precision of the computation, whatever the training precision.
+        precision: 32 or 64 bits: the least precision of the computation, whatever the training precision. Parameters
+            that a module also keeps in lists of its own are not converted along.
         pictures_every: Draw the pictures at every n-th spectrum, and at the last; 0 for none.
         log: Whether to log; otherwise the spectra are kept in `history` alone, and no logger is needed.
         save_batches: Whether checkpoints hold the probe batches; without them a resumed run draws others.
@@ -121,9 +123,11 @@ class HessianSpectrum(Callback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.pictures_every, self.log, self.save_batches, self.strict = pictures_every, log, save_batches, strict
+        self.pictures_every, self.save_batches, self.strict = pictures_every, save_batches, strict
+        self._logs = log  # not `log`: Lightning gives every callback the module's method of that name
         self.groups = {name: [p] if isinstance(p, str) else list(p) for name, p in (groups or {}).items()}
         self._probe = Probe(settings, curvature, hvp, precision)
+        self._prefix = curvature
         self._given, self._num_batches = batches, num_batches
         self._start()
 
@@ -141,7 +145,7 @@ class HessianSpectrum(Callback):
         if stage != "fit":
             return
         require_replayable(trainer, pl_module, type(self).__name__)
-        if self.log and not trainer.loggers and not is_dry_run(trainer):
+        if self._logs and not trainer.loggers and not is_dry_run(trainer):
             raise MisconfigurationException(
                 "HessianSpectrum needs a logger, but the Trainer has none: pass logger=TensorBoardLogger(...), or "
                 "HessianSpectrum(log=False) to keep the spectra in its `history` alone."
@@ -158,7 +162,7 @@ class HessianSpectrum(Callback):
         for name, patterns in self.groups.items():
             self._names(pl_module, name, patterns)
         if self._given is not None:
-            self._batches.share_out(trainer, [(batch, number) for number, batch in enumerate(self._given)])
+            self._batches.share_out(trainer, [step_arguments(trainer, *given) for given in enumerate(self._given)])
         elif self._saved_batches is not None:
             self._batches.share_out(trainer, [tuple(arguments) for arguments in self._saved_batches])
         elif self.history:
@@ -170,9 +174,10 @@ class HessianSpectrum(Callback):
         trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         matched = [name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if not matched:
+            given = " or ".join(map(repr, patterns)) or "empty"
             raise MisconfigurationException(
-                f"HessianSpectrum: group {group!r} is {' or '.join(map(repr, patterns))}, which no trainable parameter "
-                f"matches: the names are {', '.join(trainable[:8])}{', ...' if len(trainable) > 8 else ''}."
+                f"HessianSpectrum: group {group!r} is {given}, which no trainable parameter matches: "
+                f"the names are {', '.join(trainable[:8])}{', ...' if len(trainable) > 8 else ''}."
             )
         return matched
 
@@ -221,15 +226,17 @@ class HessianSpectrum(Callback):
                 name: self._probe.spectrum(trainer, module, self._batches, names=self._names(module, name, patterns))
                 for name, patterns in self.groups.items()
             }
+            self._checked, self.last = True, spectrum
+            self.history.append((self._probed_at, spectrum))
+            self._publish(trainer, spectrum, blocks, place)
         except Exception as error:  # the user's step runs in it: anything can be raised
             self._give_up(trainer, error)
-            return
-        self._checked, self.last = True, spectrum
-        self.history.append((self._probed_at, spectrum))
-        if self.log:
-            self._log(trainer, "hessian", spectrum, place)
+
+    def _publish(self, trainer: Trainer, spectrum: Spectrum, blocks: dict[str, Spectrum], place: int) -> None:
+        if self._logs:
+            self._log(trainer, self._prefix, spectrum, place)
             for name, block in blocks.items():
-                self._log(trainer, f"hessian_{name}", block, place)
+                self._log(trainer, f"{self._prefix}_{name}", block, place)
         if self.pictures_every and (len(self.history) - 1) % self.pictures_every == 0:
             self._draw(trainer, place)
 
@@ -249,7 +256,6 @@ class HessianSpectrum(Callback):
         ends = self._probe.settings.ends
         for name, value, bound in spectrum.extremes(ends.smallest, ends.largest):
             metrics |= {f"{prefix}/eigenvalue/{name}": value, f"{prefix}/residual/{name}": bound}
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if spectrum.converged is not None:
             metrics[f"{prefix}/converged"] = float(spectrum.converged)
         if spectrum.nonfinite:
@@ -260,6 +266,7 @@ class HessianSpectrum(Callback):
                 f"{prefix}/density_negative_fraction": share,
                 f"{prefix}/density_negative_fraction_error": error,
             }
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=place)
             if trainer.is_global_zero and len(spectrum.eigenvalues):
@@ -270,7 +277,9 @@ class HessianSpectrum(Callback):
         """Logs the pictures of the last spectrum and of the run so far."""
         loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]
         spectrum = self.last
-        if not (self.log and loggers and trainer.is_global_zero and spectrum is not None and len(spectrum.eigenvalues)):
+        if not (
+            self._logs and loggers and trainer.is_global_zero and spectrum is not None and len(spectrum.eigenvalues)
+        ):
             return
         if find_spec("matplotlib") is None:
             rank_zero_info('HessianSpectrum draws no pictures without matplotlib: pip install "lightning-sfn[plot]".')
@@ -280,14 +289,21 @@ class HessianSpectrum(Callback):
 
         drawn = [(step, kept) for step, kept in self.history if len(kept.eigenvalues)]
         pictures = {
-            "hessian/ritz_values": spectrum_figure(replace(spectrum, density=None), f"Step {self._probed_at}"),
-            "hessian/index_against_loss": index_figure([step for step, _ in drawn], [kept for _, kept in drawn]),
+            f"{self._prefix}/ritz_values": spectrum_figure(replace(spectrum, density=None), f"Step {self._probed_at}"),
+            f"{self._prefix}/index_against_loss": index_figure(
+                [step for step, _ in drawn], [kept for _, kept in drawn]
+            ),
         }
         if spectrum.density is not None:
-            pictures["hessian/density"] = density_figure(spectrum.density, f"Step {self._probed_at}")
+            pictures[f"{self._prefix}/density"] = density_figure(spectrum.density, f"Step {self._probed_at}")
         for logger in loggers:
             for tag, figure in pictures.items():
                 log_picture(logger, tag, figure, place)
+
+    @property
+    def state_key(self) -> str:
+        """Tells the two kinds of curvature apart in checkpoints, so that a Trainer can have both."""
+        return self._generate_state_key(curvature=self._probe.curvature)
 
     def state_dict(self) -> dict[str, Any]:
         """The probe batches and the spectra so far."""
@@ -307,7 +323,8 @@ class HessianSpectrum(Callback):
 def _require_counts(least: int = 1, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < least:
-            raise MisconfigurationException(f"{name} is {count}, but a number of at least {least} is expected.")
+            wanted = "a positive number" if least == 1 else f"a number of at least {least}"
+            raise MisconfigurationException(f"{name} is {count}, but {wanted} is expected.")
 
 
 def _signed_log(values: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""Verdicts on functions whose Hessians are known, and never more than the error bounds allow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_sfn.newton import Objective, Spectrum, hessian_spectrum
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
+
+from .cases import DTYPES, bits, make
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "saddle": lambda x: x[0] ** 2 - x[1] ** 2,
+    "raised saddle": lambda x: 1 + x[0] ** 2 - x[1] ** 2,
+    "bowl": lambda x: x[0] ** 2 + x[1] ** 2,
+    "raised bowl": lambda x: 1 + x[0] ** 2 + x[1] ** 2,
+    "gutter": lambda x: 1 + x[0] ** 2 + 0 * x[1] ** 2,
+    "hill": lambda x: -(x[0] ** 2) - 3 * x[1] ** 2,
+    "quartic": lambda x: x[0] ** 4 + x[1] ** 4,
+    "monkey saddle": lambda x: x[0] ** 3 - 3 * x[0] * x[1] ** 2,
+    "plane": lambda x: 1 + x[0] + 0 * x[1] ** 2,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "place", "start"),
+    [
+        ("saddle", (0.0, 0.0), "saddle: the smallest eigenvalue is -2 "),
+        ("raised saddle", (1e-6, 1e-6), "saddle: the smallest eigenvalue is -2 "),
+        ("saddle", (1.0, 0.5), "slope, with negative curvature: the smallest eigenvalue is -2 "),
+        ("hill", (0.0, 0.0), "saddle: the smallest eigenvalue is -6 "),
+        ("bowl", (0.0, 0.0), "minimum to tolerance: the smallest eigenvalue is 2 "),
+        ("raised bowl", (1e-6, 0.0), "minimum to tolerance: the smallest eigenvalue is 2 "),
+        ("bowl", (1.0, 0.5), "slope: the smallest eigenvalue is 2 "),
+        ("gutter", (0.0, 0.7), "minimum to tolerance: "),
+        ("quartic", (1.0, 1.0), "slope: the smallest eigenvalue is 12 "),
+        ("quartic", (0.0, 0.0), "unknown: gradient and curvature are zero"),
+        ("monkey saddle", (0.0, 0.0), "unknown: gradient and curvature are zero"),
+        ("monkey saddle", (1.0, 0.5), "slope, with negative curvature: the smallest eigenvalue is -6.71 "),
+        ("plane", (0.0, 0.0), "slope: the smallest eigenvalue is 0 "),
+    ],
+)
+def test_points_of_known_functions_get_their_name(
+    name: str, place: tuple[float, float], start: str, dtype: torch.dtype
+) -> None:
+    x = torch.tensor(place, dtype=dtype, requires_grad=True)
+    words = verdict(hessian_spectrum(lambda: FUNCTIONS[name](x), [x]))
+    assert words.startswith(start), words
+    assert words.endswith(".")
+    assert "\n" not in words
+
+
+def measured(
+    values: list[float], bounds: list[float], gradient_norm: float = 0.0, loss: float = 1.0, **options: Any
+) -> Spectrum:
+    ritz, residuals = (torch.tensor(numbers, dtype=torch.float64) for numbers in (values, bounds))
+    return Spectrum(ritz, residuals, loss, gradient_norm, len(values), **options)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "start"),
+    [
+        (measured([-1.0, 5.0], [0.99, 0.1]), "saddle: "),
+        (measured([-1.0, 5.0], [1.01, 0.1]), "not converged: "),  # it may be positive
+        (measured([-1.0, 5.0], [1.01, 0.1], gradient_norm=9.0), "not converged: "),
+        (measured([0.5, 5.0], [0.6, 0.1]), "not converged: "),  # it may be negative
+        (measured([0.5, 5.0], [0.4, 0.1]), "minimum to tolerance: "),
+        (measured([-1e-4, 5.0], [2e-4, 0.1]), "minimum to tolerance: "),  # zero to tolerance, either way
+        (measured([-1e-2, 5.0], [1e-3, 0.1]), "saddle: "),
+        (measured([0.5, 50.0], [0.4, 0.1], gradient_norm=0.9), "minimum to tolerance: "),  # gains 0.81 %
+        (measured([0.5, 50.0], [0.4, 0.1], gradient_norm=1.1), "slope: "),  # gains 1.21 %
+        (measured([0.5, 50.0], [0.4, 0.1], gradient_norm=1.1, loss=-100.0), "minimum to tolerance: "),
+        (measured([-3.0, 50.0], [0.4, 0.1], gradient_norm=1.1), "slope, with negative curvature: "),
+        (measured([-50.0, -0.1], [0.4, 0.01], gradient_norm=0.9), "saddle: "),
+        (measured([0.0], [0.0], gradient_norm=1e-30), "slope: "),
+        (measured([], [], nonfinite=3), "unknown: 3 numbers "),
+        (measured([-1.0, 1.0], [0.1, 0.1], nonfinite=1), "unknown: 1 numbers "),
+        (measured([], [], loss=float("nan"), nonfinite=1), "unknown: 1 numbers "),
+    ],
+)
+def test_words_never_say_more_than_the_error_bounds(spectrum: Spectrum, start: str) -> None:
+    words = verdict(spectrum)
+    assert words.startswith(start), words
+    claims_negative = words.startswith("saddle") or "with negative curvature" in words
+    known = len(spectrum.eigenvalues) > 0
+    assert not claims_negative or (known and spectrum.lambda_min + float(spectrum.residuals[0]) < 0)
+
+
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        (NewtonTrial(2.0, 0.7, 0.5), "SFN predicts a decrease of 0.7 in one step; tried on these data it lowers the"),
+        (NewtonTrial(2.0, 0.7, 0.5), "loss by 0.5 (0.25 of it)."),
+        (NewtonTrial(-2.0, 0.7, 0.5), "loss by 0.5 (0.25 of it)."),
+        (NewtonTrial(0.0, 0.7, 0.5), "loss by 0.5."),
+        (NewtonTrial(2.0, 0.0, 0.0), "One SFN step does not lower the loss on these data."),
+    ],
+)
+@pytest.mark.parametrize("bound", [0.1, 4.0], ids=["saddle", "not converged"])
+def test_the_tried_step_is_told_as_measured(trial: NewtonTrial, words: str, bound: float) -> None:
+    assert words in verdict(measured([-3.0, 5.0], [bound, 0.1]), trial)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_classifier", "rnn"])
+def test_a_tried_step_gains_what_it_says_and_is_taken_back(name: str) -> None:
+    case = make(name)
+    before, loss = bits(case.parameters), case.closure().item()
+    lowest = loss
+    points = []
+
+    def closure() -> Tensor:
+        nonlocal lowest
+        value = case.closure()
+        lowest = min(lowest, value.item())
+        points.append(bits(case.parameters))
+        return value
+
+    trial = try_newton_step(Objective([closure]), FlatParameters(case.parameters))
+    assert bits(case.parameters) == before
+    assert any(point != before for point in points)
+    assert trial.loss == pytest.approx(loss)
+    assert trial.loss - trial.measured == pytest.approx(lowest, rel=1e-9)  # the best of its trial losses
+    assert trial.predicted > 0
+    assert all(p.grad is None for p in case.parameters)
+
+
+def test_the_prediction_for_a_quadratic_is_what_is_measured() -> None:
+    x = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    trial = try_newton_step(Objective([lambda: FUNCTIONS["saddle"](x)]), FlatParameters([x]))
+    assert trial.measured == pytest.approx(trial.predicted, rel=1e-9)
+    assert trial.loss == 0.75
+
+
+def test_at_a_minimum_the_tried_step_gains_nothing() -> None:
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    trial = try_newton_step(Objective([lambda: FUNCTIONS["raised bowl"](x)]), FlatParameters([x]))
+    assert trial == NewtonTrial(1.0, 0.0, 0.0)
+
+
+class BrokenError(RuntimeError):
+    """What a user's closure may raise."""
+
+
+@pytest.mark.parametrize("evaluation", range(1, 7))
+def test_parameters_survive_a_closure_that_raises(evaluation: int) -> None:
+    """Evaluations from the fourth on see parameters that have been moved."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    data = torch.randn(9, 3, dtype=torch.float64)
+    with torch.no_grad():
+        net[0].bias[0] = -0.0  # its sign is a bit as well
+    before, moved, count = bits(list(net.parameters())), False, 0
+
+    def closure() -> Tensor:
+        nonlocal count, moved
+        count += 1
+        moved = bits(list(net.parameters())) != before
+        if count == evaluation:
+            raise BrokenError
+        return (net(data) - data[:, :1]).square().mean()
+
+    with pytest.raises(BrokenError):
+        try_newton_step(Objective([closure]), FlatParameters(net.parameters()))
+    assert bits(list(net.parameters())) == before
+    assert moved == (evaluation >= 4)
