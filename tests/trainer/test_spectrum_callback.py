@@ -33,6 +33,7 @@ from .modules import (
 )
 
 NAMES = ("lambda_min", "lambda_max", "negative_fraction", "gradient_norm", "residual_max", "loss")
+OURS = ("hessian", "gauss_newton")  # what the names of everything logged begin with
 SIZE = sum(p.numel() for p in small_net().parameters())
 
 
@@ -251,8 +252,8 @@ def run(callbacks: list[Callback], kind: type[LightningModule] = Untidy, **optio
     module, logger = kind(), MemoryLogger()
     trainer = make_trainer(3, callbacks=callbacks, logger=logger, **({"accumulate_grad_batches": 2} | options))
     trainer.fit(module, regression_loader(20, 4, shuffle=True))
-    rows = [(step, {k: v for k, v in row.items() if not k.startswith("hessian")}) for step, row in logger.rows]
-    metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("hessian")}
+    rows = [(step, {k: v for k, v in row.items() if not k.startswith(OURS)}) for step, row in logger.rows]
+    metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith(OURS)}
     parameters, gradients = plain(module.state_dict()), plain([p.grad for p in module.parameters()])
     return {
         "parameters": parameters,
@@ -264,7 +265,7 @@ def run(callbacks: list[Callback], kind: type[LightningModule] = Untidy, **optio
         "streams": random_streams(),
         "optimizer": plain(trainer.optimizers[0].state_dict()),
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "logged": plain({k: v for k, v in trainer.logged_metrics.items() if not k.startswith("hessian")}),
+        "logged": plain({k: v for k, v in trainer.logged_metrics.items() if not k.startswith(OURS)}),
         "step": (trainer.global_step, trainer.current_epoch, torch.get_default_dtype()),
     }
 
@@ -875,7 +876,7 @@ def test_hessian_and_gauss_newton_side_by_side() -> None:
     """Each has names and a place in the checkpoint of its own."""
     logger = MemoryLogger()
     callbacks = [HessianSpectrum(krylov_dim=4, curvature=curvature) for curvature in ("hessian", "gauss_newton")]
-    make_trainer(1, callbacks=callbacks, logger=logger).fit(Fitting(), regression_loader())
+    make_trainer(1, callbacks=callbacks, logger=logger).fit(WithOutput(), regression_loader())
     assert len(logger.values("hessian/lambda_min")) == len(logger.values("gauss_newton/lambda_min")) == 1
     assert logger.values("gauss_newton/lambda_min")[0][1] >= -1e-6
     assert callbacks[0].state_key != callbacks[1].state_key
