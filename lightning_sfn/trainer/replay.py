@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_sfn.newton.objective import Closure, ObjectiveError
+from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "loss_of",
     "own_containers",
     "process_mean",
+    "processes_of",
     "replay_closure",
 ]
 
@@ -107,21 +109,23 @@ def loss_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def process_mean(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+def processes_of(trainer: Trainer) -> Processes | None:
+    """The Trainer's processes; ``None`` if there is one.
+
+    Args:
+        trainer: The Trainer.
+    """
+    return None if trainer.world_size == 1 else Processes()
+
+
+def process_mean(trainer: Trainer) -> ProcessMean | None:
     """The mean of a tensor over the Trainer's processes; ``None`` if there is one process.
 
     Args:
         trainer: The Trainer.
     """
-    if trainer.world_size == 1:
-        return None
-
-    def mean(tensor: Tensor) -> Tensor:
-        reduced = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    return mean
+    processes = processes_of(trainer)
+    return None if processes is None else ProcessMean(processes)
 
 
 def replay_closure(trainer: Trainer, module: LightningModule, recorded: RecordedStep) -> Closure:

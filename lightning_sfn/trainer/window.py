@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -22,10 +22,14 @@ from torch import Tensor
 from lightning_sfn.newton.objective import Closure, Objective
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, is_mixed, process_mean, replay_closure
+from lightning_sfn.trainer.replay import RecordedStep, StepRecorder, is_mixed, processes_of, replay_closure
 
-__all__ = ["DataBudgets", "WindowedNewton", "cases_of"]
+__all__ = ["DataBudgets", "Reduction", "WindowedNewton", "cases_of", "check_reduction"]
+
+Reduction = Literal["mean", "samples"]
+"""How batches of several processes are averaged: each process counts alike (as in DDP), or each case."""
 
 _FEWEST = 4  # batches of a part: with fewer, one odd batch decides about a step
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
@@ -99,8 +103,10 @@ class _Window:
 
     steps: list[RecordedStep] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # of each step, in cases
+    totals: list[float] = field(default_factory=list)  # sum of these weights over all processes
     gradient: Tensor | None = None  # sum over batches of weight times gradient
     loss: float = 0.0  # likewise
+    even: bool = True  # whether this gradient, of Lightning's making, is that of the objective
 
 
 class WindowedNewton:
@@ -116,6 +122,9 @@ class WindowedNewton:
         optimizer: The optimizer that now belongs to the Trainer.
         budgets: How much data each ingredient sees.
         weight_decay: Pairs of parameters and weight decay; the penalty becomes part of the objective.
+        reduction: ``"mean"`` is the mean over processes (and accumulated batches) of their mean losses, as in Lightning;
+            ``"samples"`` the mean over all cases. The two differ where batches do in size; then ``"samples"`` costs one
+            more gradient, since Lightning's is that of the other objective.
         before_step: Called before each Newton step, when its objectives are known.
         on_step: Called with the record of each Newton step.
 
@@ -133,13 +142,16 @@ class WindowedNewton:
         budgets: DataBudgets,
         *,
         weight_decay: Sequence[tuple[Sequence[Tensor], float]] = (),
+        reduction: Reduction = "mean",
         before_step: Callable[[], None],
         on_step: Callable[[StepRecord], None],
     ) -> None:
         """See the class."""
         self._trainer, self._module, self._optimizer, self._budgets = trainer, module, optimizer, budgets
         self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
+        self._by_cases = reduction == "samples"
         self._before_step, self._on_step = before_step, on_step
+        self._processes = optimizer.processes = processes_of(trainer)
         self._recorder = StepRecorder(trainer, module.device)
         self._window = _Window()
         self._held: _Window | None = None
@@ -198,24 +210,38 @@ class WindowedNewton:
         # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
         recorded = recorded[-self._trainer.accumulate_grad_batches :]
-        # Gradients are averaged over processes without weights too.
-        cases = self._mean(sum(cases_of(step) for step in recorded))
+        cases = [cases_of(step) for step in recorded]
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
         correction = self._trainer.accumulate_grad_batches / len(recorded)
         unclipped, self._unclipped = self._unclipped, None
-        gradient = (parameters.gradients() if unclipped is None else unclipped) * (correction * cases)
+        gradient = parameters.gradients() if unclipped is None else unclipped
         window = self._window
         window.steps.extend(recorded)
-        window.weights.extend([cases / len(recorded)] * len(recorded))
+        totals, squares = self._sum([*cases, *(size**2 for size in cases)]).view(2, -1)
+        batches = len(cases) * self._count
+        mean = float(totals.sum()) / batches
+        if self._by_cases:
+            window.weights.extend(cases)
+            window.totals.extend(totals.tolist())
+            window.even &= batches * float(squares.sum()) == float(totals.sum()) ** 2
+        else:  # gradients are averaged over processes and batches without weights
+            window.weights.extend([mean] * len(cases))
+            window.totals.extend([mean * self._count] * len(cases))
+        gradient = gradient * (correction * mean * len(cases))
         window.gradient = gradient if window.gradient is None else window.gradient.add_(gradient)
-        window.loss += sum(float(step.loss) for step in recorded if step.loss is not None) * cases / len(recorded)
+        window.loss += sum(float(step.loss) for step in recorded if step.loss is not None) * mean
 
-    def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor]:
-        """Mean loss and gradient of a window over all processes, weight decay included."""
+    def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor] | None:
+        """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""
+        if not window.even:
+            return None
         total = sum(window.weights)
         assert window.gradient is not None
-        loss, gradient = self._mean(window.loss / total), window.gradient / total  # the strategy averaged the gradient
-        return self._with_decay(loss, gradient) if self._decay else (loss, gradient)
+        mean = self._mean(range(len(window.steps)), window)
+        loss = torch.tensor(window.loss / total, dtype=torch.float64)
+        whole = float(loss if mean is None else mean(loss))
+        gradient = window.gradient / total  # the strategy averaged it over the processes
+        return self._with_decay(whole, gradient) if self._decay else (whole, gradient)
 
     def _complete(self) -> bool:
         epoch_over = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
@@ -275,7 +301,7 @@ class WindowedNewton:
             [self._closure(step) for step in steps],
             [window.weights[index] for index in indices],
             random_states=[step.random_state for step in steps],
-            reduce=process_mean(self._trainer),
+            reduce=self._mean(indices, window),
         )
 
     def _closure(self, step: RecordedStep) -> Closure:
@@ -305,10 +331,34 @@ class WindowedNewton:
     def _parameters(self) -> FlatParameters:
         return FlatParameters.of_groups(self._optimizer.param_groups)
 
-    def _mean(self, number: float) -> float:
-        """Mean of a number over the processes."""
-        mean = process_mean(self._trainer)
-        return number if mean is None else float(mean(torch.tensor(number, dtype=torch.float64)))
+    @property
+    def _count(self) -> int:
+        return 1 if self._processes is None else self._processes.size
+
+    def _sum(self, numbers: Sequence[float]) -> Tensor:
+        """Sums of numbers over the processes, float64."""
+        own = torch.tensor(numbers, dtype=torch.float64)
+        return own if self._processes is None else self._processes.sum(own)
+
+    def _mean(self, indices: Sequence[int], window: _Window) -> ProcessMean | None:
+        """The mean over processes that goes with some batches of a window."""
+        if self._processes is None:
+            return None
+        share = sum(window.weights[i] for i in indices) / sum(window.totals[i] for i in indices)
+        return ProcessMean(self._processes, share)
+
+
+def check_reduction(reduction: str) -> None:
+    """Checks the name of a reduction.
+
+    Args:
+        reduction: ``"mean"`` or ``"samples"``.
+
+    Raises:
+        MisconfigurationException: It is neither.
+    """
+    if reduction not in get_args(Reduction):
+        raise MisconfigurationException(f"reduction is {reduction!r}, but 'mean' or 'samples' is expected.")
 
 
 def cases_of(step: RecordedStep) -> float:

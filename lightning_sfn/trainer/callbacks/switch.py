@@ -19,7 +19,7 @@ from lightning_sfn.newton.spectrum import Spectrum, spectrum_of
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.support import is_dry_run, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.window import DataBudgets, WindowedNewton
+from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
 
 __all__ = ["SwitchToSFN"]
 
@@ -50,6 +50,7 @@ class SwitchToSFN(EarlyStopping):
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
+        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases (see `WindowedNewton`).
         probe_dim: Lanczos vectors of the spectra at the switch and at the end, for the report; 0 for none.
         strict: Whether a missing metric is an error.
         check_on_train_epoch_end: Whether to check at the end of training epochs or of validation, as in
@@ -82,6 +83,7 @@ class SwitchToSFN(EarlyStopping):
         trial_fraction: float = 0.1,
         adaptive: bool = True,
         hold: bool = False,
+        reduction: Reduction = "mean",
         probe_dim: int = 32,
         strict: bool = True,
         check_on_train_epoch_end: bool | None = None,
@@ -108,6 +110,8 @@ class SwitchToSFN(EarlyStopping):
             check_on_train_epoch_end=check_on_train_epoch_end,
         )
         self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
+        check_reduction(reduction)
+        self._reduction: Reduction = reduction
         self._make_optimizer = optimizer
         self._probe_dim = probe_dim
         self._reset()
@@ -243,6 +247,7 @@ class SwitchToSFN(EarlyStopping):
             newton,
             self.budgets,
             weight_decay=[(group["params"], _coupled_decay(base, group)) for group in base.param_groups],
+            reduction=self._reduction,
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
         )
