@@ -7,6 +7,7 @@ it), `krylov` (a subspace from those products), `trust_region` and `damping` (a 
 
 from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator
 from lightning_sfn.newton.damping import Damping, FixedDamping, GridDamping, LevenbergMarquardt, WarmDamping
+from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from lightning_sfn.newton.diagnosis import CurvatureError
 from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
 from lightning_sfn.newton.gauss_newton import GaussNewtonOperator
@@ -15,7 +16,7 @@ from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import DiagonalPreconditioner, IdentityPreconditioner, Preconditioner
-from lightning_sfn.newton.spectrum import Spectrum, hessian_spectrum
+from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, hessian_spectrum
 from lightning_sfn.newton.step import StepRecord
 
 __all__ = [
@@ -37,9 +38,12 @@ __all__ = [
     "ObjectiveError",
     "Preconditioner",
     "SaddleFreeNewton",
+    "SpectralDensity",
     "Spectrum",
+    "SpectrumSettings",
     "StepRecord",
     "WarmDamping",
     "hessian_spectrum",
     "lanczos",
+    "spectral_density",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.reductions import norm
 
-__all__ = ["Direction", "KrylovSubspace", "lanczos"]
+__all__ = ["Direction", "KrylovSubspace", "append", "lanczos", "lanczos_step", "random_unit"]
 
 _SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
 _ROUNDING = 10  # units of rounding of the largest eigenvalue that products and projections are off by
@@ -89,8 +89,13 @@ class KrylovSubspace:
         Each interval ``theta +- residual`` contains an eigenvalue; rounding in the basis' dtype is part of it.
         For a subspace of Lanczos vectors alone; with added directions their own residuals are not part of it.
         """
-        rounding = _ROUNDING * torch.finfo(self.basis.dtype).eps * self.eigenvalues.abs().max()
-        return torch.hypot(self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs(), rounding)
+        leak = self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs()
+        return torch.hypot(leak, torch.tensor(self.rounding, dtype=torch.float64))
+
+    @property
+    def rounding(self) -> float:
+        """The part of every residual that is rounding in the basis' dtype: no more vectors make it smaller."""
+        return _ROUNDING * torch.finfo(self.basis.dtype).eps * float(self.eigenvalues.abs().max())
 
     def coordinates(self, vector: Tensor) -> Tensor:
         """Coordinates of a whole vector along the Ritz vectors, float64, shape ``(k,)``, on the CPU."""
@@ -146,32 +151,96 @@ def lanczos(
     basis = store.empty(min(steps + len(directions), size), start)
     projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
     length = float(norm(start))
-    vector = store.local(start / length) if length > 0 else _random_unit(basis[:0], start, generator, store)
-    previous, coupling, leftover, scale = vector, 0.0, vector, 0.0
+    first = store.local(start / length) if length > 0 else random_unit(basis[:0], generator, store, start)
+    recent = [store.keep(basis, 0, first)]
+    coupling, leftover = 0.0, first
+
+    def product(part: Tensor) -> Tensor:
+        return matvec(store.whole(part, size))
+
     for j in range(steps):
-        vector = store.keep(basis, j, vector)
-        image = matvec(store.whole(vector, size))
-        diagonal = store.dot(image, vector)
-        if not math.isfinite(diagonal):
+        leftover, coupling = lanczos_step(product, basis, projected, j, store, recent)
+        if not math.isfinite(float(projected[j, j])):
             return KrylovSubspace(basis[:steps], torch.full((steps, steps), math.nan), 0.0, steps, j + 1, store, size)
-        leftover = torch.add(image, vector, alpha=-diagonal)
-        if j > 0:
-            leftover.add_(previous, alpha=-coupling)
-        leftover, coupling = _orthogonalise(leftover, basis[: j + 1], store)
-        projected[j, j] = diagonal
-        scale = max(scale, abs(diagonal), coupling)
-        if coupling <= 4 * torch.finfo(start.dtype).eps * scale:
-            coupling = 0.0  # invariant subspace: what is left is rounding error
         if j + 1 < steps:
-            previous = vector
-            vector = leftover / coupling if coupling > 0 else _random_unit(basis[: j + 1], start, generator, store)
-            projected[j, j + 1] = projected[j + 1, j] = coupling
+            recent = [append(basis, projected, j + 1, leftover, coupling, generator, store, start), recent[0]]
     space = _Extension(basis, projected, steps, coupling, leftover, store)
     for direction in directions:
-        space.add(direction, matvec, size)
+        space.add(direction, product)
     used = space.used
     products = steps + space.products
     return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, products, store, size)
+
+
+def lanczos_step(
+    matvec: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    projected: Tensor,
+    j: int,
+    store: BasisStore | None = None,
+    recent: Sequence[Tensor] = (),
+) -> tuple[Tensor, float]:
+    """One Lanczos step from basis vector j; fills in its diagonal element of the projected operator.
+
+    Args:
+        matvec: The symmetric operator.
+        basis: The basis, shape ``(capacity, n)``, of which rows 0 to j are in use.
+        projected: The projected operator, in which column j above the diagonal is known already.
+        j: The basis vector to go on from.
+        store: How the basis is kept; whole if left out.
+        recent: Basis vectors j and j - 1, where the rows of the basis are not what they were (lower precision).
+
+    Returns:
+        What its product has outside the basis, shape ``(n,)``, and the norm of that; the norm is 0 where it is rounding
+        error alone, because the basis spans an invariant subspace.
+    """
+    store = store or BasisStore()
+    vector = recent[0] if recent else basis[j]
+    image = matvec(vector)
+    diagonal = store.dot(image, vector)
+    leftover = torch.add(image, vector, alpha=-diagonal)
+    above = projected[:j, j]
+    coupled = above.nonzero().flatten()  # the vector before; after a restart all vectors that were kept
+    if len(coupled) == 1:
+        leftover.add_(recent[1] if recent else basis[int(coupled)], alpha=-float(above[coupled]))
+    elif len(coupled):
+        leftover -= store.combine(above, basis[:j])
+    leftover, coupling = _orthogonalise(leftover, basis[: j + 1], store)
+    projected[j, j] = diagonal
+    scale = max(float(projected[: j + 1, : j + 1].abs().max()), coupling)
+    invariant = coupling <= 4 * torch.finfo(vector.dtype).eps * scale
+    return leftover, 0.0 if invariant else coupling
+
+
+def append(
+    basis: Tensor,
+    projected: Tensor,
+    j: int,
+    leftover: Tensor,
+    coupling: float,
+    generator: torch.Generator,
+    store: BasisStore | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Makes the outcome of a Lanczos step the next basis vector, in place.
+
+    Args:
+        basis: The basis, of which rows 0 to j - 1 are in use.
+        projected: The projected operator.
+        j: Place of the new vector.
+        leftover: What the last product had outside the basis.
+        coupling: Its norm; where it is 0 a random vector takes its place.
+        generator: Source of random vectors.
+        store: How the basis is kept; whole if left out.
+        like: A whole vector, where the basis holds parts.
+
+    Returns:
+        The new vector in full precision.
+    """
+    store = store or BasisStore()
+    vector = leftover / coupling if coupling > 0 else random_unit(basis[:j], generator, store, like)
+    projected[j - 1, j] = projected[j, j - 1] = coupling
+    return store.keep(basis, j, vector)
 
 
 class _Extension:
@@ -189,7 +258,7 @@ class _Extension:
         self.used, self.products = steps, 0
         self.images: list[Tensor] = []  # H e of each added basis vector e
 
-    def add(self, direction: Direction, matvec: Callable[[Tensor], Tensor], size: int) -> None:
+    def add(self, direction: Direction, matvec: Callable[[Tensor], Tensor]) -> None:
         """Orthogonalises one direction against the basis and appends it with its row of the projected operator."""
         store, basis = self.store, self.basis[: self.used]
         length = store.norm(direction.vector)
@@ -205,7 +274,7 @@ class _Extension:
         new = self.used
         vector = store.keep(self.basis, new, residue / outside)
         if direction.product is None:
-            image = matvec(store.whole(vector, size))
+            image = matvec(vector)
             self.products += 1
         else:
             image = (direction.product - self._image_of(inside)) / outside
@@ -238,10 +307,19 @@ def _orthogonalise(vector: Tensor, basis: Tensor, store: BasisStore) -> tuple[Te
     return vector, after
 
 
-def _random_unit(basis: Tensor, like: Tensor, generator: torch.Generator, store: BasisStore) -> Tensor:
-    """This process' part of a random unit vector, shaped like a whole one, orthogonal to the rows of a basis."""
-    whole = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-    vector = store.local(whole)
+def random_unit(
+    basis: Tensor, generator: torch.Generator, store: BasisStore | None = None, like: Tensor | None = None
+) -> Tensor:
+    """A random unit vector orthogonal to the rows of a basis.
+
+    Args:
+        basis: The rows, shape ``(k, n)``.
+        generator: Source of random numbers, on the device of whole vectors.
+        store: How the basis is kept; whole if left out.
+        like: A whole vector, where the basis holds parts.
+    """
+    store, like = store or BasisStore(), basis.new_empty(basis.shape[1]) if like is None else like
+    vector = store.local(torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator))
     if len(basis):
         vector, _ = _orthogonalise(vector, basis, store)
     return vector / store.norm(vector)

@@ -1,20 +1,85 @@
 """The spectrum of a Hessian, without a Trainer: Ritz values with error bounds, index, loss and gradient norm."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_sfn.newton.curvature import CurvatureOperator
-from lightning_sfn.newton.krylov import lanczos
+from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from lightning_sfn.newton.objective import Closure, Objective
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.thick_restart import Ends, RitzValues, extreme_ritz_values
 
-__all__ = ["Spectrum", "hessian_spectrum", "spectrum_of"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Spectrum", "SpectrumSettings", "hessian_spectrum", "spectrum_of"]
+
+_DEFAULT_KRYLOV_DIM = 64
+_BUDGET = 4  # products that may be spent on convergence, in bases
+
+
+@dataclass(frozen=True)
+class SpectrumSettings:
+    """What is asked of a spectrum; `hessian_spectrum`, `HessianSpectrum` and ``lightning-sfn spectrum`` share it.
+
+    Attributes:
+        krylov_dim: Lanczos vectors held at a time, each one Hessian-vector product; no more than there are parameters
+            are used.
+        smallest: Eigenvalues asked for at the lower end; no more than half of ``krylov_dim`` are.
+        largest: Eigenvalues asked for at the upper end, likewise.
+        tol: Bound on the residuals of those, relative to each: Lanczos is restarted until they meet it. ``None`` takes
+            one basis as it comes.
+        max_products: Hessian-vector products after which restarts end; four times ``krylov_dim`` if left out.
+        density_probes: Random vectors for the spectral density, each ``krylov_dim`` more products; 0 for no density.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    krylov_dim: int = _DEFAULT_KRYLOV_DIM
+    smallest: int = 1
+    largest: int = 1
+    tol: float | None = None
+    max_products: int | None = None
+    density_probes: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        least = {"krylov_dim": 1, "smallest": 0, "largest": 0, "max_products": self.krylov_dim, "density_probes": 0}
+        for name, bound in least.items():
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < bound):
+                raise ValueError(f"{name} is {number!r}, but a whole number of at least {bound} is expected.")
+        if self.tol is not None and not 0 < self.tol < 1:
+            raise ValueError(f"tol is {self.tol!r}, but a number between 0 and 1, or None, is expected.")
+
+    @property
+    def ends(self) -> Ends:
+        """Which eigenvalues have to converge, and how well."""
+        half = max(self.krylov_dim // 2, 1)
+        return Ends(min(self.smallest, half), min(self.largest, half), self.tol or 0.0)
+
+    def most_ritz_products(self, size: int) -> int:
+        """The most products that the Ritz values of a matrix of ``size`` rows may take."""
+        if self.tol is not None and self.max_products is not None:
+            return self.max_products
+        return min(self.krylov_dim, size) * (1 if self.tol is None else _BUDGET)
+
+    def most_products(self, size: int) -> int:
+        """The most products that a spectrum may take, density included."""
+        return self.most_ritz_products(size) + self.density_probes * min(self.krylov_dim, size)
 
 
 @dataclass(frozen=True)
@@ -23,11 +88,16 @@ class Spectrum:
 
     Attributes:
         eigenvalues: Ritz values in ascending order, float64, shape ``(k,)``. Every one lies between the Hessian's
-            smallest and largest eigenvalue, and the ends converge first.
+            smallest and largest eigenvalue, and the ends converge first. Empty where no product was finite.
         residuals: Error bounds: within ``residuals[i]`` of ``eigenvalues[i]`` there is an eigenvalue.
         loss: The loss at which the Hessian was taken.
         gradient_norm: Norm of the gradient there.
         products: Hessian-vector products spent.
+        converged: Whether all eigenvalues asked for met their tolerance; ``None`` where none was asked.
+        nonfinite: How many numbers of the gradient, or of the first Hessian-vector product that had any, were not
+            finite. Where this is not 0 the spectrum holds what was known before.
+        density: The spectral density, if it was asked for.
+        size: Number of parameters, n; 0 if unknown.
     """
 
     eigenvalues: Tensor
@@ -35,25 +105,34 @@ class Spectrum:
     loss: float
     gradient_norm: float
     products: int
+    converged: bool | None = None
+    nonfinite: int = 0
+    density: SpectralDensity | None = None
+    size: int = 0
 
     @property
     def lambda_min(self) -> float:
-        """Smallest Ritz value: an upper bound on the smallest eigenvalue."""
-        return float(self.eigenvalues[0])
+        """Smallest Ritz value: an upper bound on the smallest eigenvalue; NaN if there is none."""
+        return float(self.eigenvalues[0]) if len(self.eigenvalues) else math.nan
 
     @property
     def lambda_max(self) -> float:
-        """Largest Ritz value: a lower bound on the largest eigenvalue."""
-        return float(self.eigenvalues[-1])
+        """Largest Ritz value: a lower bound on the largest eigenvalue; NaN if there is none."""
+        return float(self.eigenvalues[-1]) if len(self.eigenvalues) else math.nan
 
     @property
     def residual_max(self) -> float:
-        """The larger of the error bounds of `lambda_min` and `lambda_max`."""
-        return max(float(self.residuals[0]), float(self.residuals[-1]))
+        """The larger of the error bounds of `lambda_min` and `lambda_max`; NaN if there are none."""
+        return max(float(self.residuals[0]), float(self.residuals[-1])) if len(self.residuals) else math.nan
 
     @property
     def negative_fraction(self) -> float:
-        """Share of the Ritz values that are negative beyond rounding (the paper's index alpha, within the subspace)."""
+        """Share of the Ritz values that are negative beyond rounding (the paper's index alpha, within the subspace).
+
+        NaN if there are none. The share among all n eigenvalues is ``density.below(0.0)``.
+        """
+        if not len(self.eigenvalues):
+            return math.nan
         return float((self.eigenvalues < -self.residuals.min()).double().mean())  # residuals include rounding
 
     def __str__(self) -> str:
@@ -75,7 +154,61 @@ class Spectrum:
             "gradient_norm": self.gradient_norm,
             "loss": self.loss,
             "products": self.products,
+            "converged": self.converged,
+            "nonfinite": self.nonfinite,
+            "size": self.size,
+            "density": None if self.density is None else self.density.to_dict(),
         }
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> Spectrum:
+        """The spectrum that `to_dict` gave."""
+        given = {name: entries[name] for name in cls.__dataclass_fields__ if name in entries}
+        for name in ("eigenvalues", "residuals"):
+            given[name] = torch.as_tensor(given[name], dtype=torch.float64)
+        if given.get("density") is not None:
+            given["density"] = SpectralDensity.from_dict(given["density"])
+        return cls(**given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the spectrum as JSON; a file of that name is replaced once the new one is whole.
+
+        Args:
+            path: The file.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Spectrum:
+        """Reads what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: It is not the JSON of a spectrum.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold a spectrum: give a file that Spectrum.save wrote.") from error
+
+    def plot(self) -> Figure:
+        """Draws the Ritz values with their error bounds, and the density if there is one.
+
+        Returns:
+            A matplotlib figure that belongs to no window: ``figure.savefig("spectrum.png")``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from lightning_sfn.newton.figures import spectrum_figure
+
+        return spectrum_figure(self)
 
 
 def hessian_spectrum(
@@ -83,9 +216,15 @@ def hessian_spectrum(
     params: Iterable[Tensor],
     krylov_dim: int | None = None,
     *,
+    smallest: int = 1,
+    largest: int = 1,
+    tol: float | None = None,
+    max_products: int | None = None,
+    density_probes: int = 0,
     curvature: CurvatureName = "hessian",
     hvp: ProductMethod = "auto",
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
     """Ritz values of the Hessian of a loss, by Lanczos from a random vector.
 
@@ -95,15 +234,22 @@ def hessian_spectrum(
         params: The parameters; nothing about them is changed.
         krylov_dim: Number of Lanczos vectors, each one Hessian-vector product. 64 (or the number of parameters, if
             smaller) when left out.
+        smallest: Eigenvalues asked for at the lower end, with ``tol``.
+        largest: Eigenvalues asked for at the upper end, with ``tol``.
+        tol: Restart Lanczos until the residuals of those are below this share of each; ``None`` takes one basis.
+        max_products: Hessian-vector products after which restarts end; four times ``krylov_dim`` if left out.
+        density_probes: Random vectors for the spectral density; 0 for no density.
         curvature: ``"hessian"`` or ``"gauss_newton"``.
         hvp: ``"auto"``, ``"retain"``, ``"recompute"`` or ``"finite_difference"``, as in `SaddleFreeNewton`.
-        seed: Seed of the start vector.
+        seed: Seed of the random vectors.
+        progress: Called after each product with the number of products so far and the most there can be.
 
     Returns:
         The spectrum.
 
     Raises:
-        ValueError: ``krylov_dim`` is not between 1 and the number of parameters, or a name is unknown.
+        ValueError: ``krylov_dim`` is not between 1 and the number of parameters, another number is out of its range, or
+            a name is unknown.
         CurvatureError: An operation has no second derivative.
 
     Example:
@@ -113,33 +259,80 @@ def hessian_spectrum(
         tensor([-2., 10.], dtype=torch.float64)
     """
     parameters = FlatParameters(params)
-    krylov_dim = min(64, parameters.size) if krylov_dim is None else krylov_dim
+    krylov_dim = min(_DEFAULT_KRYLOV_DIM, parameters.size) if krylov_dim is None else krylov_dim
     if not 1 <= krylov_dim <= parameters.size:
         raise ValueError(
             f"krylov_dim is {krylov_dim}, but a number from 1 to {parameters.size} (all parameters) is expected."
         )
+    settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes)
     operator = make_operator(Objective([closure]), parameters, curvature, hvp)
-    return spectrum_of(operator, krylov_dim, seed=seed)
+    return spectrum_of(operator, settings, seed=seed, progress=progress)
 
 
-def spectrum_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -> Spectrum:
+def spectrum_of(
+    operator: CurvatureOperator,
+    settings: SpectrumSettings,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Spectrum:
     """Ritz values of a curvature operator, by Lanczos from a random vector.
 
     Args:
         operator: The operator; it is closed afterwards.
-        krylov_dim: Number of Lanczos vectors; at most the number of parameters are built.
-        seed: Seed of the start vector.
+        settings: What is asked for.
+        seed: Seed of the random vectors.
+        progress: Called after each product with the number of products so far and the most there can be.
 
     Returns:
         The spectrum.
     """
-    parameters = operator.parameters
-    generator = torch.Generator(parameters.device).manual_seed(seed)
-    start = torch.randn(parameters.size, dtype=parameters.dtype, device=parameters.device, generator=generator)
+    size = operator.parameters.size
+    at_most = settings.most_products(size)
+    nonfinite = 0
+
+    def matvec(vector: Tensor) -> Tensor:
+        nonlocal nonfinite
+        image = operator.matvec(vector)
+        nonfinite += _count_nonfinite(image)
+        if progress is not None:
+            progress(operator.products, at_most)
+        return image
+
+    ritz, density = RitzValues.none(), None
     with torch.no_grad():
         try:
             loss, gradient = operator.loss_and_gradient()
-            space = lanczos(operator.matvec, start, krylov_dim, generator=generator)
+            nonfinite += _count_nonfinite(gradient) + (not math.isfinite(loss))
+            generator = torch.Generator(gradient.device).manual_seed(seed)
+            if not nonfinite:
+                start = torch.randn(size, dtype=gradient.dtype, device=gradient.device, generator=generator)
+                ritz = extreme_ritz_values(
+                    matvec,
+                    start,
+                    settings.krylov_dim,
+                    settings.ends,
+                    max_products=settings.most_ritz_products(size),
+                    generator=generator,
+                )
+            if settings.density_probes and not nonfinite:
+                density = spectral_density(
+                    matvec, gradient, settings.krylov_dim, settings.density_probes, generator=generator
+                )
         finally:
             operator.close()
-    return Spectrum(space.eigenvalues, space.residuals, loss, float(norm(gradient)), space.products)
+    return Spectrum(
+        eigenvalues=ritz.values,
+        residuals=ritz.residuals,
+        loss=loss,
+        gradient_norm=float(norm(gradient)),
+        products=operator.products,
+        converged=None if settings.tol is None else ritz.converged,
+        nonfinite=nonfinite,
+        density=density,
+        size=size,
+    )
+
+
+def _count_nonfinite(vector: Tensor) -> int:
+    return int(vector.isfinite().logical_not().sum())

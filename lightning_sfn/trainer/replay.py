@@ -128,20 +128,23 @@ def process_mean(trainer: Trainer) -> ProcessMean | None:
     return None if processes is None else ProcessMean(processes)
 
 
-def replay_closure(trainer: Trainer, module: LightningModule, recorded: RecordedStep) -> Closure:
+def replay_closure(
+    trainer: Trainer, module: LightningModule, recorded: RecordedStep, dtype: torch.dtype | None = None
+) -> Closure:
     """A closure that evaluates a recorded step again, in isolation, on the unwrapped module.
 
     Args:
         trainer: The module's Trainer.
         module: The module.
         recorded: The step.
+        dtype: torch's default dtype in the replay; the Trainer's precision decides if it is left out.
 
     Returns:
         A closure for an `Objective`, which replays the random numbers.
     """
 
     def closure() -> Tensor:
-        with isolated(trainer, module):
+        with isolated(trainer, module), _default_dtype(dtype):
             args, kwargs = own_containers((recorded.args, recorded.kwargs))
             loss = loss_of(module.training_step(*args, **kwargs))
         if loss is None:
@@ -190,6 +193,16 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 def _full_precision(trainer: Trainer) -> Any:
     """Lightning's context for the step, unless it is autocast."""
     return nullcontext() if is_mixed(trainer) else trainer.precision_plugin.train_step_context()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def is_mixed(trainer: Trainer) -> bool:

@@ -122,7 +122,7 @@ class WindowedNewton:
         optimizer: The optimizer that now belongs to the Trainer.
         budgets: How much data each ingredient sees.
         weight_decay: Pairs of parameters and weight decay; the penalty becomes part of the objective.
-        reduction: ``"mean"`` is the mean over processes (and accumulated batches) of their mean losses, as in Lightning;
+        reduction: ``"mean"`` is the mean over processes and accumulated batches of their means, as in Lightning;
             ``"samples"`` the mean over all cases. The two differ where batches do in size; then ``"samples"`` costs one
             more gradient, since Lightning's is that of the other objective.
         before_step: Called before each Newton step, when its objectives are known.

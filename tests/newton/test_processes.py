@@ -1,7 +1,5 @@
 """Several ranks: exactness against one process, what they send each other, the sharded basis, and failures."""
 
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_sfn.newton import Objective, SaddleFreeNewton
+from lightning_sfn.newton import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.processes import ProcessError, Processes, ProcessMean
+from lightning_sfn.newton.processes import Processes
 
-from .ranks import Collectives, Failed, on_ranks
+from .ranks import Collectives
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),

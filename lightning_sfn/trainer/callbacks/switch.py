@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.spectrum import Spectrum, spectrum_of
+from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.support import is_dry_run, require_one_optimizer, require_replayable
@@ -314,7 +314,8 @@ class SwitchToSFN(EarlyStopping):
         if self._probe_dim == 0 or self._driver is None or self._driver.last_curvature is None or self.newton is None:
             return None
         parameters = FlatParameters.of_groups(self.newton.param_groups)
-        return spectrum_of(self.newton.operator(self._driver.last_curvature, parameters), self._probe_dim)
+        operator = self.newton.operator(self._driver.last_curvature, parameters)
+        return spectrum_of(operator, SpectrumSettings(self._probe_dim))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -1,0 +1,110 @@
+"""Spectral density by stochastic Lanczos quadrature: how many eigenvalues lie where, without computing them.
+
+Golub and Welsch (1969) for the quadrature, Lin, Saad and Yang (2016), "Approximating spectral densities of large
+matrices", for the method. Each random probe v gives a Gauss quadrature of the measure that puts ``(u_i'v)^2`` on each
+eigenvalue; the mean over the probes is the density of the eigenvalues, and the scatter over them its error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.krylov import lanczos
+
+__all__ = ["SpectralDensity", "spectral_density"]
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """The distribution of a symmetric matrix' eigenvalues, from random probes.
+
+    Every quantity is a mean over the probes and comes with its standard error; with one probe that is NaN.
+
+    Attributes:
+        nodes: Quadrature nodes of each probe in ascending order, float64, shape ``(probes, k)``.
+        weights: Their weights, float64, shape ``(probes, k)``, adding up to 1 for each probe.
+        size: Number of eigenvalues, n.
+        products: Matrix-vector products spent.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    size: int
+    products: int
+
+    def on(self, points: Tensor, width: float) -> tuple[Tensor, Tensor]:
+        """The density, each node spread to a Gaussian.
+
+        Args:
+            points: Where to evaluate it, shape ``(p,)``.
+            width: Standard deviation of the Gaussians, in units of the eigenvalues.
+
+        Returns:
+            Density and its standard error, float64, shape ``(p,)``; the density integrates to 1.
+        """
+        away = (points.double().view(1, -1, 1) - self.nodes.unsqueeze(1)) / width
+        bells = torch.exp(-away.square() / 2) / (width * math.sqrt(2 * math.pi))
+        return _mean_and_error((bells * self.weights.unsqueeze(1)).sum(-1))
+
+    def below(self, bound: float) -> tuple[float, float]:
+        """The share of the eigenvalues below a bound, and its standard error."""
+        share, error = _mean_and_error(torch.where(self.nodes < bound, self.weights, 0.0).sum(1))
+        return float(share), float(error)
+
+    @property
+    def trace(self) -> tuple[float, float]:
+        """The sum of the eigenvalues (Hutchinson's estimate), and its standard error."""
+        trace, error = _mean_and_error(self.size * (self.nodes * self.weights).sum(1))
+        return float(trace), float(error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for JSON."""
+        return {
+            "nodes": self.nodes.tolist(),
+            "weights": self.weights.tolist(),
+            "size": self.size,
+            "products": self.products,
+        }
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> SpectralDensity:
+        """The density that `to_dict` gave."""
+        nodes, weights = (torch.tensor(entries[name], dtype=torch.float64) for name in ("nodes", "weights"))
+        return cls(nodes, weights, entries["size"], entries["products"])
+
+
+def spectral_density(
+    matvec: Callable[[Tensor], Tensor], like: Tensor, krylov_dim: int, probes: int, *, generator: torch.Generator
+) -> SpectralDensity:
+    """Estimates the spectral density of a symmetric operator.
+
+    Args:
+        matvec: The operator, ``(n,) -> (n,)``.
+        like: A vector of shape ``(n,)`` whose dtype and device the probes take.
+        krylov_dim: Quadrature nodes for each probe, each one product; at most n.
+        probes: Number of random vectors (Rademacher).
+        generator: Source of random vectors, on that device.
+
+    Returns:
+        The density.
+    """
+    nodes, weights, products = [], [], 0
+    for _ in range(probes):
+        signs = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+        space = lanczos(matvec, (2 * signs - 1).to(like.dtype), krylov_dim, generator=generator)
+        nodes.append(space.eigenvalues)
+        weights.append(space.eigenvectors[0].square())
+        products += space.products
+    return SpectralDensity(torch.stack(nodes), torch.stack(weights), like.numel(), products)
+
+
+def _mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the first dimension and its standard error (NaN for one sample)."""
+    scatter = samples.std(0) if len(samples) > 1 else torch.full_like(samples[0], math.nan)
+    return samples.mean(0), scatter / math.sqrt(len(samples))

@@ -1,0 +1,109 @@
+"""What a spectrum says, in words: saddle, minimum, slope, or not known. Never more than its error bounds allow."""
+
+import math
+from dataclasses import dataclass
+
+from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.spectrum import Spectrum
+
+__all__ = ["NewtonTrial", "try_newton_step", "verdict"]
+
+_STATIONARY = 1e-2  # share of the loss that a gradient step may still gain at what is called a critical point
+_FLAT = 1e-3  # of the largest eigenvalue: curvature below this is zero to tolerance
+
+
+@dataclass(frozen=True)
+class NewtonTrial:
+    """One SFN step that was tried and taken back.
+
+    Attributes:
+        loss: The loss before it.
+        predicted: The decrease that its quadratic model predicts.
+        measured: The decrease that was measured; 0 if no step lowers the loss.
+    """
+
+    loss: float
+    predicted: float
+    measured: float
+
+
+def try_newton_step(objective: Objective, parameters: FlatParameters) -> NewtonTrial:
+    """Takes one SFN step with the defaults of `SaddleFreeNewton` and undoes it.
+
+    Args:
+        objective: What the step and its trial losses see.
+        parameters: The parameters; bit for bit what they were afterwards.
+
+    Returns:
+        What the step promised and what it gained.
+
+    Raises:
+        ObjectiveError: The loss cannot be optimized, or is not a fixed function.
+        CurvatureError: An operation has no second derivative.
+        FloatingPointError: Loss, gradient or curvature is not finite.
+    """
+    origin = parameters.read()
+    optimizer = SaddleFreeNewton(parameters.tensors)
+    try:
+        record = optimizer.step_on(objective)
+    finally:
+        parameters.write(origin)
+    return NewtonTrial(record.loss_before, record.predicted_decrease, record.loss_before - record.loss_after)
+
+
+def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
+    """Names the kind of point that a spectrum was taken at.
+
+    The point counts as critical if a gradient step of the length that the largest eigenvalue allows gains less than a
+    hundredth of the loss. The smallest eigenvalue counts as negative if it is so with its whole error bound, and as
+    zero to tolerance if it cannot be below a thousandth of the largest.
+
+    Args:
+        spectrum: The spectrum.
+        trial: One SFN step tried on the same data, if there is one.
+
+    Returns:
+        One or two sentences; the first word is ``saddle``, ``slope``, ``minimum``, ``not converged`` or ``unknown``.
+    """
+    if spectrum.nonfinite or not len(spectrum.eigenvalues):
+        return (
+            f"unknown: {spectrum.nonfinite} numbers of the gradient or of a Hessian-vector product are not finite at "
+            f"loss {spectrum.loss:.6g}; look for the batch or the operation that makes them."
+        )
+    lowest, bound = spectrum.lambda_min, float(spectrum.residuals[0])
+    scale = max(abs(lowest), abs(spectrum.lambda_max))
+    gain = spectrum.gradient_norm**2 / (2 * scale) if scale > 0 else math.inf
+    critical = gain <= _STATIONARY * abs(spectrum.loss)
+    facts = (
+        f"the smallest eigenvalue is {lowest:.3g} (+- {bound:.1g}), the largest {spectrum.lambda_max:.3g}, "
+        f"the gradient norm {spectrum.gradient_norm:.3g}"
+    )
+    negative = lowest + bound < 0
+    if not negative and lowest - bound < -_FLAT * scale:
+        return (
+            f"not converged: {facts}, so its sign is open; allow more products, or more vectors (krylov_dim)."
+            + _newton(trial)
+        )
+    if not critical:
+        kind = "slope, with negative curvature" if negative else "slope"
+        return f"{kind}: {facts}; the gradient is not small, so this is no critical point yet." + _newton(trial)
+    if negative:
+        return f"saddle: {facts}, so the loss falls to both sides of this point." + _newton(trial)
+    return (
+        f"minimum to tolerance: {facts}; no direction of negative curvature was found among "
+        f"{len(spectrum.eigenvalues)} Lanczos vectors." + _newton(trial)
+    )
+
+
+def _newton(trial: NewtonTrial | None) -> str:
+    if trial is None:
+        return ""
+    if trial.measured <= 0:
+        return " One SFN step does not lower the loss on these data."
+    share = f" ({trial.measured / abs(trial.loss):.2g} of it)" if trial.loss else ""
+    return (
+        f" SFN predicts a decrease of {trial.predicted:.3g} in one step; tried on these data it lowers the loss by "
+        f"{trial.measured:.3g}{share}."
+    )

@@ -1,0 +1,68 @@
+"""Curvature in float32 or float64 whatever the precision of training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+__all__ = ["cast", "curvature_dtype", "in_precision"]
+
+_BITS = {32: torch.float32, 64: torch.float64}
+
+
+def curvature_dtype(module: nn.Module, bits: int) -> torch.dtype:
+    """The dtype in which a module's curvature is computed.
+
+    Args:
+        module: The module.
+        bits: 32 or 64, the least that is wanted.
+
+    Returns:
+        float32 or float64: what is wanted, or the dtype of the widest parameter if that is more.
+    """
+    wanted = _BITS[bits]
+    trainable = [p.dtype for p in module.parameters() if p.requires_grad and p.is_floating_point()]
+    for dtype in trainable:
+        wanted = torch.promote_types(wanted, dtype)
+    return wanted
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A copy of nested data whose real tensors have another dtype; other tensors are left as they are."""
+    return apply_to_collection(value, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+@contextmanager
+def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Runs the body with copies of a module's parameters and buffers in another dtype; nothing if they have it.
+
+    The originals are not touched but set aside: converting them in place would cost them their gradient accumulators,
+    and with those the hooks by which data-parallel training averages gradients.
+
+    Args:
+        module: The module.
+        dtype: float32 or float64.
+    """
+    copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    aside: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for submodule in module.modules():
+            for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items()):
+                if tensor is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+                    continue
+                aside.append((submodule, name, tensor))
+                if isinstance(tensor, nn.Parameter):
+                    copy = nn.Parameter(tensor.detach().to(dtype), tensor.requires_grad)
+                    setattr(submodule, name, copies.setdefault(id(tensor), copy))  # recurrent layers listen
+                else:
+                    submodule._buffers[name] = tensor.to(dtype)
+        yield
+    finally:
+        for submodule, name, tensor in aside:
+            if isinstance(tensor, nn.Parameter):
+                setattr(submodule, name, tensor)
+            else:
+                submodule._buffers[name] = tensor
