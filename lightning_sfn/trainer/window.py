@@ -210,16 +210,24 @@ class WindowedNewton:
         # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
         recorded = recorded[-self._trainer.accumulate_grad_batches :]
-        cases = [cases_of(step) for step in recorded]
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
         correction = self._trainer.accumulate_grad_batches / len(recorded)
         unclipped, self._unclipped = self._unclipped, None
         gradient = parameters.gradients() if unclipped is None else unclipped
+        mean = self._add(recorded)
         window = self._window
-        window.steps.extend(recorded)
+        gradient = gradient * (correction * mean * len(recorded))
+        window.gradient = gradient if window.gradient is None else window.gradient.add_(gradient)
+        window.loss += sum(float(step.loss) for step in recorded if step.loss is not None) * mean
+
+    def _add(self, recorded: Sequence[RecordedStep]) -> float:
+        """Adds batches with their weights to the window; returns their mean size over all processes."""
+        window = self._window
+        cases = [cases_of(step) for step in recorded]
         totals, squares = self._sum([*cases, *(size**2 for size in cases)]).view(2, -1)
         batches = len(cases) * self._count
         mean = float(totals.sum()) / batches
+        window.steps.extend(recorded)
         if self._by_cases:
             window.weights.extend(cases)
             window.totals.extend(totals.tolist())
@@ -227,9 +235,7 @@ class WindowedNewton:
         else:  # gradients are averaged over processes and batches without weights
             window.weights.extend([mean] * len(cases))
             window.totals.extend([mean * self._count] * len(cases))
-        gradient = gradient * (correction * mean * len(cases))
-        window.gradient = gradient if window.gradient is None else window.gradient.add_(gradient)
-        window.loss += sum(float(step.loss) for step in recorded if step.loss is not None) * mean
+        return mean
 
     def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor] | None:
         """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -19,11 +18,10 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_o
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.support import is_dry_run, require_one_optimizer, require_replayable
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
 from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
 
 __all__ = ["SwitchToSFN"]
-
-_LOGGED = ("loss_before", "loss_after", "damping", "step_norm", "lambda_min", "lambda_max", "accepted", "products")
 
 
 class SwitchToSFN(EarlyStopping):
@@ -76,7 +74,7 @@ class SwitchToSFN(EarlyStopping):
         mode: Literal["min", "max"] = "min",
         patience: int = 5,
         min_delta: float = 0.0,
-        optimizer: Callable[[Iterable[Any]], Optimizer] = SaddleFreeNewton,
+        optimizer: OptimizerFactory = SaddleFreeNewton,
         *,
         gradient_batches: int | Literal["epoch"] = "epoch",
         curvature_fraction: float = 0.1,
@@ -163,12 +161,8 @@ class SwitchToSFN(EarlyStopping):
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         record, self._unlogged = self._unlogged, None
-        if record is None:
-            return
-        metrics = {f"sfn/{name}": float(getattr(record, name)) for name in _LOGGED}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
+        if record is not None:
+            log_step(trainer, pl_module, record)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
@@ -246,7 +240,7 @@ class SwitchToSFN(EarlyStopping):
             module,
             newton,
             self.budgets,
-            weight_decay=[(group["params"], _coupled_decay(base, group)) for group in base.param_groups],
+            weight_decay=coupled_decay(base),
             reduction=self._reduction,
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
@@ -267,21 +261,7 @@ class SwitchToSFN(EarlyStopping):
 
     def _make_newton(self, base: Optimizer) -> SaddleFreeNewton:
         """The Newton optimizer over the first one's parameters."""
-        try:
-            newton = self._make_optimizer([{"params": group["params"]} for group in base.param_groups])
-        except ValueError as error:
-            raise MisconfigurationException(f"SwitchToSFN cannot make its optimizer: {error}") from error
-        if not isinstance(newton, SaddleFreeNewton):
-            raise MisconfigurationException(
-                f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
-                "pass functools.partial(SaddleFreeNewton, ...)."
-            )
-        if newton.curvature == "gauss_newton":
-            raise MisconfigurationException(
-                "SwitchToSFN got curvature='gauss_newton', but training_step hands over a loss without the model "
-                "output: use curvature='hessian', or SaddleFreeNewton in plain torch."
-            )
-        return newton
+        return make_newton(self._make_optimizer, base, type(self).__name__)
 
     def _begin_report(self, trainer: Trainer, base: Optimizer) -> None:
         now = time.monotonic()
@@ -342,9 +322,3 @@ class SwitchToSFN(EarlyStopping):
         if self.switched and self._base is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [self._base.state_dict()]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._base_schedulers]
-
-
-def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """Weight decay that is part of the objective; AdamW's is not, it shrinks weights beside the gradient step."""
-    decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
-    return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
