@@ -5,6 +5,7 @@ rank zero, so they decide alike. A process whose evaluation fails still takes pa
 wait for, with NaN: the others meet the NaN, ask who failed, and end the step with the same sentence.
 """
 
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -51,7 +52,7 @@ class Processes:
         on_gpu_only = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu_only else None
         self._failure: Exception | None = None
-        self._contribution: Tensor | None = None
+        self._sum_of_contribution: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------ collectives
 
@@ -154,8 +155,8 @@ class Processes:
             return torch.full_like(like, torch.nan)
 
     def contribute(self, tensor: Tensor) -> Tensor:
-        """Notes what this process puts into a reduction, so that a NaN can be traced to it."""
-        self._contribution = tensor
+        """Notes whether what this process puts into a reduction is finite, so that a NaN can be traced to it."""
+        self._sum_of_contribution = tensor.sum()  # read when it is asked for: no wait for the device here
         return tensor
 
     def require_sound(self, *, blame_nan: bool = True) -> None:
@@ -169,8 +170,8 @@ class Processes:
             Exception: This process' own failure.
         """
         failure, self._failure = self._failure, None
-        own = self._contribution
-        finite = own is None or bool(torch.isfinite(own).all())
+        own = self._sum_of_contribution
+        finite = own is None or math.isfinite(float(own))
         reports = self.collect((None if failure is None else f"{type(failure).__name__}: {failure}", finite))
         if failure is not None:
             raise failure
@@ -205,7 +206,7 @@ class Processes:
 
     def release(self) -> None:
         """Drops what was noted during a step."""
-        self._failure, self._contribution = None, None
+        self._failure, self._sum_of_contribution = None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
         """The same processes: a copy of an optimizer runs in them too."""
