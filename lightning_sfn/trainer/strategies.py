@@ -79,16 +79,17 @@ class _NewtonStrategy(Strategy):
         """Takes over what `optimizer_state` gave."""
         if self._driver is not None:
             state = checkpoint["optimizer_states"][0]
-            if "newton" not in state or "window" not in state:
+            if "newton" not in state:
                 raise MisconfigurationException(
                     f"The checkpoint was saved with another optimizer, which {type(self).__name__} cannot go on with: "
                     "load its weights alone (load_from_checkpoint), or train with the SwitchToSFN callback."
                 )
-            self._driver.load_state_dict(state["window"])
+            if "window" in state:
+                self._driver.load_state_dict(state["window"])
         super().load_optimizer_state_dict(checkpoint)
 
     def teardown(self) -> None:
-        """Takes our hands off the Trainer."""
+        """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
         if self._driver is not None:
             self._driver.detach()
             for optimizer in self.optimizers:
@@ -97,7 +98,7 @@ class _NewtonStrategy(Strategy):
         module = self.lightning_module
         if self._hooks is not None and isinstance(module, LightningModule):
             _callbacks(module.trainer).remove(self._hooks)
-        self._driver = self._hooks = None
+        self._hooks = None
         super().teardown()
 
 
