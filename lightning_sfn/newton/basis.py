@@ -21,7 +21,7 @@ BasisName = Literal["replicated", "sharded"]
 """``"replicated"`` keeps all of every vector on each process, ``"sharded"`` a part of it."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-_BLOCK = 2**24  # entries that are converted or brought to the device at a time
+_BLOCK = 2**21  # entries that are converted or brought to the device at a time, at least one row
 
 
 def check_basis(basis: str, dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype | None:

@@ -48,6 +48,8 @@ class SaddleFreeNewtonMixin(LightningModule):
         reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases.
         max_grad_norm: Clips gradients to this norm, in place of the optimizers' own bound.
         max_step_norm: Clips steps to this norm, in place of the optimizers' own bound.
+        scheduler_monitor: The metric that `ReduceLROnPlateau` schedulers watch; Lightning drops a scheduler's own
+            ``monitor`` under manual optimization.
         kwargs: Keyword arguments of the next class.
 
     Raises:
@@ -80,6 +82,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         reduction: Reduction = "mean",
         max_grad_norm: float | None = None,
         max_step_norm: float | None = None,
+        scheduler_monitor: str | None = None,
         **kwargs: Any,
     ) -> None:
         """See the class."""
@@ -92,6 +95,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
         self._reduction: Reduction = reduction
         self._bounds = {"max_grad_norm": max_grad_norm, "max_step_norm": max_step_norm}
+        self._scheduler_monitor = scheduler_monitor
         self._drivers: list[_ManualNewton] = []
         self._restored: list[dict[str, Any]] = []
         self._newton_steps = 0
@@ -159,13 +163,12 @@ class SaddleFreeNewtonMixin(LightningModule):
                 config.scheduler.step()
                 continue
             known = self.trainer.callback_metrics
-            if config.monitor in known:
-                config.scheduler.step(float(known[config.monitor]))
-            elif config.strict:
+            if self._scheduler_monitor not in known:
                 raise MisconfigurationException(
-                    f"A learning rate scheduler monitors {config.monitor!r}, but what is logged is "
-                    f"{', '.join(sorted(known)) or 'nothing'}: log it, or monitor another metric."
+                    f"scheduler_monitor is {self._scheduler_monitor!r}, but a ReduceLROnPlateau scheduler needs one of "
+                    f"the logged metrics: {', '.join(sorted(known)) or 'none so far'}."
                 )
+            config.scheduler.step(float(known[self._scheduler_monitor]))
 
     # ------------------------------------------------------------------------------------------------ Lightning hooks
 
