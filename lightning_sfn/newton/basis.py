@@ -42,9 +42,9 @@ def check_basis(basis: str, dtype: str | torch.dtype | None, device: str | torch
         raise ValueError(f"basis is {basis!r}, but 'replicated' or 'sharded' is expected.")
     if device is not None and str(device) != "cpu":
         raise ValueError(f"basis_device is {str(device)!r}, but 'cpu' or None (the parameters' device) is expected.")
-    if dtype is None or isinstance(dtype, torch.dtype):
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _DTYPES.values()):
         return dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"basis_dtype is {dtype!r}, but one of {', '.join(map(repr, _DTYPES))} or None is expected.")
     return _DTYPES[dtype]
 

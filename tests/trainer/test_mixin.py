@@ -94,8 +94,8 @@ def test_a_scheduler_of_plateaus_gets_its_metric() -> None:
     def make(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1e9)
 
-    rates = trained(Net(make, scheduler_monitor="train_loss")).optimizers[0].param_groups[0]["lr"]
-    assert rates == pytest.approx(1e-2)
+    rate = trained(Net(make, scheduler_monitor="train_loss")).optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-3)
     with pytest.raises(MisconfigurationException, match=r"^scheduler_monitor is 'accuracy', but .*: .*train_loss\.$"):
         trained(Net(make, scheduler_monitor="accuracy"))
 
