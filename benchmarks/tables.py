@@ -156,10 +156,40 @@ _SCALE = {
     "orthogonalisation_tflop": "orthogonalisation, TFLOP",
 }
 
+
+def accuracy() -> str:
+    """Eigenvalues against a float64 reference, and what they cost."""
+    results = _load("spectrum_accuracy")
+    header = [
+        "method",
+        "asked for",
+        "basis",
+        "products",
+        "largest right in order",
+        "their worst error",
+        "smallest: error",
+    ]
+    rows = [
+        [
+            row["method"],
+            row["asked"],
+            str(row["basis"]),
+            str(row["products"]),
+            "" if row["largest_right_in_order"] is None else f"{row['largest_right_in_order']} of 10",
+            "" if row["largest_worst_error"] is None else f"{row['largest_worst_error']:.0e}",
+            "" if row["smallest_error"] is None else f"{row['smallest_error']:.0e}",
+        ]
+        for row in results["rows"]
+    ]
+    note = "\nErrors are relative; right means within 1e-3.\n"
+    return _rows(header, rows) + note + _measured(results, "python benchmarks/spectrum_accuracy.py")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "escape": escape,
     "stall": stall,
     "plateau": plateau,
+    "accuracy": accuracy,
     "basis": basis,
     "scale": scale,
 }

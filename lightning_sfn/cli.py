@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -25,7 +25,8 @@ from lightning_sfn.cli_messages import one_sentence
 from lightning_sfn.experiments.autoencoder import Autoencoder
 from lightning_sfn.experiments.mnist import MNISTDataModule
 from lightning_sfn.experiments.recipes import with_recipe_paths
-from lightning_sfn.newton import CurvatureError, ObjectiveError
+from lightning_sfn.newton import CurvatureError, ObjectiveError, Spectrum
+from lightning_sfn.trainer.inspection import InspectingTrainer
 
 __all__ = [
     "Autoencoder",
@@ -41,6 +42,7 @@ __all__ = [
 _NEEDED = ("jsonargparse", "docstring_parser", "typeshed_client", "rich")
 _USAGE_ERROR = 2
 _RUNTIME_ERROR = 1
+_SHOWN = 5  # eigenvalues of each end in the table
 
 
 class UsageError(Exception):
@@ -82,6 +84,18 @@ class SFNCommand(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             raise UsageError(one_sentence(str(error))) from error
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """List the subcommands, and their arguments that come from elsewhere."""
+        return {**LightningCLI.subcommands(), "spectrum": {"model", "train_dataloaders", "datamodule"}}
+
+    def spectrum(self, **options: Any) -> None:
+        """Take the spectrum, and print it as a table with what it means."""
+        trainer = cast(InspectingTrainer, self.trainer)
+        spectrum = trainer.spectrum(**options)
+        if spectrum is not None and trainer.is_global_zero:
+            _print_spectrum(spectrum, trainer.verdict)
 
     def after_fit(self) -> None:
         """Say how to look at the curves, once, where they were written for TensorBoard."""
@@ -134,9 +148,10 @@ def run(arguments: list[str] | None) -> SFNCommand:
         The finished command, with its ``trainer``, ``model`` and ``datamodule``.
     """
     raising = {"exit_on_error": False}  # the default prints the whole usage before the error
-    parser_kwargs: dict[str, Any] = {**raising, **{name: dict(raising) for name in LightningCLI.subcommands()}}
+    parser_kwargs: dict[str, Any] = {**raising, **{name: dict(raising) for name in SFNCommand.subcommands()}}
     return SFNCommand(
         args=arguments,
+        trainer_class=InspectingTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -160,6 +175,31 @@ def _print_hint(folder: Path) -> None:
 
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     Console().print(f"Curves and spectra: [bold]tensorboard --logdir {shown}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _print_spectrum(spectrum: Spectrum, words: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "value", "error bound", title="Spectrum", title_justify="left")
+    ends = spectrum.extremes(_SHOWN, _SHOWN)
+    for name, value, bound in ends:
+        table.add_row(name, f"{value:.6g}", f"{bound:.1g}")
+    table.add_section()
+    table.add_row("loss", f"{spectrum.loss:.6g}")
+    table.add_row("gradient norm", f"{spectrum.gradient_norm:.4g}")
+    table.add_row(f"negative among {len(spectrum.eigenvalues)} Ritz values", f"{spectrum.negative_fraction:.1%}")
+    if spectrum.density is not None:
+        share, error = spectrum.density.below(0.0)
+        trace, trace_error = spectrum.density.trace
+        table.add_row(f"negative among all {spectrum.size} (density)", f"{share:.1%}", f"{error:.1%}")
+        table.add_row("trace (density)", f"{trace:.4g}", f"{trace_error:.2g}")
+    table.add_row("Hessian-vector products", f"{spectrum.products}")
+    if spectrum.converged is not None:
+        table.add_row("converged", "yes" if spectrum.converged else "no")
+    console = Console()
+    console.print(table)
+    console.print(words, highlight=False, soft_wrap=True)
 
 
 def _fail(sentence: str, status: int) -> int:

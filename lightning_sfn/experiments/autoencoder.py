@@ -86,6 +86,10 @@ class Autoencoder(pl.LightningModule):
         Returns:
             Scalar: the loss summed over pixels and averaged over images.
         """
+        return self._loss_and_output(images)[0]
+
+    def _loss_and_output(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and what it is a convex function of (for the Gauss-Newton matrix)."""
         if images.shape[-1] != self.width:
             raise MisconfigurationException(
                 f"Autoencoder has sizes[0]={self.width}, but the images have {images.shape[-1]} pixels: set sizes[0] "
@@ -93,16 +97,15 @@ class Autoencoder(pl.LightningModule):
             )
         logits = self._logits(images)
         if self.loss == "cross_entropy":
-            total = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
-        else:
-            total = F.mse_loss(torch.sigmoid(logits), images, reduction="sum")
-        return total / images.shape[0]
+            return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / images.shape[0], logits
+        output = torch.sigmoid(logits)
+        return F.mse_loss(output, images, reduction="sum") / images.shape[0], output
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of a batch of images and log its epoch mean over all processes as ``train_loss``."""
-        loss = self.reconstruction_loss(batch)
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Return loss and output of a batch of images; log the epoch mean over all processes as ``train_loss``."""
+        loss, output = self._loss_and_output(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
-        return loss
+        return {"loss": loss, "output": output}
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss of a batch of held-out images as ``val_loss``."""

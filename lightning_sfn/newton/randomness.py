@@ -48,6 +48,21 @@ class RandomState:
             accelerator=torch.cuda.get_rng_state(device) if on_cuda and device is not None else None,
         )
 
+    @classmethod
+    def seeded(cls, seed: int, device: torch.device | None = None) -> "RandomState":
+        """The state that seeding every generator gives; the generators themselves are left as they are."""
+        before = cls.capture(device)
+        try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if before.device is not None:
+                with torch.cuda.device(before.device):
+                    torch.cuda.manual_seed(seed)
+            return cls.capture(device)
+        finally:
+            before.restore()
+
     def restore(self) -> None:
         """Sets the global generators to this state."""
         random.setstate(self.python)

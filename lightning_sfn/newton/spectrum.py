@@ -135,6 +135,18 @@ class Spectrum:
             return math.nan
         return float((self.eigenvalues < -self.residuals.min()).double().mean())  # residuals include rounding
 
+    def extremes(self, smallest: int, largest: int) -> list[tuple[str, float, float]]:
+        """The outermost Ritz values: name, value and error bound of each.
+
+        Args:
+            smallest: How many of the lower end, as ``smallest_00`` (the outermost) and so on.
+            largest: How many of the upper end, as ``largest_00`` and so on.
+        """
+        values, bounds = self.eigenvalues.tolist(), self.residuals.tolist()
+        low = [(f"smallest_{i:02d}", values[i], bounds[i]) for i in range(min(smallest, len(values)))]
+        high = [(f"largest_{i:02d}", values[-1 - i], bounds[-1 - i]) for i in range(min(largest, len(values)))]
+        return low + high
+
     def __str__(self) -> str:
         """The numbers in one line."""
         return (
@@ -170,16 +182,17 @@ class Spectrum:
             given["density"] = SpectralDensity.from_dict(given["density"])
         return cls(**given)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
         """Writes the spectrum as JSON; a file of that name is replaced once the new one is whole.
 
         Args:
             path: The file.
+            **notes: More entries to write beside those of `to_dict`.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(notes | self.to_dict(), indent=1) + "\n", encoding="utf-8")
         partial.replace(target)
 
     @classmethod

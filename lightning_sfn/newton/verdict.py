@@ -90,7 +90,7 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
         kind = "slope, with negative curvature" if negative else "slope"
         return f"{kind}: {facts}; the gradient is not small, so this is no critical point yet." + _newton(trial)
     if negative:
-        return f"saddle: {facts}, so the loss falls to both sides of this point." + _newton(trial)
+        return f"saddle: {facts}, so this is no minimum." + _newton(trial)
     return (
         f"minimum to tolerance: {facts}; no direction of negative curvature was found among "
         f"{len(spectrum.eigenvalues)} Lanczos vectors." + _newton(trial)

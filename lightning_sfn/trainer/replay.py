@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_sfn.newton.objective import Closure, ObjectiveError
-from lightning_sfn.newton.processes import Processes, ProcessMean
+from lightning_sfn.newton.processes import Processes
 from lightning_sfn.newton.randomness import RandomState
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "isolated",
     "loss_of",
     "own_containers",
-    "process_mean",
     "processes_of",
     "replay_closure",
 ]
@@ -118,18 +117,13 @@ def processes_of(trainer: Trainer) -> Processes | None:
     return None if trainer.world_size == 1 else Processes()
 
 
-def process_mean(trainer: Trainer) -> ProcessMean | None:
-    """The mean of a tensor over the Trainer's processes; ``None`` if there is one process.
-
-    Args:
-        trainer: The Trainer.
-    """
-    processes = processes_of(trainer)
-    return None if processes is None else ProcessMean(processes)
-
-
 def replay_closure(
-    trainer: Trainer, module: LightningModule, recorded: RecordedStep, dtype: torch.dtype | None = None
+    trainer: Trainer,
+    module: LightningModule,
+    recorded: RecordedStep,
+    *,
+    with_output: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Closure:
     """A closure that evaluates a recorded step again, in isolation, on the unwrapped module.
 
@@ -137,24 +131,51 @@ def replay_closure(
         trainer: The module's Trainer.
         module: The module.
         recorded: The step.
+        with_output: Whether the closure returns the pair of loss and model output, for the Gauss-Newton matrix. The
+            output is what `training_step` returned as ``"output"`` beside the loss, or else what `forward` returned.
         dtype: torch's default dtype in the replay; the Trainer's precision decides if it is left out.
 
     Returns:
         A closure for an `Objective`, which replays the random numbers.
     """
 
-    def closure() -> Tensor:
-        with isolated(trainer, module), _default_dtype(dtype):
+    def closure() -> Tensor | tuple[Tensor, Tensor]:
+        with isolated(trainer, module), _default_dtype(dtype), _noted_forward(module, with_output) as forwarded:
             args, kwargs = own_containers((recorded.args, recorded.kwargs))
-            loss = loss_of(module.training_step(*args, **kwargs))
+            returned = module.training_step(*args, **kwargs)
+        loss = loss_of(returned)
         if loss is None:
             raise ObjectiveError(
                 "training_step returned no loss in a replay, but it did in training: let it return the loss whenever "
                 "it is given the same batch."
             )
-        return loss
+        return (loss, _output_of(module, returned, forwarded)) if with_output else loss
 
     return closure
+
+
+@contextmanager
+def _noted_forward(module: nn.Module, wanted: bool) -> Iterator[list[Any]]:
+    """Collects what the module's own `forward` returns in the body."""
+    returned: list[Any] = []
+    hook = module.register_forward_hook(lambda _, __, output: returned.append(output)) if wanted else None
+    try:
+        yield returned
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _output_of(module: nn.Module, returned: Any, forwarded: list[Any]) -> Tensor:
+    output = returned.get("output") if isinstance(returned, Mapping) else None
+    if output is None and len(forwarded) == 1:
+        output = forwarded[0]
+    if not isinstance(output, Tensor):
+        raise ObjectiveError(
+            f"curvature='gauss_newton' needs the model output, but training_step of {type(module).__name__} gives "
+            "none: let it return {'loss': loss, 'output': output}, or call self(...) once and get a tensor."
+        )
+    return output
 
 
 @contextmanager

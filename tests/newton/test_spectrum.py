@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton import CurvatureError, HessianOperator, Objective, Spectrum, hessian_spectrum
-from lightning_sfn.newton.spectrum import spectrum_of
+from lightning_sfn.newton.spectrum import SpectrumSettings, spectrum_of
 
 from .cases import DTYPES, bits, frozen_probes, gauss_newton_reference, make, quadratic, reference, symmetric
 
@@ -95,6 +95,10 @@ def test_the_index_counts_values_that_are_negative_beyond_rounding() -> None:
         "gradient_norm": 0.25,
         "loss": 0.5,
         "products": 5,
+        "converged": None,
+        "nonfinite": 0,
+        "size": 0,
+        "density": None,
     }
 
 
@@ -107,7 +111,7 @@ def test_the_operator_is_closed_even_after_an_error() -> None:
 
     operator = HessianOperator(Objective([closure]), [x], retention="retain")
     with pytest.raises(CurvatureError):
-        spectrum_of(operator, 3)
+        spectrum_of(operator, SpectrumSettings(3))
     assert operator._graphs.retained == 0
 
 

@@ -103,9 +103,9 @@ def taken_at(epochs: int, accumulate: int = 1, **options: Any) -> list[int]:
     steps: list[int] = []
 
     class Noting(HessianSpectrum):
-        def _take(self, trainer: Trainer, module: LightningModule) -> None:
+        def _take(self, trainer: Trainer, module: LightningModule, place: int) -> None:
             steps.append(trainer.global_step)
-            super()._take(trainer, module)
+            super()._take(trainer, module, place)
 
     logger = MemoryLogger()
     callback = Noting(krylov_dim=2, **options)

@@ -1,51 +1,78 @@
-"""`HessianSpectrum`: logs the ends of the Hessian's spectrum while any optimizer trains."""
+"""`HessianSpectrum`: logs both ends of the Hessian's spectrum while any optimizer trains."""
 
-from collections import OrderedDict
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sfn.newton.objective import Objective
-from lightning_sfn.newton.operators import ProductMethod, check_curvature, make_operator
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature
 from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.randomness import RandomState
-from lightning_sfn.newton.spectrum import Spectrum, spectrum_of
-from lightning_sfn.trainer.replay import RecordedStep, own_containers, process_mean, replay_closure
+from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
+from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
+from lightning_sfn.trainer.precision import in_precision
+from lightning_sfn.trainer.probe import Probe, ProbeBatches
+from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.support import is_dry_run, require_replayable
-from lightning_sfn.trainer.window import cases_of
 
 __all__ = ["HessianSpectrum"]
 
 _SIGNED_LOG_UNIT = 1e-4  # eigenvalues below this are shown on a linear, above it on a logarithmic scale
+_SCALARS = ("lambda_min", "lambda_max", "negative_fraction", "gradient_norm", "residual_max", "loss", "products")
 
 
 class HessianSpectrum(Callback):
-    """Logs Ritz values of the Hessian on a fixed set of training batches, whatever the optimizer.
+    """Logs the Hessian's extreme eigenvalues on a fixed set of training batches, whatever the optimizer.
 
-    The first ``num_batches`` training batches are kept, with their random numbers, and every spectrum of the run is
-    taken on them. `training_step` is replayed in isolation, so a run with the callback is the run without it.
+    The first ``num_batches`` training batches of the run (or your own) are kept, with fixed random numbers, and every
+    spectrum is taken on them, also after a resume. `training_step` is replayed in isolation, so a run with the callback
+    is bit for bit the run without it. At the end it says in words what the spectrum means.
 
-    Logged are ``hessian/lambda_min``, ``hessian/lambda_max``, ``hessian/negative_fraction``, ``hessian/gradient_norm``,
-    ``hessian/residual_max`` and ``hessian/loss``; to TensorBoard also the histogram ``hessian/eigenvalues``, and
-    ``hessian/eigenvalues_signed_log`` (``sign(x) log10(1 + |x| / 1e-4)``), in which a small negative bulk stays visible
-    beside large eigenvalues.
+    Logged are ``hessian/lambda_min``, ``lambda_max``, ``negative_fraction``, ``gradient_norm``, ``residual_max``,
+    ``loss``, ``products`` and, with a tolerance, ``converged``; the extreme Ritz values as
+    ``hessian/eigenvalue/smallest_00`` (the outermost), ``smallest_01``, ..., ``largest_00``, ``largest_01``, ..., each
+    with its error bound under ``hessian/residual/``. TensorBoard also gets the histograms ``hessian/eigenvalues`` and
+    ``hessian/eigenvalues_signed_log`` (``sign(x) log10(1 + |x| / 1e-4)``, in which a small negative bulk stays visible
+    beside large eigenvalues); loggers that take pictures get the Ritz values, the density, and the loss against the
+    index over the run.
 
     Args:
         every_n_epochs: Take a spectrum at the end of every n-th training epoch. The default, if neither is given, is
             every epoch.
-        every_n_steps: Take one after every n-th optimizer step instead.
+        every_n_steps: Take one after every n-th optimizer step instead, once all probe batches have been seen.
         krylov_dim: Lanczos vectors, each one Hessian-vector product; no more than there are parameters are used.
-        num_batches: Training batches that the Hessian is averaged over.
+        num_batches: Training batches that the Hessian is averaged over, shared out over the devices.
+        smallest: How many eigenvalues to log and to converge at the lower end, at most half of ``krylov_dim``.
+        largest: How many at the upper end, likewise.
+        tol: Lanczos is restarted until their residuals are below this share of each; ``None`` takes one basis.
+        max_products: Hessian-vector products after which restarts end; four times ``krylov_dim`` if left out.
+        density: Whether to estimate the spectral density as well.
+        density_probes: Its random vectors, each ``krylov_dim`` more products.
+        groups: Diagonal blocks to look at as well, by name: patterns of parameter names such as ``"encoder.*"``, logged
+            under ``hessian_<name>/``.
+        batches: Your own probe batches, in place of the first training batches.
+        curvature: ``"hessian"``, or ``"gauss_newton"`` (``training_step`` then returns ``"output"`` beside the loss).
         hvp: How products are computed, as in `SaddleFreeNewton`.
+        precision: 32 or 64 bits: the least precision of the computation, whatever the training precision.
+        pictures_every: Draw the pictures at every n-th spectrum, and at the last; 0 for none.
+        log: Whether to log; otherwise the spectra are kept in `history` alone, and no logger is needed.
+        save_batches: Whether checkpoints hold the probe batches; without them a resumed run draws others.
+        strict: Whether a spectrum that cannot be taken ends the run; otherwise it is a warning.
 
     Attributes:
         last: The last `Spectrum`; ``None`` before the first.
+        history: Pairs of optimizer step and `Spectrum`, for all of the run.
+        verdict: What the last spectrum means, in words; empty before the end of the run.
 
     Raises:
-        MisconfigurationException: Both periods are given, or a count is not positive.
+        MisconfigurationException: Both periods are given, or a value is out of its range.
     """
 
     def __init__(
@@ -55,7 +82,21 @@ class HessianSpectrum(Callback):
         krylov_dim: int = 32,
         num_batches: int = 1,
         *,
+        smallest: int = 3,
+        largest: int = 3,
+        tol: float | None = 1e-2,
+        max_products: int | None = None,
+        density: bool = False,
+        density_probes: int = 4,
+        groups: Mapping[str, str | Sequence[str]] | None = None,
+        batches: Sequence[Any] | None = None,
+        curvature: CurvatureName = "hessian",
         hvp: ProductMethod = "auto",
+        precision: Literal[32, 64] = 32,
+        pictures_every: int = 5,
+        log: bool = True,
+        save_batches: bool = True,
+        strict: bool = False,
     ) -> None:
         """See the class."""
         if every_n_epochs is not None and every_n_steps is not None:
@@ -65,88 +106,208 @@ class HessianSpectrum(Callback):
             )
         if every_n_epochs is None and every_n_steps is None:
             every_n_epochs = 1
-        counts = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_steps": every_n_steps,
-            "krylov_dim": krylov_dim,
-            "num_batches": num_batches,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise MisconfigurationException(f"{name} is {count}, but a positive number is expected.")
+        _require_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, num_batches=num_batches)
+        _require_counts(density_probes=density_probes)
+        _require_counts(least=0, pictures_every=pictures_every)
+        if precision not in (32, 64):
+            raise MisconfigurationException(f"precision is {precision!r}, but 32 or 64 is expected.")
+        if batches is not None and len(batches) == 0:
+            raise MisconfigurationException("batches is empty, but at least one batch is expected: leave it out.")
         try:
-            check_curvature("hessian", hvp)
+            check_curvature(curvature, hvp)
+            settings = SpectrumSettings(
+                krylov_dim, smallest, largest, tol, max_products, density_probes if density else 0
+            )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.krylov_dim, self.num_batches = krylov_dim, num_batches
-        self._hvp = hvp
+        self.pictures_every, self.log, self.save_batches, self.strict = pictures_every, log, save_batches, strict
+        self.groups = {name: [p] if isinstance(p, str) else list(p) for name, p in (groups or {}).items()}
+        self._probe = Probe(settings, curvature, hvp, precision)
+        self._given, self._num_batches = batches, num_batches
+        self._start()
+
+    def _start(self) -> None:
         self.last: Spectrum | None = None
-        self._probe: list[RecordedStep] = []
-        self._probed_at = 0
+        self.history: list[tuple[int, Spectrum]] = []
+        self.verdict = ""
+        self._batches = ProbeBatches(self._num_batches)
+        self._saved_batches: list[Any] | None = None
+        self._probed_at = -1
+        self._checked = self._failed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, and starts afresh when the same object is used for another fit."""
-        if stage == "fit":
-            require_replayable(trainer, pl_module, type(self).__name__)
-            if not trainer.loggers and not is_dry_run(trainer):
-                raise MisconfigurationException(
-                    "HessianSpectrum needs a logger, but the Trainer has none: pass logger=TensorBoardLogger(...)."
-                )
-            self.last, self._probe, self._probed_at = None, [], 0
+        if stage != "fit":
+            return
+        require_replayable(trainer, pl_module, type(self).__name__)
+        if self.log and not trainer.loggers and not is_dry_run(trainer):
+            raise MisconfigurationException(
+                "HessianSpectrum needs a logger, but the Trainer has none: pass logger=TensorBoardLogger(...), or "
+                "HessianSpectrum(log=False) to keep the spectra in its `history` alone."
+            )
+        self._start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses parameters whose curvature cannot be taken, before anything is spent."""
         try:
-            FlatParameters(pl_module.parameters())
+            with in_precision(pl_module, torch.float64):  # the dtypes of training do not matter here
+                FlatParameters(pl_module.parameters())
         except ValueError as error:
             raise MisconfigurationException(f"HessianSpectrum: {error}") from error
+        for name, patterns in self.groups.items():
+            self._names(pl_module, name, patterns)
+        if self._given is not None:
+            self._batches.share_out(trainer, [(batch, number) for number, batch in enumerate(self._given)])
+        elif self._saved_batches is not None:
+            self._batches.share_out(trainer, [tuple(arguments) for arguments in self._saved_batches])
+        elif self.history:
+            rank_zero_info("HessianSpectrum: the checkpoint holds no probe batches, so from here on they are others.")
+
+    @staticmethod
+    def _names(module: LightningModule, group: str, patterns: Sequence[str]) -> list[str]:
+        """The trainable parameters of a group."""
+        trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        matched = [name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not matched:
+            raise MisconfigurationException(
+                f"HessianSpectrum: group {group!r} is {' or '.join(map(repr, patterns))}, which no trainable parameter "
+                f"matches: the names are {', '.join(trainable[:8])}{', ...' if len(trainable) > 8 else ''}."
+            )
+        return matched
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps the first batches of the run."""
-        if len(self._probe) < self.num_batches:
-            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
-            state = RandomState.capture(pl_module.device)
-            self._probe.append(RecordedStep(own_containers(tuple(arguments.values())), {}, state, None))
+        self._batches.offer(trainer, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Takes a spectrum where a multiple of ``every_n_steps`` was reached."""
         step = trainer.global_step
-        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step != self._probed_at:
-            self._probed_at = step
-            self._take(trainer, pl_module)
+        due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
+        if due and self._batches.fixed and step != self._probed_at:
+            self._take(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes a spectrum at the end of every n-th epoch."""
+        if not self._batches.fixed:
+            self._batches.fix(trainer)  # the epoch has fewer batches than the probe wants
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._take(trainer, pl_module)
+            # Lightning logs what belongs to an epoch at the step before the next one.
+            self._take(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
-    def _take(self, trainer: Trainer, module: LightningModule) -> None:
-        parameters = FlatParameters(module.parameters())
-        objective = Objective(
-            [replay_closure(trainer, module, step) for step in self._probe],
-            [cases_of(step) for step in self._probe],
-            random_states=[step.random_state for step in self._probe],
-            reduce=process_mean(trainer),
-        )
-        if self.last is None:
-            objective.require_repeatable(objective.value())
-        self.last = spectrum_of(make_operator(objective, parameters, "hessian", self._hvp), self.krylov_dim)
-        self._log(trainer, self.last)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what the spectrum at the final parameters means."""
+        if self._failed or is_dry_run(trainer) or not len(self._batches) or trainer.global_step == 0:
+            return
+        if self.history and self.pictures_every and (len(self.history) - 1) % self.pictures_every:
+            self._draw(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        try:
+            current = self.last if self._probed_at == trainer.global_step else None
+            spectrum = current or self._probe.spectrum(trainer, pl_module, self._batches)
+            self.verdict, _ = self._probe.verdict(trainer, pl_module, self._batches, spectrum)
+        except Exception as error:  # the user's step runs in it: anything can be raised
+            self._give_up(trainer, error)
+            return
+        say(trainer, f"HessianSpectrum at step {trainer.global_step}: {self.verdict}")
 
-    def _log(self, trainer: Trainer, spectrum: Spectrum) -> None:
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        names = ("lambda_min", "lambda_max", "negative_fraction", "gradient_norm", "residual_max", "loss")
-        metrics = {f"hessian/{name}": float(getattr(spectrum, name)) for name in names}
-        finite = spectrum.eigenvalues[torch.isfinite(spectrum.eigenvalues)]
+    def _take(self, trainer: Trainer, module: LightningModule, place: int) -> None:
+        """Takes and logs a spectrum; ``place`` is where loggers put it on their time axis."""
+        self._probed_at = trainer.global_step
+        try:
+            spectrum = self._probe.spectrum(trainer, module, self._batches, check=not self._checked)
+            blocks = {
+                name: self._probe.spectrum(trainer, module, self._batches, names=self._names(module, name, patterns))
+                for name, patterns in self.groups.items()
+            }
+        except Exception as error:  # the user's step runs in it: anything can be raised
+            self._give_up(trainer, error)
+            return
+        self._checked, self.last = True, spectrum
+        self.history.append((self._probed_at, spectrum))
+        if self.log:
+            self._log(trainer, "hessian", spectrum, place)
+            for name, block in blocks.items():
+                self._log(trainer, f"hessian_{name}", block, place)
+        if self.pictures_every and (len(self.history) - 1) % self.pictures_every == 0:
+            self._draw(trainer, place)
+
+    def _give_up(self, trainer: Trainer, error: Exception) -> None:
+        """Warns once that there is no spectrum; with several processes a lonely failure must end all of them."""
+        if self.strict or trainer.world_size > 1:
+            raise error
+        if not self._failed:
+            rank_zero_warn(
+                f"HessianSpectrum could not take a spectrum at step {trainer.global_step}; training goes on without it "
+                f"(strict=True ends it instead). {type(error).__name__}: {error}"
+            )
+        self._failed = True
+
+    def _log(self, trainer: Trainer, prefix: str, spectrum: Spectrum, place: int) -> None:
+        metrics = {f"{prefix}/{name}": float(getattr(spectrum, name)) for name in _SCALARS}
+        ends = self._probe.settings.ends
+        for name, value, bound in spectrum.extremes(ends.smallest, ends.largest):
+            metrics |= {f"{prefix}/eigenvalue/{name}": value, f"{prefix}/residual/{name}": bound}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if spectrum.converged is not None:
+            metrics[f"{prefix}/converged"] = float(spectrum.converged)
+        if spectrum.nonfinite:
+            metrics[f"{prefix}/nonfinite"] = float(spectrum.nonfinite)
+        if spectrum.density is not None:
+            share, error = spectrum.density.below(0.0)
+            metrics |= {
+                f"{prefix}/density_negative_fraction": share,
+                f"{prefix}/density_negative_fraction_error": error,
+            }
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if trainer.is_global_zero and add_histogram is not None and len(finite):
-                add_histogram("hessian/eigenvalues", finite, step)
-                add_histogram("hessian/eigenvalues_signed_log", _signed_log(finite), step)
+            logger.log_metrics(metrics, step=place)
+            if trainer.is_global_zero and len(spectrum.eigenvalues):
+                log_histogram(logger, f"{prefix}/eigenvalues", spectrum.eigenvalues, place)
+                log_histogram(logger, f"{prefix}/eigenvalues_signed_log", _signed_log(spectrum.eigenvalues), place)
+
+    def _draw(self, trainer: Trainer, place: int) -> None:
+        """Logs the pictures of the last spectrum and of the run so far."""
+        loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]
+        spectrum = self.last
+        if not (self.log and loggers and trainer.is_global_zero and spectrum is not None and len(spectrum.eigenvalues)):
+            return
+        if find_spec("matplotlib") is None:
+            rank_zero_info('HessianSpectrum draws no pictures without matplotlib: pip install "lightning-sfn[plot]".')
+            self.pictures_every = 0
+            return
+        from lightning_sfn.newton.figures import density_figure, index_figure, spectrum_figure
+
+        drawn = [(step, kept) for step, kept in self.history if len(kept.eigenvalues)]
+        pictures = {
+            "hessian/ritz_values": spectrum_figure(replace(spectrum, density=None), f"Step {self._probed_at}"),
+            "hessian/index_against_loss": index_figure([step for step, _ in drawn], [kept for _, kept in drawn]),
+        }
+        if spectrum.density is not None:
+            pictures["hessian/density"] = density_figure(spectrum.density, f"Step {self._probed_at}")
+        for logger in loggers:
+            for tag, figure in pictures.items():
+                log_picture(logger, tag, figure, place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe batches and the spectra so far."""
+        return {
+            "history": [(step, spectrum.to_dict()) for step, spectrum in self.history],
+            "batches": self._batches.state() if self.save_batches and self._given is None else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.history = [(step, Spectrum.from_dict(entries)) for step, entries in state_dict["history"]]
+        if self.history:
+            self._probed_at, self.last = self.history[-1]
+        self._saved_batches = state_dict["batches"]
+
+
+def _require_counts(least: int = 1, **counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise MisconfigurationException(f"{name} is {count}, but a number of at least {least} is expected.")
 
 
 def _signed_log(values: Tensor) -> Tensor:

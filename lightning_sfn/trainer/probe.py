@@ -1,0 +1,216 @@
+"""The probe: the batches on which every spectrum of a run is taken, and spectra taken on them."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ProcessMean
+from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
+from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
+from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
+from lightning_sfn.trainer.replay import RecordedStep, own_containers, processes_of, replay_closure
+from lightning_sfn.trainer.window import cases_of
+
+__all__ = ["Probe", "ProbeBatches"]
+
+_PLAIN = (Tensor, str, bytes, int, float, bool, type(None))
+
+
+class ProbeBatches:
+    """The training batches of a probe: drawn once, the same for the whole run and after a resume.
+
+    With several processes each holds its share, and the checkpoint holds all of them, so that a run may be resumed on
+    another number of processes.
+
+    Args:
+        count: Batches wanted, over all processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        """See the class."""
+        self.count = count
+        self.fixed = False
+        self._own: list[tuple[Any, ...]] = []  # arguments of training_step, on this process' device
+        self._all: list[tuple[Any, ...]] = []  # those of all processes, on the CPU
+
+    def __len__(self) -> int:
+        """Batches that this process holds."""
+        return len(self._own)
+
+    def offer(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Keeps a batch, already on the device, if this process' share is not complete yet."""
+        if self.fixed:
+            return
+        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+        self._own.append(own_containers(tuple(arguments.values())))
+        if len(self._own) * trainer.world_size >= self.count:
+            self.fix(trainer)
+
+    def fix(self, trainer: Trainer) -> None:
+        """Ends the collection; every process has to call it at the same batch."""
+        self.fixed = True
+        held = _to(self._own, torch.device("cpu"))
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, held)
+            held = [arguments for share in shares for arguments in share]
+        self._all = held
+
+    def share_out(self, trainer: Trainer, batches: Sequence[tuple[Any, ...]]) -> None:
+        """Takes batches that every process has, of which each keeps its share.
+
+        Args:
+            trainer: The Trainer.
+            batches: Positional arguments of `training_step`, for each batch.
+
+        Raises:
+            MisconfigurationException: There are fewer batches than processes.
+        """
+        if len(batches) < trainer.world_size:
+            raise MisconfigurationException(
+                f"The probe has {len(batches)} batches, but each of the {trainer.world_size} processes needs at least "
+                "one: give more batches."
+            )
+        mine = list(batches)[trainer.global_rank :: trainer.world_size]
+        self._own, self._all, self.fixed = _to(mine, trainer.strategy.root_device), list(batches), True
+
+    def state(self) -> list[Any] | None:
+        """All batches; ``None`` if they are not known yet, or are of types that a checkpoint cannot hold."""
+        return self._all if self.fixed and _is_plain(self._all) else None
+
+    def objective(
+        self, trainer: Trainer, module: LightningModule, dtype: torch.dtype, *, with_output: bool = False
+    ) -> Objective:
+        """The mean loss over the batches of all processes, as one fixed function.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            dtype: What real tensors of the batches are converted to.
+            with_output: Whether losses come with the model output, for the Gauss-Newton matrix.
+
+        Returns:
+            The objective; every case counts the same, on whatever process it lies.
+        """
+        steps = [
+            RecordedStep(cast(arguments, dtype), {}, RandomState.seeded(number, module.device), None)
+            for number, arguments in enumerate(self._own)
+        ]
+        cases = [cases_of(step) for step in steps]
+        return Objective(
+            [replay_closure(trainer, module, step, with_output=with_output, dtype=dtype) for step in steps],
+            cases,
+            random_states=[step.random_state for step in steps],
+            reduce=_mean_over_cases(trainer, sum(cases)),
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How spectra are taken on probe batches.
+
+    Attributes:
+        settings: What is asked of a spectrum.
+        curvature: ``"hessian"`` or ``"gauss_newton"``.
+        hvp: How products are computed.
+        bits: 32 or 64: the least precision of the computation.
+    """
+
+    settings: SpectrumSettings
+    curvature: CurvatureName = "hessian"
+    hvp: ProductMethod = "auto"
+    bits: int = 32
+
+    def spectrum(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batches: ProbeBatches,
+        *,
+        names: Sequence[str] | None = None,
+        check: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Spectrum:
+        """Takes a spectrum at the module's present parameters.
+
+        Args:
+            trainer: The Trainer.
+            module: The module; nothing about it is changed.
+            batches: The probe batches.
+            names: Parameters whose diagonal block is looked at; all if left out.
+            check: Whether to make sure first that the loss is a fixed function.
+            progress: Called after each product with the products so far and the most there can be.
+
+        Returns:
+            The spectrum.
+        """
+        dtype = curvature_dtype(module, self.bits)
+        with in_precision(module, dtype):
+            wanted = None if names is None else set(names)
+            parameters = FlatParameters(p for n, p in module.named_parameters() if wanted is None or n in wanted)
+            with_output = self.curvature == "gauss_newton"
+            objective = batches.objective(trainer, module, dtype, with_output=with_output)
+            if check:
+                objective.require_repeatable(objective.value())
+            operator = make_operator(objective, parameters, self.curvature, self.hvp)
+            return spectrum_of(operator, self.settings, progress=progress)
+
+    def verdict(
+        self, trainer: Trainer, module: LightningModule, batches: ProbeBatches, spectrum: Spectrum
+    ) -> tuple[str, NewtonTrial | None]:
+        """What a spectrum means, with one SFN step tried on the probe batches and taken back.
+
+        Args:
+            trainer: The Trainer.
+            module: The module; its parameters are bit for bit what they were afterwards.
+            batches: The probe batches.
+            spectrum: The spectrum at the module's present parameters.
+
+        Returns:
+            The verdict in words, and the step; ``None`` where the spectrum is not finite or not the Hessian's.
+        """
+        if self.curvature != "hessian":
+            return (
+                "The Gauss-Newton matrix cannot tell a saddle from a minimum: use curvature='hessian' for that.",
+                None,
+            )
+        if spectrum.nonfinite:
+            return verdict(spectrum), None
+        dtype = curvature_dtype(module, self.bits)
+        with in_precision(module, dtype):
+            objective = batches.objective(trainer, module, dtype)
+            trial = try_newton_step(objective, FlatParameters(module.parameters()))
+        return verdict(spectrum, trial), trial
+
+
+def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:
+    """The mean over processes, each weighted by its number of cases."""
+    processes = processes_of(trainer)
+    if processes is None:
+        return None
+    return ProcessMean(processes, cases / float(processes.sum(torch.tensor(cases, dtype=torch.float64))))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return apply_to_collection(value, Tensor, lambda tensor: tensor.to(device))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold the value so that ``torch.load(weights_only=True)`` reads it."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, _PLAIN)
