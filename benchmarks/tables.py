@@ -1,9 +1,9 @@
-"""Writes the README's tables from the results files.
+"""Writes the tables of the README and of the pages in `docs` from the results files.
 
     python benchmarks/tables.py [--check]
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end table -->`. With ``--check`` nothing is written, and the
-exit status says whether the README agrees with the results.
+exit status says whether they agree with the results.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from typing import Any
 
 from record import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main() -> int:
@@ -24,12 +25,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    old = README.read_text()
-    new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", _fill, old, flags=re.DOTALL)
-    if options.check:
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    differ = False
+    for page in PAGES:
+        old = page.read_text()
+        new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", _fill, old, flags=re.DOTALL)
+        differ |= new != old
+        if not options.check:
+            page.write_text(new)
+    return int(options.check and differ)
 
 
 def _fill(found: re.Match[str]) -> str:
@@ -112,6 +115,48 @@ def plateau() -> str:
     return _rows(header, rows) + _measured(results, "python benchmarks/plateau_spectrum.py")
 
 
+def basis() -> str:
+    """Memory and accuracy of the ways to hold a basis."""
+    results = _load("sharded_basis")
+    header = ["processes", "basis", "basis of each, MiB", "peak growth of each, MiB", "Ritz values", "step"]
+    rows = [
+        [
+            str(run["processes"]),
+            run["basis"],
+            f"{run['basis_mib']:.0f}",
+            f"{run['peak_mib']:.0f}",
+            f"{run['ritz_error']:.0e}",
+            f"{run['step_error']:.0e}",
+        ]
+        for run in results["runs"]
+    ]
+    return _rows(header, rows) + _measured(results, "python benchmarks/sharded_basis.py")
+
+
+def scale() -> str:
+    """Predictions of the cost model."""
+    rows = [
+        [
+            f"{row['n']:.0e}".replace("e+0", "e"),
+            str(row["devices"]),
+            *(f"{row[name]:,.3g}" if row[name] < 1000 else f"{row[name]:,.0f}" for name in _SCALE),
+        ]
+        for row in _load("sharded_basis")["predictions"]
+    ]
+    return _rows(["n", "devices", *_SCALE.values()], rows)
+
+
+_SCALE = {
+    "replicated_gb": "replicated basis, GB",
+    "sharded_gb": "sharded, GB",
+    "sharded_bf16_gb": "sharded bfloat16, GB",
+    "vectors_gb": "12 vectors, GB",
+    "sent_gb": "sent for products, GB",
+    "product_tflop": "products, TFLOP",
+    "orthogonalisation_tflop": "orthogonalisation, TFLOP",
+}
+
+
 def accuracy() -> str:
     """Eigenvalues against a float64 reference, and what they cost."""
     results = _load("spectrum_accuracy")
@@ -140,7 +185,14 @@ def accuracy() -> str:
     return _rows(header, rows) + note + _measured(results, "python benchmarks/spectrum_accuracy.py")
 
 
-TABLES: dict[str, Callable[[], str]] = {"escape": escape, "stall": stall, "plateau": plateau, "accuracy": accuracy}
+TABLES: dict[str, Callable[[], str]] = {
+    "escape": escape,
+    "stall": stall,
+    "plateau": plateau,
+    "accuracy": accuracy,
+    "basis": basis,
+    "scale": scale,
+}
 
 
 if __name__ == "__main__":

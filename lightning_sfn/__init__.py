@@ -7,6 +7,7 @@ plain torch part (`lightning_sfn.newton`) works where Lightning is not installed
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_sfn.registration import register_strategies
 from lightning_sfn.version import __version__
 
 if TYPE_CHECKING:
@@ -14,16 +15,33 @@ if TYPE_CHECKING:
     from lightning_sfn.newton.spectrum import Spectrum, hessian_spectrum
     from lightning_sfn.trainer.callbacks.spectrum import HessianSpectrum
     from lightning_sfn.trainer.callbacks.switch import SwitchToSFN
+    from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
+    from lightning_sfn.trainer.strategies import SFNDDPStrategy, SFNStrategy
+
+register_strategies()
 
 _HOME = {
     "SaddleFreeNewton": "lightning_sfn.newton.optimizer",
     "Spectrum": "lightning_sfn.newton.spectrum",
     "hessian_spectrum": "lightning_sfn.newton.spectrum",
     "HessianSpectrum": "lightning_sfn.trainer.callbacks.spectrum",
+    "SFNDDPStrategy": "lightning_sfn.trainer.strategies",
+    "SFNStrategy": "lightning_sfn.trainer.strategies",
+    "SaddleFreeNewtonMixin": "lightning_sfn.trainer.mixin",
     "SwitchToSFN": "lightning_sfn.trainer.callbacks.switch",
 }
 
-__all__ = ["HessianSpectrum", "SaddleFreeNewton", "Spectrum", "SwitchToSFN", "__version__", "hessian_spectrum"]
+__all__ = [
+    "HessianSpectrum",
+    "SFNDDPStrategy",
+    "SFNStrategy",
+    "SaddleFreeNewton",
+    "SaddleFreeNewtonMixin",
+    "Spectrum",
+    "SwitchToSFN",
+    "__version__",
+    "hessian_spectrum",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,12 +47,16 @@ class CurvatureOperator(ABC):
         Raises:
             CurvatureError: An operation of the model has no second derivative.
         """
+        return self.objective.reduce(self.local_matvec(vector))
+
+    def local_matvec(self, vector: Tensor) -> Tensor:
+        """This process' share of the product, before the mean over processes; NaN where it fails on one of several."""
         self.products += 1
-        return self.objective.reduce(self._matvec(vector.detach()))
+        return self.objective.guarded(lambda: self._matvec(vector.detach()), vector)
 
     @abstractmethod
     def _matvec(self, vector: Tensor) -> Tensor:
-        """This process' part of the product."""
+        """This process' share of the product."""
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """Loss and gradient of the objective at the present parameters.
@@ -178,10 +182,17 @@ def _average(
     """Weighted mean of the parts' losses and gradients, over all processes."""
     total = torch.zeros((), dtype=torch.float64, device=parameters.device)
     gradient = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
-    for weight, loss, pieces in parts:
-        total += loss.double().to(total.device) * weight
-        gradient.add_(parameters.flatten(pieces), alpha=weight)
-    return float(objective.reduce(total)), objective.reduce(gradient)
+
+    def accumulate() -> Tensor:
+        for weight, loss, pieces in parts:
+            total.add_(loss.double().to(total.device) * weight)
+            gradient.add_(parameters.flatten(pieces), alpha=weight)
+        return gradient
+
+    gradient = objective.guarded(accumulate, gradient)
+    loss, gradient = objective.reduce(total), objective.reduce(gradient)
+    objective.require_sound(gradient)
+    return float(loss), gradient
 
 
 def evaluate_without_backward(objective: Objective, index: int, parameters: FlatParameters) -> Evaluation:

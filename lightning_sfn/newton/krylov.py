@@ -5,16 +5,18 @@ against the whole basis. Without that the basis fills with copies of the dominan
 With it the tridiagonal matrix of the recurrence equals ``V H V'`` to rounding, so the products ``H v`` are not stored.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.reductions import combine, dot, norm, project
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.reductions import norm
 
-__all__ = ["Direction", "KrylovSubspace", "lanczos"]
+__all__ = ["Direction", "KrylovSubspace", "append", "lanczos", "lanczos_step", "random_unit"]
 
 _SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
 _ROUNDING = 10  # units of rounding of the largest eigenvalue that products and projections are off by
@@ -26,8 +28,8 @@ class Direction:
     """A direction that joins a subspace.
 
     Attributes:
-        vector: Shape ``(n,)``.
-        product: Its product with the operator, shape ``(n,)``, if it is known already (a secant).
+        vector: Shape ``(n,)``; this process' part of it where the basis is sharded.
+        product: Its product with the operator, likewise, if it is known already (a secant).
     """
 
     vector: Tensor
@@ -39,12 +41,15 @@ class KrylovSubspace:
     """An orthonormal basis together with the operator projected onto it.
 
     Attributes:
-        basis: Rows are the basis vectors, shape ``(k, n)``; the Lanczos vectors come first.
+        basis: Rows are the basis vectors as ``store`` keeps them, shape ``(k, n)``; the Lanczos vectors come first.
         projected: The operator in this basis, float64, shape ``(k, k)``, on the CPU.
         coupling: Norm of what the operator sends from the last Lanczos vector out of the Lanczos space; 0 if that space
             is invariant.
         lanczos_dim: How many of the basis vectors are Lanczos vectors.
         products: Operator products spent on the subspace.
+        store: How the basis is kept.
+        size: Length n of a whole vector; that of the rows if ``None``.
+        decomposition: Eigenvalues and eigenvectors of ``projected``, where they are known already.
     """
 
     basis: Tensor
@@ -52,6 +57,9 @@ class KrylovSubspace:
     coupling: float
     lanczos_dim: int
     products: int
+    store: BasisStore = field(default_factory=BasisStore)
+    size: int | None = None
+    decomposition: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         """Dimension of the subspace."""
@@ -59,6 +67,8 @@ class KrylovSubspace:
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
+        if self.decomposition is not None:
+            return self.decomposition
         values, vectors = torch.linalg.eigh(self.projected)
         return values, vectors
 
@@ -88,11 +98,11 @@ class KrylovSubspace:
         return _ROUNDING * torch.finfo(self.basis.dtype).eps * float(self.eigenvalues.abs().max())
 
     def coordinates(self, vector: Tensor) -> Tensor:
-        """Coordinates of a vector along the Ritz vectors, float64, shape ``(k,)``, on the CPU."""
-        return self.eigenvectors.T @ project(self.basis, vector).cpu()
+        """Coordinates of a whole vector along the Ritz vectors, float64, shape ``(k,)``, on the CPU."""
+        return self.eigenvectors.T @ self.store.project(self.basis, self.store.local(vector)).cpu()
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """Vectors with the given coordinates along the Ritz vectors.
+        """Whole vectors with the given coordinates along the Ritz vectors.
 
         Args:
             coordinates: Shape ``(k,)`` or ``(c, k)``.
@@ -100,11 +110,12 @@ class KrylovSubspace:
         Returns:
             Shape ``(n,)`` or ``(c, n)``: one matrix product whatever c is.
         """
-        return combine(coordinates @ self.eigenvectors.T, self.basis)
+        parts = self.store.combine(coordinates @ self.eigenvectors.T, self.basis)
+        return self.store.whole(parts, self.size or self.basis.shape[1])
 
     def ritz_vector(self, index: int) -> Tensor:
-        """The unit Ritz vector that belongs to ``eigenvalues[index]``, shape ``(n,)``."""
-        return combine(self.eigenvectors[:, index], self.basis)
+        """The whole unit Ritz vector that belongs to ``eigenvalues[index]``, shape ``(n,)``."""
+        return self.lift(torch.eye(len(self), dtype=torch.float64)[index])
 
 
 def lanczos(
@@ -114,44 +125,61 @@ def lanczos(
     *,
     generator: torch.Generator,
     directions: Sequence[Direction] = (),
+    store: BasisStore | None = None,
 ) -> KrylovSubspace:
     """Builds a Krylov subspace from a start vector, and adds directions to it.
 
     Where the Krylov space of the start vector is exhausted early (an invariant subspace), Lanczos goes on from a random
-    vector orthogonal to it, so that what the start vector cannot see is found nevertheless.
+    vector orthogonal to it, so that what the start vector cannot see is found nevertheless. A product that is not
+    finite ends it with a projected operator of NaN.
 
     Args:
-        matvec: The symmetric operator, ``(n,) -> (n,)``.
+        matvec: The symmetric operator, ``(n,) -> (n,)``; where the basis is sharded it gives this process' part.
         start: Start vector of shape ``(n,)``, usually the gradient; a zero vector is replaced by a random one.
         krylov_dim: Number of Lanczos vectors; at most n are built.
         generator: Source of random vectors, on the start vector's device.
         directions: Directions to add after the Lanczos vectors (Algorithm 2: the past update). One without a product
             costs an operator product. One that lies in the space already is left out.
+        store: How the basis is kept; whole, like the start vector, if left out.
 
     Returns:
         The subspace.
     """
+    store = store or BasisStore()
     size = start.numel()
     steps = min(krylov_dim, size)
-    capacity = min(steps + len(directions), size)
-    basis = torch.empty(capacity, size, dtype=start.dtype, device=start.device)
-    projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+    basis = store.empty(min(steps + len(directions), size), start)
+    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
     length = float(norm(start))
-    basis[0] = start / length if length > 0 else random_unit(basis[:0], generator)
-    coupling, leftover = 0.0, start
+    first = store.local(start / length) if length > 0 else random_unit(basis[:0], generator, store, start)
+    recent = [store.keep(basis, 0, first)]
+    coupling, leftover = 0.0, first
+
+    def product(part: Tensor) -> Tensor:
+        return matvec(store.whole(part, size))
+
     for j in range(steps):
-        leftover, coupling = lanczos_step(matvec, basis, projected, j)
+        leftover, coupling = lanczos_step(product, basis, projected, j, store, recent)
+        if not math.isfinite(float(projected[j, j])):
+            return KrylovSubspace(basis[:steps], torch.full((steps, steps), math.nan), 0.0, steps, j + 1, store, size)
         if j + 1 < steps:
-            append(basis, projected, j + 1, leftover, coupling, generator)
-    space = _Extension(basis, projected, steps, coupling, leftover)
+            recent = [append(basis, projected, j + 1, leftover, coupling, generator, store, start), recent[0]]
+    space = _Extension(basis, projected, steps, coupling, leftover, store)
     for direction in directions:
-        space.add(direction, matvec)
+        space.add(direction, product)
     used = space.used
     products = steps + space.products
-    return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, products)
+    return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, products, store, size)
 
 
-def lanczos_step(matvec: Callable[[Tensor], Tensor], basis: Tensor, projected: Tensor, j: int) -> tuple[Tensor, float]:
+def lanczos_step(
+    matvec: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    projected: Tensor,
+    j: int,
+    store: BasisStore | None = None,
+    recent: Sequence[Tensor] = (),
+) -> tuple[Tensor, float]:
     """One Lanczos step from basis vector j; fills in its diagonal element of the projected operator.
 
     Args:
@@ -159,30 +187,41 @@ def lanczos_step(matvec: Callable[[Tensor], Tensor], basis: Tensor, projected: T
         basis: The basis, shape ``(capacity, n)``, of which rows 0 to j are in use.
         projected: The projected operator, in which column j above the diagonal is known already.
         j: The basis vector to go on from.
+        store: How the basis is kept; whole if left out.
+        recent: Basis vectors j and j - 1, where the rows of the basis are not what they were (lower precision).
 
     Returns:
         What its product has outside the basis, shape ``(n,)``, and the norm of that; the norm is 0 where it is rounding
         error alone, because the basis spans an invariant subspace.
     """
-    image = matvec(basis[j])
-    diagonal = float(dot(image, basis[j]))
-    leftover = torch.add(image, basis[j], alpha=-diagonal)
+    store = store or BasisStore()
+    vector = recent[0] if recent else basis[j]
+    image = matvec(vector)
+    diagonal = store.dot(image, vector)
+    leftover = torch.add(image, vector, alpha=-diagonal)
     above = projected[:j, j]
     coupled = above.nonzero().flatten()  # the vector before; after a restart all vectors that were kept
     if len(coupled) == 1:
-        leftover.add_(basis[int(coupled)], alpha=-float(above[coupled]))
+        leftover.add_(recent[1] if recent else basis[int(coupled)], alpha=-float(above[coupled]))
     elif len(coupled):
-        leftover -= combine(above, basis[:j])
-    leftover, coupling = _orthogonalise(leftover, basis[: j + 1])
+        leftover -= store.combine(above, basis[:j])
+    leftover, coupling = _orthogonalise(leftover, basis[: j + 1], store)
     projected[j, j] = diagonal
     scale = max(float(projected[: j + 1, : j + 1].abs().max()), coupling)
-    invariant = coupling <= 4 * torch.finfo(basis.dtype).eps * scale
+    invariant = coupling <= 4 * torch.finfo(vector.dtype).eps * scale
     return leftover, 0.0 if invariant else coupling
 
 
 def append(
-    basis: Tensor, projected: Tensor, j: int, leftover: Tensor, coupling: float, generator: torch.Generator
-) -> None:
+    basis: Tensor,
+    projected: Tensor,
+    j: int,
+    leftover: Tensor,
+    coupling: float,
+    generator: torch.Generator,
+    store: BasisStore | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
     """Makes the outcome of a Lanczos step the next basis vector, in place.
 
     Args:
@@ -192,9 +231,16 @@ def append(
         leftover: What the last product had outside the basis.
         coupling: Its norm; where it is 0 a random vector takes its place.
         generator: Source of random vectors.
+        store: How the basis is kept; whole if left out.
+        like: A whole vector, where the basis holds parts.
+
+    Returns:
+        The new vector in full precision.
     """
-    basis[j] = leftover / coupling if coupling > 0 else random_unit(basis[:j], generator)
+    store = store or BasisStore()
+    vector = leftover / coupling if coupling > 0 else random_unit(basis[:j], generator, store, like)
     projected[j - 1, j] = projected[j, j - 1] = coupling
+    return store.keep(basis, j, vector)
 
 
 class _Extension:
@@ -204,32 +250,35 @@ class _Extension:
     component inside the basis needs no product of its own, and a secant can be orthogonalised along with its direction.
     """
 
-    def __init__(self, basis: Tensor, projected: Tensor, steps: int, coupling: float, leftover: Tensor) -> None:
-        self.basis, self.projected, self.steps = basis, projected, steps
+    def __init__(
+        self, basis: Tensor, projected: Tensor, steps: int, coupling: float, leftover: Tensor, store: BasisStore
+    ) -> None:
+        self.basis, self.projected, self.steps, self.store = basis, projected, steps, store
         self.leftover = leftover if coupling > 0 else torch.zeros_like(leftover)
         self.used, self.products = steps, 0
         self.images: list[Tensor] = []  # H e of each added basis vector e
 
     def add(self, direction: Direction, matvec: Callable[[Tensor], Tensor]) -> None:
         """Orthogonalises one direction against the basis and appends it with its row of the projected operator."""
-        length = float(norm(direction.vector))
+        store, basis = self.store, self.basis[: self.used]
+        length = store.norm(direction.vector)
         if length == 0.0 or self.used == self.basis.shape[0]:
             return
-        inside = project(self.basis[: self.used], direction.vector)
-        residue = direction.vector - combine(inside, self.basis[: self.used])
-        correction = project(self.basis[: self.used], residue)
-        residue, inside = residue - combine(correction, self.basis[: self.used]), inside + correction
-        outside = float(norm(residue))
+        inside = store.project(basis, direction.vector)
+        residue = direction.vector - store.combine(inside, basis)
+        correction = store.project(basis, residue)
+        residue, inside = residue - store.combine(correction, basis), inside + correction
+        outside = store.agreed(store.norm(residue))
         if outside <= _NEW_INFORMATION * length:
             return
         new = self.used
-        self.basis[new] = residue / outside
+        vector = store.keep(self.basis, new, residue / outside)
         if direction.product is None:
-            image = matvec(self.basis[new])
+            image = matvec(vector)
             self.products += 1
         else:
             image = (direction.product - self._image_of(inside)) / outside
-        column = project(self.basis[: new + 1], image).cpu()
+        column = store.project(self.basis[: new + 1], image).cpu()
         self.projected[: new + 1, new] = column
         self.projected[new, : new + 1] = column
         self.images.append(image)
@@ -239,28 +288,38 @@ class _Extension:
         """The operator's product with a vector given by its coordinates in the basis."""
         lanczos_part = inside[: self.steps]
         tridiagonal = self.projected[: self.steps, : self.steps].to(inside.device)
-        image = combine(tridiagonal @ lanczos_part, self.basis[: self.steps])
+        image = self.store.combine(tridiagonal @ lanczos_part, self.basis[: self.steps])
         image += lanczos_part[-1].to(image.dtype) * self.leftover
         for coefficient, added in zip(inside[self.steps :], self.images, strict=True):
             image += coefficient.to(image.dtype) * added
         return image
 
 
-def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
+def _orthogonalise(vector: Tensor, basis: Tensor, store: BasisStore) -> tuple[Tensor, float]:
     """Classical Gram-Schmidt, repeated while a pass removes much of the vector; returns it with its norm."""
-    before = float(norm(vector))
+    before = store.norm(vector)
     for _ in range(3):
-        vector = vector - combine(project(basis, vector), basis)
-        after = float(norm(vector))
+        vector = vector - store.combine(store.project(basis, vector), basis)
+        after = store.norm(vector)
         if after > _SECOND_PASS * before:
             break
         before = after
     return vector, after
 
 
-def random_unit(basis: Tensor, generator: torch.Generator) -> Tensor:
-    """A random unit vector orthogonal to the rows of a basis."""
-    vector = torch.randn(basis.shape[1], dtype=basis.dtype, device=basis.device, generator=generator)
+def random_unit(
+    basis: Tensor, generator: torch.Generator, store: BasisStore | None = None, like: Tensor | None = None
+) -> Tensor:
+    """A random unit vector orthogonal to the rows of a basis.
+
+    Args:
+        basis: The rows, shape ``(k, n)``.
+        generator: Source of random numbers, on the device of whole vectors.
+        store: How the basis is kept; whole if left out.
+        like: A whole vector, where the basis holds parts.
+    """
+    store, like = store or BasisStore(), basis.new_empty(basis.shape[1]) if like is None else like
+    vector = store.local(torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator))
     if len(basis):
-        vector, _ = _orthogonalise(vector, basis)
-    return vector / norm(vector).to(vector.dtype)
+        vector, _ = _orthogonalise(vector, basis, store)
+    return vector / store.norm(vector)

@@ -6,6 +6,7 @@ adds the last update alone and pays a product for it.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +67,21 @@ class StepMemory:
     def abandon(self) -> None:
         """Drops a waiting secant: the next gradient belongs to another function."""
         self._pending = None
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "StepMemory":
+        """A memory with every vector replaced by what a function makes of it.
+
+        Args:
+            function: Keeps the vectors in another way (see `BasisStore`).
+        """
+
+        def apply(d: Direction) -> Direction:
+            return Direction(function(d.vector), None if d.product is None else function(d.product))
+
+        other = StepMemory(self._steps.maxlen or 0, secants=self._secants)
+        other._steps.extend(map(apply, self._steps))
+        other._pending = None if self._pending is None else apply(self._pending)
+        return other
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 
 __all__ = ["Closure", "Evaluation", "Objective", "ObjectiveError"]
@@ -49,7 +50,7 @@ class Objective:
         weights: Relative weights of the parts, for instance their numbers of cases. Equal if left out.
         random_states: The random number state of each part; by default the state found at its first evaluation.
         self_seeding: Whether the closures set the random numbers themselves, so that nothing is to be replayed.
-        reduce: Mean over processes of a tensor, for objectives shared out over several devices.
+        reduce: Mean over processes of a tensor, for objectives shared out over several devices: a `ProcessMean`.
 
     Attributes:
         weights: The parts' weights, adding up to 1.
@@ -72,7 +73,7 @@ class Objective:
         *,
         random_states: Sequence[RandomState | None] | None = None,
         self_seeding: bool = False,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: ProcessMean | None = None,
     ) -> None:
         """See the class."""
         if not closures:
@@ -139,8 +140,12 @@ class Objective:
         Returns:
             The weighted mean of the parts, accumulated in float64; NaN or infinite where the closures say so.
         """
+        return float(self.reduce(self.local_value()))
+
+    def local_value(self) -> Tensor:
+        """This process' share of `value`, as a float64 scalar on the loss' device."""
         losses = [self.evaluate(index).loss.detach().double() * weight for index, weight in enumerate(self.weights)]
-        return float(self.reduce(torch.stack(losses).sum()))
+        return torch.stack(losses).sum()
 
     def require_repeatable(self, value: float) -> None:
         """Evaluates again at the same parameters: the value must be the same, or no comparison means anything.
@@ -170,9 +175,34 @@ class Objective:
         """Whether several processes evaluate it together, so that all of them must do the same."""
         return self._reduce is not None
 
+    # ------------------------------------------------------------------------------------------------ processes
+
     def reduce(self, tensor: Tensor) -> Tensor:
         """Mean of a tensor over the processes that share this objective (the tensor itself if there is one)."""
         return tensor if self._reduce is None else self._reduce(tensor)
+
+    def reduce_part(self, vector: Tensor) -> Tensor:
+        """This process' part of the mean of vectors of shape ``(n,)`` (the vector itself if there is one process)."""
+        return vector if self._reduce is None else self._reduce.part(vector)
+
+    def reduce_with(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of values over the processes, and rank zero's version of other numbers, in one collective."""
+        return (values, numbers) if self._reduce is None else self._reduce.with_numbers(values, numbers)
+
+    def guarded(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """What a computation gives, or NaN where it fails on one of several processes (see `Processes.guard`)."""
+        return compute() if self._reduce is None else self._reduce.processes.guard(compute, like)
+
+    def require_sound(self, reduced: Tensor, *, far: bool = False) -> None:
+        """Where a reduced tensor is not finite: raises on all processes, naming the one that is to blame.
+
+        Args:
+            reduced: What `reduce` gave.
+            far: Whether it was evaluated at a point where it may overflow on some processes alone: then only a failed
+                evaluation is to blame.
+        """
+        if self._reduce is not None and not bool(torch.isfinite(reduced).all()):
+            self._reduce.processes.require_sound(blame_nan=not far)
 
 
 def _first_accelerator() -> torch.device | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lightning_sfn.newton.basis import BasisName, BasisStore, check_basis
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
@@ -18,6 +19,7 @@ from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner, make_preconditioner
+from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
@@ -66,6 +68,13 @@ class SaddleFreeNewton(Optimizer):
         hvp: ``"auto"`` keeps gradient graphs up to ``graph_bytes``; ``"retain"`` keeps all, ``"recompute"`` none;
             ``"finite_difference"`` needs no second derivative.
         graph_bytes: Byte budget for kept gradient graphs.
+        basis: ``"replicated"``: each process keeps the whole basis. ``"sharded"``: each keeps its share of every
+            vector, remembered steps included. The exact method always keeps it whole.
+        basis_dtype: Dtype of the basis, ``"bfloat16"`` for half of its memory; the parameters' if left out.
+        basis_device: ``"cpu"`` keeps the basis in host memory, from where it is streamed; else with the parameters.
+        processes: The processes that run this program on data of their own: losses, gradients and products are averaged
+            over them. Training loops that drive the optimizer set it themselves.
+        check_ranks: Compare a checksum of the parameters over the processes after each step.
         seed: Seed of the optimizer's own random generator; the global ones are left alone.
 
     Raises:
@@ -99,6 +108,11 @@ class SaddleFreeNewton(Optimizer):
         exploration: float = 1e-2,
         hvp: ProductMethod = "auto",
         graph_bytes: int = 2**30,
+        basis: BasisName = "replicated",
+        basis_dtype: str | torch.dtype | None = None,
+        basis_device: str | torch.device | None = None,
+        processes: Processes | None = None,
+        check_ranks: bool = False,
         seed: int = 0,
     ) -> None:
         """See the class."""
@@ -111,6 +125,8 @@ class SaddleFreeNewton(Optimizer):
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name} is {bound}, but a positive number or None is expected.")
         check_curvature(curvature, hvp)
+        self.basis, self.basis_dtype = basis, check_basis(basis, basis_dtype, basis_device)
+        self.basis_device = None if basis_device is None else torch.device(basis_device)
         super().__init__(params, {"lr": lr})
         for group in self.param_groups:
             _check_range("lr", float(group["lr"]), minimum=0.0)
@@ -121,6 +137,7 @@ class SaddleFreeNewton(Optimizer):
         self.trust_region = find_trust_region(trust_region)
         self.curvature: CurvatureName = curvature
         self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
+        self._processes, self._check_ranks = processes, check_ranks
         self.memory = StepMemory(previous_directions, secants=secants)
         if preconditioner == "auto":
             preconditioner = None if self.krylov_dim is None else "diagonal"
@@ -190,11 +207,11 @@ class SaddleFreeNewton(Optimizer):
             return self._driver.step(closure)
         if closure is None:
             raise ObjectiveError("step() needs a closure that returns the loss with its graph: step(lambda: loss()).")
-        objective = Objective([closure])
+        mean = None if self._processes is None else ProcessMean(self._processes)
         record = self.step_on(
-            objective,
-            curvature=Objective([curvature_closure]) if curvature_closure is not None else None,
-            trial=Objective([trial_closure]) if trial_closure is not None else None,
+            Objective([closure], reduce=mean),
+            curvature=Objective([curvature_closure], reduce=mean) if curvature_closure is not None else None,
+            trial=Objective([trial_closure], reduce=mean) if trial_closure is not None else None,
         )
         return torch.tensor(record.loss_before, dtype=self._parameters.dtype, device=self._parameters.device)
 
@@ -223,11 +240,14 @@ class SaddleFreeNewton(Optimizer):
         Raises:
             ObjectiveError: An objective cannot be optimized.
             CurvatureError: An operation has no second derivative.
-            FloatingPointError: Loss or gradient is not finite. In every case the parameters are as they were. Where
-                memory runs out (on a process that works alone), the step is tried again with fewer kept graphs, then
-                with fewer Lanczos vectors.
+            FloatingPointError: Loss or gradient is not finite.
+            ProcessError: Another process failed or is gone. In every case the parameters are as they were. Where memory
+                runs out (on a process that works alone), the step is tried again with fewer kept graphs, then with
+                fewer Lanczos vectors.
         """
         parameters = self._current_parameters()
+        if not self._checked:
+            self._require_same_model(parameters)
         origin = parameters.read()
         while True:
             try:
@@ -241,15 +261,21 @@ class SaddleFreeNewton(Optimizer):
                         same_function,
                     )
                     self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
-                return self.last_step
+                break
             except BaseException as error:
                 parameters.write(origin)
                 self.memory.abandon()
                 # Other processes would go on without the repeated products, and wait for what never comes.
                 if objective.is_shared or not (is_out_of_memory(error) and self._economise()):
                     raise
+            finally:
+                if self._processes is not None:
+                    self._processes.release()
             if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
                 torch.cuda.empty_cache()
+        if self._check_ranks:
+            self._require_same_model(parameters)
+        return self.last_step
 
     def _economise(self) -> bool:
         """Gives up memory after a shortage: first kept graphs, then Lanczos vectors. Whether there was any to give."""
@@ -283,7 +309,7 @@ class SaddleFreeNewton(Optimizer):
                 same = curvature is objective
                 loss_and_gradient = operator.loss_and_gradient() if same else gradient_of(objective, parameters)
             loss, gradient = loss_and_gradient
-            _require_finite(loss, gradient)
+            _require_finite(objective, loss, gradient)
             around = TrialLoss.at(trial, objective, parameters, loss, gradient)
             if not self._checked:
                 trial.require_repeatable(around.offset)
@@ -298,10 +324,12 @@ class SaddleFreeNewton(Optimizer):
                 memory=self.memory,
                 seed=self._start_seed(parameters),
                 generator=self._generator,
+                store=self._store(),
             )
         finally:
             operator.close()
         if not bool(torch.isfinite(space.projected).all()):
+            curvature.require_sound(space.projected)
             raise FloatingPointError(
                 "A Hessian-vector product is not finite at the present parameters, so no step is tried: look for norms "
                 "and square roots at zero in the model."
@@ -350,7 +378,7 @@ class SaddleFreeNewton(Optimizer):
                     self.damping.feedback(accepted=False, reduction_ratio=0.0)
                     return spent
                 record = replace(record, gradients=spent.gradients)
-                self.memory.complete(gradient)
+                self.memory.complete(self._store().local(gradient))
                 trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
                 record = replace(record, loss_after=loss)
                 before, origin = record, parameters.read()
@@ -367,7 +395,7 @@ class SaddleFreeNewton(Optimizer):
                     self.memory.clear()  # what the memory says has led nowhere
                     trial.objective.require_repeatable(trial.offset)
                 break
-            self.memory.record(step, gradient)
+            self.memory.record(self._store().local(step), self._store().local(gradient))
         return record
 
     # ------------------------------------------------------------------------------------------------ parts of a step
@@ -421,7 +449,34 @@ class SaddleFreeNewton(Optimizer):
             same_function = abs(loss - after) <= max(slack, _SAME_LOSS * abs(after))
         if not same_function:
             self.memory.abandon()
-        self.memory.complete(gradient)
+        self.memory.complete(self._store().local(gradient))
+
+    # ------------------------------------------------------------------------------------------------ processes
+
+    @property
+    def processes(self) -> Processes | None:
+        """The processes that run this program; remembered steps are shared out anew where they change."""
+        return self._processes
+
+    @processes.setter
+    def processes(self, processes: Processes | None) -> None:
+        before = self._store()
+        self._processes = processes
+        size, after = self._parameters.size, self._store()
+        self.memory = self.memory.mapped(lambda part: after.local(before.whole(part, size)))
+
+    def _store(self) -> BasisStore:
+        parameters, sharded = self._parameters, self.basis == "sharded"
+        return BasisStore(
+            self._processes, sharded, self.basis_dtype, self.basis_device, parameters.dtype, parameters.device
+        )
+
+    def _require_same_model(self, parameters: FlatParameters) -> None:
+        """All ranks must hold the same parameters, bit for bit."""
+        if self._processes is not None:
+            remedy = "build the same model on every rank, and let nothing but the optimizer change it."
+            self._processes.require_equal(parameters.description, "models", remedy)
+            self._processes.require_equal(f"the checksum {parameters.checksum()}", "parameters", remedy)
 
     # ------------------------------------------------------------------------------------------------ training loops
 
@@ -446,11 +501,18 @@ class SaddleFreeNewton(Optimizer):
             self._generator.set_state(state["generator_state"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The complete state, as tensors, lists and numbers: damping, remembered steps, preconditioner, generator."""
+        """The complete state, as tensors, lists and numbers: damping, remembered steps, preconditioner, generator.
+
+        Where the basis is sharded, all processes have to call it: remembered steps are put together, so that they can
+        be shared out among another number of processes.
+        """
         state = super().state_dict()
+        store, size = self._store(), self._parameters.size
+        shared_out = self.basis == "sharded" and self._processes is not None
+        whole = self.memory.mapped(lambda part: store.whole(part, size).cpu()) if shared_out else self.memory
         state["newton"] = {
             "damping": self.damping.value,
-            "memory": self.memory.state_dict(),
+            "memory": whole.state_dict(),
             "preconditioner": self.preconditioner.state_dict(),
             "escape": self._escape,
             "generator": self._generator.get_state(),
@@ -480,6 +542,7 @@ class SaddleFreeNewton(Optimizer):
         device = self._parameters.device
         self.damping.value = newton["damping"]
         self.memory.load_state_dict(_to_device(newton["memory"], device))
+        self.memory = self.memory.mapped(self._store().local)
         self.preconditioner.load_state_dict(_to_device(newton["preconditioner"], device))
         self._escape = _to_device(newton["escape"], device)
         self._generator.set_state(newton["generator"].cpu())
@@ -506,7 +569,8 @@ def _check_range(name: str, value: float, *, minimum: float) -> None:
         raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
 
 
-def _require_finite(loss: float, gradient: Tensor) -> None:
+def _require_finite(objective: Objective, loss: float, gradient: Tensor) -> None:
+    objective.require_sound(gradient if math.isfinite(loss) else torch.tensor(loss))
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"The loss is {loss} at the present parameters, so no step is tried: go back to a checkpoint with a finite "

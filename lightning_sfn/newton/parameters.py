@@ -1,5 +1,6 @@
 """A flat view of the trainable parameters: the vector space in which every other module of `newton` works."""
 
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -79,6 +80,19 @@ class FlatParameters:
     def layout(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the parameters, in order: two views with equal layouts have comparable vectors."""
         return tuple(tuple(shape) for shape in self.shapes)
+
+    @property
+    def description(self) -> str:
+        """Number, dtype and shapes of the parameters in words: what has to be the same on all ranks."""
+        shapes = ", ".join("x".join(map(str, shape)) or "1" for shape in self.shapes[:8])
+        more = "" if len(self.shapes) <= 8 else f", ... (digest {zlib.crc32(repr(self.layout).encode()):08x})"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{len(self.shapes)} trainable parameters of {dtype} ({shapes}{more})"
+
+    def checksum(self) -> int:
+        """A sum of the parameters' bit patterns: equal on two ranks if all bits are."""
+        pattern = torch.int32 if self.dtype == torch.float32 else torch.int64
+        return sum(int(p.detach().contiguous().view(pattern).sum(dtype=torch.int64)) for p in self.tensors)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Lays tensors shaped like the parameters end to end.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 
 __all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner", "make_preconditioner"]
@@ -37,6 +38,15 @@ class Preconditioner(ABC):
     def unscale(self, vectors: Tensor) -> Tensor:
         """``D^-1 v`` for vectors of shape ``(n,)`` or ``(c, n)``."""
 
+    def on_parts(self, store: BasisStore, size: int) -> "Preconditioner":
+        """The same map for vectors of which each process keeps a part.
+
+        Args:
+            store: How vectors are kept.
+            size: Length of a whole vector.
+        """
+        return _OnParts(self, store, size)
+
     def state_dict(self) -> dict[str, Any]:
         """What the map carries from step to step, as tensors and numbers."""
         return {}
@@ -45,8 +55,25 @@ class Preconditioner(ABC):
         """Takes over what `state_dict` gave."""
 
 
+class _OnParts(Preconditioner):
+    """A map that needs whole vectors, applied to parts: each time they are put together and taken apart again."""
+
+    def __init__(self, whole: Preconditioner, store: BasisStore, size: int) -> None:
+        self._whole, self._store, self._size = whole, store, size
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return self._store.local(self._whole.scale(self._store.whole(vectors, self._size)))
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        return self._store.local(self._whole.unscale(self._store.whole(vectors, self._size)))
+
+
 class IdentityPreconditioner(Preconditioner):
     """The parameters' own coordinates."""
+
+    def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
+        """The identity."""
+        return self
 
     def scale(self, vectors: Tensor) -> Tensor:
         """The vectors themselves."""
@@ -111,6 +138,12 @@ class DiagonalPreconditioner(Preconditioner):
     def unscale(self, vectors: Tensor) -> Tensor:
         """``D^-1 v``."""
         return vectors if self._diagonal is None else vectors / self._diagonal
+
+    def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
+        """The part of the diagonal; where it ends with padding, ones."""
+        own = DiagonalPreconditioner(self.decay, self.floor)
+        own._diagonal = None if self._diagonal is None else store.local(self._diagonal - 1) + 1
+        return own
 
     def state_dict(self) -> dict[str, Any]:
         """The running average."""

@@ -6,10 +6,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, FixedDamping
 from lightning_sfn.newton.dense import full_space
@@ -98,16 +100,36 @@ class TrialLoss:
             )
         return cls(trial, loss, offset, own_gradient - gradient)
 
-    def after(self, parameters: FlatParameters, origin: Tensor, step: Tensor) -> float:
-        """The estimate after a step; moves the parameters there. Infinite where point or loss is not finite."""
-        point = origin + step
-        if not bool(torch.isfinite(point).all()):
-            return math.inf
-        parameters.write(point)
-        change = self.objective.value() - self.offset
-        if self.excess is not None:
-            change -= float(dot(self.excess, step))
-        return self.loss + change if math.isfinite(change) else math.inf
+    def after(
+        self, parameters: FlatParameters, origin: Tensor, steps: Tensor, predicted: Tensor
+    ) -> tuple[list[float], list[float]]:
+        """The estimates after several steps, by one collective; leaves the parameters at one of the points.
+
+        Args:
+            parameters: The parameters.
+            origin: Where the steps start, shape ``(n,)``.
+            steps: Shape ``(c, n)``.
+            predicted: The decreases that a model predicts for them, float64, shape ``(c,)``.
+
+        Returns:
+            The estimates, infinite where point or loss is not finite, and the predictions of rank zero.
+        """
+        nowhere = torch.full((), math.nan, dtype=torch.float64, device=parameters.device)
+        losses, slopes = [], []
+        for step in steps:
+            point = origin + step
+            reachable = bool(torch.isfinite(point).all())
+            if reachable:
+                parameters.write(point)
+            losses.append(self.objective.guarded(self.objective.local_value, nowhere) if reachable else nowhere)
+            slopes.append(torch.zeros_like(nowhere) if self.excess is None else dot(self.excess, step))
+        # What is not a reduced number is rank zero's, so that all ranks decide alike whatever their rounding.
+        own = torch.cat([torch.stack(slopes).to(nowhere), predicted.to(nowhere)])
+        means, of_first = self.objective.reduce_with(torch.stack(losses).to(nowhere), own)
+        self.objective.require_sound(means, far=True)
+        slope, decrease = of_first.view(2, -1).tolist()
+        changes = [mean - self.offset - along for mean, along in zip(means.tolist(), slope, strict=True)]
+        return [self.loss + change if math.isfinite(change) else math.inf for change in changes], decrease
 
 
 @dataclass(frozen=True)
@@ -150,7 +172,7 @@ class SubspaceModel:
         """
         coordinates = self.space.coordinates(self.preconditioner.scale(gradient))
         lowest = float(self.space.eigenvalues[0])
-        precision = torch.finfo(self.space.basis.dtype).eps
+        precision = torch.finfo(gradient.dtype).eps
         if not self.rule.uses_negative_curvature or lowest >= -100 * precision * self.scale:
             return coordinates
         direction = self.preconditioner.scale(self.space.ritz_vector(0))
@@ -199,6 +221,7 @@ def build_subspace(
     memory: StepMemory,
     seed: Tensor | None,
     generator: torch.Generator,
+    store: BasisStore | None = None,
 ) -> KrylovSubspace:
     """The subspace of one outer step (Algorithm 2).
 
@@ -211,34 +234,54 @@ def build_subspace(
         seed: A vector of shape ``(n,)`` in parameter coordinates that is mixed into the start vector, already scaled
             relative to a unit gradient.
         generator: Source of random vectors.
+        store: How the basis is kept; the memory's vectors are kept likewise. The exact method keeps it whole.
 
     Returns:
-        The subspace, in the preconditioner's coordinates.
+        The subspace, in the preconditioner's coordinates; its projected operator is NaN where a product is.
     """
+    store = store or BasisStore()
     if krylov_dim is None:
-        return full_space(operator, preconditioner)
+        space = replace(full_space(operator, preconditioner), store=BasisStore(store.processes))
+    else:
+        space = _krylov_space(operator, gradient, krylov_dim, preconditioner, memory, seed, generator, store)
+    if not bool(torch.isfinite(space.projected).all()):
+        return space
+    return replace(space, decomposition=store.agreed_eigen(*torch.linalg.eigh(space.projected)))
 
+
+def _krylov_space(
+    operator: CurvatureOperator,
+    gradient: Tensor,
+    krylov_dim: int,
+    preconditioner: Preconditioner,
+    memory: StepMemory,
+    seed: Tensor | None,
+    generator: torch.Generator,
+    store: BasisStore,
+) -> KrylovSubspace:
     # Parameters that neither the gradient nor any product reaches (unused layers, unseen embeddings) must not be
     # carried along by the random part of the start vector.
-    reached = gradient != 0
+    reached = store.local(gradient) != 0
 
     def matvec(vector: Tensor) -> Tensor:
-        image = operator.matvec(preconditioner.scale(vector))
+        # The map is linear and the same everywhere, so it may come before the mean over processes.
+        image = preconditioner.scale(operator.local_matvec(preconditioner.scale(vector)))
+        image = store.mean_part(operator.objective, image)
         reached.logical_or_(image != 0)
-        return preconditioner.scale(image)
+        return image
 
     start = preconditioner.scale(gradient)
     length = norm(start).to(start.dtype)
     start = start / length if float(length) > 0 else start
     if seed is not None:
         start = start + seed
+    own = preconditioner.on_parts(store, len(gradient))
     directions = [
-        Direction(preconditioner.unscale(d.vector), None if d.product is None else preconditioner.scale(d.product))
-        for d in memory.directions
+        Direction(own.unscale(d.vector), None if d.product is None else own.scale(d.product)) for d in memory.directions
     ]
-    space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions)
+    space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions, store=store)
     if not bool(reached.all()):
-        space.basis.mul_(reached)
+        space.basis.mul_(reached.to(space.basis.device))
     return space
 
 
@@ -271,12 +314,8 @@ def take_inner_step(
     def trial_losses(dampings: Sequence[float]) -> list[float]:
         nonlocal best
         steps, predictions = model.steps(coordinates, dampings)
-        losses = []
-        for step, predicted in zip(steps, predictions.tolist(), strict=True):
-            after = trial.after(parameters, origin, step)
-            if after < best[0]:
-                best = (after, predicted, step)
-            losses.append(after)
+        losses, decreases = trial.after(parameters, origin, steps, predictions)
+        best = min((best, *zip(losses, decreases, steps, strict=True)), key=itemgetter(0))
         return losses
 
     try:
@@ -291,7 +330,7 @@ def take_inner_step(
     record = replace(record, damping=chosen, trials=record.trials + choice.trials)
     if not accepted or step is None:
         return record, None
-    target = origin + step
+    target = model.space.store.agreed_point(origin + step)
     parameters.write(target)
     return (
         replace(

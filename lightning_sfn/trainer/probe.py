@@ -16,11 +16,12 @@ from torch import Tensor
 from lightning_sfn.newton.objective import Closure, Objective
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
-from lightning_sfn.trainer.replay import RecordedStep, process_mean, replay_closure
+from lightning_sfn.trainer.replay import RecordedStep, processes_of, replay_closure
 from lightning_sfn.trainer.window import cases_of
 
 __all__ = ["Probe", "ProbeBatches", "step_arguments"]
@@ -204,13 +205,12 @@ class Probe:
         return verdict(spectrum, trial), trial
 
 
-def _mean_over_cases(trainer: Trainer, cases: float) -> Callable[[Tensor], Tensor] | None:
+def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:
     """The mean over processes, each weighted by its number of cases."""
-    mean = process_mean(trainer)
-    if mean is None:
+    processes = processes_of(trainer)
+    if processes is None:
         return None
-    share = cases / float(mean(torch.tensor(cases, dtype=torch.float64)))
-    return lambda tensor: mean(tensor * share)
+    return ProcessMean(processes, cases / float(processes.sum(torch.tensor(cases, dtype=torch.float64))))
 
 
 def step_arguments(trainer: Trainer, batch_idx: int, batch: Any) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
 from lightning_sfn.newton.objective import Closure, ObjectiveError
+from lightning_sfn.newton.processes import Processes
 from lightning_sfn.newton.randomness import RandomState
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "isolated",
     "loss_of",
     "own_containers",
-    "process_mean",
+    "processes_of",
     "replay_closure",
 ]
 
@@ -112,21 +113,13 @@ def loss_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def process_mean(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
-    """The mean of a tensor over the Trainer's processes; ``None`` if there is one process.
+def processes_of(trainer: Trainer) -> Processes | None:
+    """The Trainer's processes; ``None`` if there is one.
 
     Args:
         trainer: The Trainer.
     """
-    if trainer.world_size == 1:
-        return None
-
-    def mean(tensor: Tensor) -> Tensor:
-        reduced = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    return mean
+    return None if trainer.world_size == 1 else Processes()
 
 
 def replay_closure(

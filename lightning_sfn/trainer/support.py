@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 
 from lightning_sfn.newton.diagnosis import CurvatureError
 from lightning_sfn.newton.objective import Objective, ObjectiveError
@@ -17,6 +18,7 @@ from lightning_sfn.trainer.replay import Isolation, RecordedStep, evaluate
 
 __all__ = [
     "is_dry_run",
+    "require_differentiable",
     "require_metrics",
     "require_one_optimizer",
     "require_replayable",
@@ -47,6 +49,20 @@ def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> N
             f"{who} needs training_step(batch, batch_idx), but {type(module).__name__} draws from dataloader_iter "
             "itself, so its step cannot be replayed: let it take the batch."
         )
+    require_differentiable(trainer, module, who)
+
+
+def require_differentiable(trainer: Trainer, module: LightningModule, who: str) -> None:
+    """Checks that losses of the module can be differentiated twice, and averaged over processes, where it trains.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        who: Name of what asks, for the message.
+
+    Raises:
+        MisconfigurationException: They cannot, with the reason and the alternative.
+    """
     for name, layer in module.named_modules():
         if getattr(layer, "sparse", False) is True:
             raise MisconfigurationException(
@@ -56,8 +72,20 @@ def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> N
         if base.__name__ in _SHARDING:
             raise MisconfigurationException(
                 f"{who} cannot differentiate twice through {type(trainer.strategy).__name__}, which shards parameters "
-                "outside autograd: use strategy='ddp' or one device."
+                "outside autograd: use strategy='ddp' or one device, and basis='sharded' where the basis is too large."
             )
+    if getattr(trainer.strategy, "_layer_sync", None) is not None or any(
+        isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()
+    ):
+        raise MisconfigurationException(
+            f"{who} cannot differentiate twice through synchronised batch norm, whose kernel has no second derivative: "
+            "pass sync_batchnorm=False, then each process has its own statistics, or use a norm over features."
+        )
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        raise MisconfigurationException(
+            f"{who} needs the mean gradient over processes, but a ddp_comm_hook puts something else in its place: "
+            "leave the hook out."
+        )
 
 
 def require_metrics(trainer: Trainer, who: str) -> None:

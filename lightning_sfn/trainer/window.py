@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -24,15 +24,35 @@ from torch import Tensor
 from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
-from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, evaluate, is_mixed, process_mean
+from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, evaluate, is_mixed, processes_of
 
-__all__ = ["DataBudgets", "WindowedNewton", "cases_of"]
+__all__ = ["DataBudgets", "Reduction", "WindowedNewton", "cases_of", "check_reduction"]
+
+Reduction = Literal["mean", "samples"]
+"""How batches of several processes are averaged: each process counts alike (as in DDP), or each case."""
 
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
+
+
+class _Weights(NamedTuple):
+    """Weights of a few batches.
+
+    Attributes:
+        own: Of each batch, in cases.
+        totals: Sum of each over all processes.
+        mean: Mean number of cases in a batch, over all processes; NaN if one of them saw a number that is not finite.
+        even: Whether the plain mean of the batches is the mean over their cases.
+    """
+
+    own: list[float]
+    totals: list[float]
+    mean: float
+    even: bool
 
 
 @dataclass
@@ -41,13 +61,22 @@ class _Window:
 
     steps: list[RecordedStep] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # of each step, in cases
+    totals: list[float] = field(default_factory=list)  # sum of these weights over all processes
     gradient: Tensor | None = None  # sum over batches of weight times gradient
     loss: float = 0.0  # likewise
+    even: bool = True  # whether this gradient, of Lightning's making, is that of the objective
 
-    def add(self, steps: Sequence[RecordedStep], cases: float, loss: float, gradient: Tensor) -> None:
-        """Adds batches that hold some cases together, with their mean loss and gradient."""
+    def collect(self, steps: Sequence[RecordedStep], weights: _Weights) -> None:
+        """Adds batches."""
         self.steps.extend(steps)
-        self.weights.extend([cases / len(steps)] * len(steps))
+        self.weights.extend(weights.own)
+        self.totals.extend(weights.totals)
+        self.even &= weights.even
+
+    def add(self, steps: Sequence[RecordedStep], weights: _Weights, loss: float, gradient: Tensor) -> None:
+        """Adds batches with their mean loss and gradient."""
+        self.collect(steps, weights)
+        cases = weights.mean * len(steps)
         self.gradient = gradient * cases if self.gradient is None else self.gradient.add_(gradient, alpha=cases)
         self.loss += loss * cases
 
@@ -56,7 +85,8 @@ class _Window:
         steps = pack_steps(self.steps)
         if steps is None:
             return None
-        return {"steps": steps, "weights": self.weights, "gradient": self.gradient, "loss": self.loss}
+        kept = {name: getattr(self, name) for name in ("weights", "totals", "gradient", "loss", "even")}
+        return {"steps": steps, **kept}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> "_Window":
@@ -65,8 +95,10 @@ class _Window:
         return cls(
             unpack_steps(state["steps"], device),
             list(state["weights"]),
+            list(state["totals"]),
             None if gradient is None else gradient.to(device).clone(),
             state["loss"],
+            state["even"],
         )
 
 
@@ -84,6 +116,9 @@ class WindowedNewton:
         optimizer: The optimizer that now belongs to the Trainer.
         budgets: How much data each ingredient sees.
         weight_decay: Pairs of parameters and weight decay; the penalty becomes part of the objective.
+        reduction: ``"mean"`` is the mean over processes and accumulated batches of their means, as in Lightning;
+            ``"samples"`` the mean over all cases. The two differ where batches do in size; then ``"samples"`` costs one
+            more gradient, since Lightning's is that of the other objective.
         before_step: Called before each Newton step, when its objectives are known.
         on_step: Called with the record of each Newton step.
         on_failure: Called with the error where a step was impossible (a number that is not finite, or no memory left
@@ -104,6 +139,7 @@ class WindowedNewton:
         budgets: DataBudgets,
         *,
         weight_decay: Sequence[tuple[Sequence[Tensor], float]] = (),
+        reduction: Reduction = "mean",
         before_step: Callable[[], None] = lambda: None,
         on_step: Callable[[StepRecord], None],
         on_failure: Callable[[Exception], None] | None = None,
@@ -112,6 +148,8 @@ class WindowedNewton:
         self._trainer, self._module, self._optimizer, self._budgets = trainer, module, optimizer, budgets
         self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
         self._before_step, self._on_step, self._on_failure = before_step, on_step, on_failure
+        self._by_cases = reduction == "samples"
+        self._processes = optimizer.processes = processes_of(trainer)
         self._recorder = StepRecorder(trainer, module.device)
         self._window = _Window()
         self._held: _Window | None = None
@@ -159,8 +197,8 @@ class WindowedNewton:
             The mean loss of the window, where this step completed it.
         """
         recorded = [step for step in self._recorder.take() if step.loss is not None]
-        self._window.steps += recorded
-        self._window.weights += [cases_of(step) for step in recorded]
+        if recorded:
+            self._window.collect(recorded, self._weigh(recorded))
         if not self._window.steps or not self._complete():
             return None
         window, self._window = self._window, _Window()
@@ -198,14 +236,13 @@ class WindowedNewton:
         gradient = gradient * (self._trainer.accumulate_grad_batches / len(recorded))
         loss = sum(float(step.loss) for step in recorded if step.loss is not None) / len(recorded)
         finite = math.isfinite(loss) and bool(torch.isfinite(gradient).all())
-        # Gradients are averaged over processes without weights too. One that saw no number tells all others by this.
-        cases = self._mean(sum(cases_of(step) for step in recorded) if finite else math.nan)
-        if math.isnan(cases):
+        weights = self._weigh(recorded, finite=finite)
+        if math.isnan(weights.mean):
             self._leave_out(recorded)
             return
         if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
             self._window = _Window()  # layers were frozen or freed: the gradients so far are of another function
-        self._window.add(recorded, cases, loss, gradient)
+        self._window.add(recorded, weights, loss, gradient)
 
     def _leave_out(self, recorded: Sequence[RecordedStep]) -> None:
         if not self._warned:
@@ -216,12 +253,29 @@ class WindowedNewton:
             )
             self._warned = True
 
-    def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor]:
-        """Mean loss and gradient of a window over all processes, weight decay included."""
+    def _weigh(self, recorded: Sequence[RecordedStep], *, finite: bool = True) -> _Weights:
+        """Weights of some batches. A process that saw a number that is not finite tells all others by a NaN."""
+        cases = [cases_of(step) if finite else math.nan for step in recorded]
+        totals, squares = self._sum([*cases, *(size**2 for size in cases)]).view(2, -1)
+        batches = len(cases) * self._count
+        mean = float(totals.sum()) / batches
+        if self._by_cases:
+            even = batches * float(squares.sum()) == float(totals.sum()) ** 2
+            return _Weights(cases, totals.tolist(), mean, even)
+        # Gradients are averaged over processes and batches without weights.
+        return _Weights([mean] * len(cases), [mean * self._count] * len(cases), mean, True)
+
+    def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor] | None:
+        """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""
+        if not window.even:
+            return None
         total = sum(window.weights)
         assert window.gradient is not None
-        loss, gradient = self._mean(window.loss / total), window.gradient / total  # the strategy averaged the gradient
-        return self._with_decay(loss, gradient) if self._decay else (loss, gradient)
+        mean = self._mean(range(len(window.steps)), window)
+        loss = torch.tensor(window.loss / total, dtype=torch.float64)
+        whole = float(loss if mean is None else mean(loss))
+        gradient = window.gradient / total  # the strategy averaged it over the processes
+        return self._with_decay(whole, gradient) if self._decay else (whole, gradient)
 
     def _complete(self) -> bool:
         epoch_over = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
@@ -334,7 +388,7 @@ class WindowedNewton:
             [self._closure(window.steps[index]) for index in indices],
             [window.weights[index] for index in indices],
             self_seeding=True,
-            reduce=process_mean(self._trainer),
+            reduce=self._mean(indices, window),
         )
 
     def _closure(self, step: RecordedStep) -> Callable[[], Any]:
@@ -364,10 +418,34 @@ class WindowedNewton:
     def _parameters(self) -> FlatParameters:
         return FlatParameters.of_groups(self._optimizer.param_groups)
 
-    def _mean(self, number: float) -> float:
-        """Mean of a number over the processes."""
-        mean = process_mean(self._trainer)
-        return number if mean is None else float(mean(torch.tensor(number, dtype=torch.float64)))
+    @property
+    def _count(self) -> int:
+        return 1 if self._processes is None else self._processes.size
+
+    def _sum(self, numbers: Sequence[float]) -> Tensor:
+        """Sums of numbers over the processes, float64."""
+        own = torch.tensor(numbers, dtype=torch.float64)
+        return own if self._processes is None else self._processes.sum(own)
+
+    def _mean(self, indices: Sequence[int], window: _Window) -> ProcessMean | None:
+        """The mean over processes that goes with some batches of a window."""
+        if self._processes is None:
+            return None
+        share = sum(window.weights[i] for i in indices) / sum(window.totals[i] for i in indices)
+        return ProcessMean(self._processes, share)
+
+
+def check_reduction(reduction: str) -> None:
+    """Checks the name of a reduction.
+
+    Args:
+        reduction: ``"mean"`` or ``"samples"``.
+
+    Raises:
+        MisconfigurationException: It is neither.
+    """
+    if reduction not in get_args(Reduction):
+        raise MisconfigurationException(f"reduction is {reduction!r}, but 'mean' or 'samples' is expected.")
 
 
 def _is_survivable(error: Exception, trainer: Trainer) -> bool:

@@ -26,6 +26,7 @@ from .cases import (
     symmetric,
     tolerance,
 )
+from .ranks import HalfShare
 
 RETENTIONS = {
     "auto": {},
@@ -165,7 +166,7 @@ def test_frozen_tied_and_non_contiguous_parameters() -> None:
 
 def test_products_and_gradients_are_averaged_over_processes_once() -> None:
     x = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    operator = HessianOperator(Objective([lambda: (x**2).sum()], reduce=lambda t: t / 2), [x])
+    operator = HessianOperator(Objective([lambda: (x**2).sum()], reduce=HalfShare()), [x])
     assert operator.matvec(torch.ones(2, dtype=torch.float64)).tolist() == [1, 1]
     loss, gradient = operator.loss_and_gradient()
     assert loss == 1.0

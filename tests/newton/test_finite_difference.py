@@ -4,6 +4,7 @@ import torch
 from lightning_sfn.newton import FiniteDifferenceOperator, Objective
 
 from .cases import CASES, DTYPES, assert_close, bits, frozen_probes, make, quadratic, reference, symmetric
+from .ranks import HalfShare
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-8), (torch.float32, 2e-3)], ids=str)
@@ -76,7 +77,7 @@ def test_works_where_there_is_no_second_derivative() -> None:
 
 def test_the_product_is_averaged_over_processes_once() -> None:
     x = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    operator = FiniteDifferenceOperator(Objective([lambda: (x**2).sum()], reduce=lambda t: t / 2), [x])
+    operator = FiniteDifferenceOperator(Objective([lambda: (x**2).sum()], reduce=HalfShare()), [x])
     torch.testing.assert_close(operator.matvec(torch.ones(2, dtype=torch.float64)), torch.ones(2, dtype=torch.float64))
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from lightning_sfn.newton import Objective, ObjectiveError
 from lightning_sfn.newton.randomness import RandomState
 
+from .ranks import HalfShare
+
 
 def test_value_is_the_weighted_mean_of_the_parts() -> None:
     x = torch.tensor([3.0], requires_grad=True)
@@ -61,9 +63,9 @@ def test_given_random_states_are_used_from_the_first_evaluation_on() -> None:
 
 def test_local_shares_random_numbers_but_not_the_reduction() -> None:
     x = torch.ones((), requires_grad=True)
-    objective = Objective([lambda: x * torch.rand(())], reduce=lambda t: t + 100)
+    objective = Objective([lambda: x * torch.rand(())], reduce=HalfShare())
     value = objective.value()
-    assert objective.local().value() == pytest.approx(value - 100)
+    assert objective.local().value() == pytest.approx(2 * value)
 
 
 def test_losses_that_differentiate_inside_work_under_no_grad() -> None:

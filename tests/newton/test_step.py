@@ -195,16 +195,23 @@ def test_trial_losses_on_other_data_have_the_slope_of_the_objective() -> None:
     trial = Objective([quadratic(other, torch.randn(5, dtype=torch.float64))(x)])
     loss, gradient = float(origin @ own @ origin / 2), own @ origin
     parameters = FlatParameters([x])
-    estimate = TrialLoss.at(trial, objective, parameters, loss, gradient).after(parameters, origin, step)
-    assert estimate == pytest.approx(loss + float(gradient @ step + step @ other @ step / 2))
-    same = TrialLoss.at(objective, objective, parameters, loss, gradient).after(parameters, origin, step)
+    steps, promised = torch.stack([step, torch.zeros(5)]), torch.tensor([7.0, 8.0], dtype=torch.float64)
+    estimate = TrialLoss.at(trial, objective, parameters, loss, gradient).after(parameters, origin, steps, promised)
+    assert estimate == (
+        [pytest.approx(loss + float(gradient @ step + step @ other @ step / 2)), pytest.approx(loss)],
+        [7, 8],
+    )
+    (same, _), _ = TrialLoss.at(objective, objective, parameters, loss, gradient).after(
+        parameters, origin, steps, promised
+    )
     assert same == pytest.approx(float((origin + step) @ own @ (origin + step) / 2))
 
 
 def test_trial_losses_are_infinite_where_the_point_is_not_finite() -> None:
     x = torch.ones(2, requires_grad=True)
     trial = TrialLoss(Objective([pytest.fail]), loss=1.0, offset=1.0, excess=None)
-    assert trial.after(FlatParameters([x]), torch.ones(2), torch.tensor([math.nan, 0.0])) == math.inf
+    estimate, _ = trial.after(FlatParameters([x]), torch.ones(2), torch.tensor([[math.nan, 0.0]]), torch.zeros(1))
+    assert estimate == [math.inf]
     assert x.tolist() == [1, 1]
 
 

@@ -105,7 +105,7 @@ def test_a_resumed_run_has_the_spectra_of_an_uninterrupted_one(options: dict[str
 def test_the_checkpoint_holds_the_batches_as_plain_data() -> None:
     spectrum = looking(num_batches=2)
     fit(spectrum, 1).save_checkpoint("a.ckpt")
-    state = torch.load("a.ckpt", weights_only=True)["callbacks"]["HessianSpectrum"]
+    state = torch.load("a.ckpt", weights_only=True)["callbacks"][HessianSpectrum().state_key]
     assert len(state["batches"]) == 2
     for number, ((x, y), index) in enumerate(state["batches"]):
         rows = slice(4 * number, 4 * number + 4)
@@ -126,7 +126,7 @@ def test_after_a_resume_the_saved_batches_decide_or_the_next_ones(save_batches: 
     fit(spectrum, 2, other, Fitting(optimizer=sgd(0.0)), "a.ckpt")
     (_, before), (_, after) = spectrum.history
     assert torch.equal(before.eigenvalues, after.eigenvalues) == save_batches
-    assert (torch.load("a.ckpt", weights_only=True)["callbacks"]["HessianSpectrum"]["batches"] is None) != save_batches
+    assert (torch.load("a.ckpt", weights_only=True)["callbacks"][HessianSpectrum().state_key]["batches"] is None) != save_batches
 
 
 @dataclass
@@ -180,7 +180,7 @@ def test_checkpoints_load_whatever_the_batches_are(batch: Any, kept: bool) -> No
     spectrum = looking()
     fit(spectrum, 1, loader, Unwrapping()).save_checkpoint("a.ckpt")
     assert len(spectrum.history) == 1
-    state = torch.load("a.ckpt", weights_only=True)["callbacks"]["HessianSpectrum"]
+    state = torch.load("a.ckpt", weights_only=True)["callbacks"][HessianSpectrum().state_key]
     assert (state["batches"] is not None) == kept
     again = looking()
     fit(again, 2, loader, Unwrapping(), "a.ckpt")
@@ -231,13 +231,13 @@ class Counted(HessianSpectrum):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.reductions = 0
-        original = trainer.strategy.reduce
+        original = torch.distributed.all_reduce
 
-        def reduce(*args: Any, **kwargs: Any) -> Any:
+        def all_reduce(*args: Any, **kwargs: Any) -> Any:
             self.reductions += 1
             return original(*args, **kwargs)
 
-        trainer.strategy.reduce = reduce  # type: ignore[method-assign]
+        torch.distributed.all_reduce = all_reduce  # in this forked process alone
 
     def _take(self, trainer: Trainer, module: LightningModule, place: int) -> None:
         before = self.reductions

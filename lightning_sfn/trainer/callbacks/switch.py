@@ -1,7 +1,6 @@
 """`SwitchToSFN`: sees that training has stalled, and goes on with saddle-free Newton."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -32,11 +31,11 @@ from lightning_sfn.trainer.support import (
     require_replayable,
     require_second_derivatives,
 )
-from lightning_sfn.trainer.window import WindowedNewton
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_metrics, log_step, make_newton
+from lightning_sfn.trainer.window import Reduction, WindowedNewton, check_reduction
 
 __all__ = ["SwitchToSFN"]
 
-_LOGGED = ("loss_before", "loss_after", "damping", "step_norm", "lambda_min", "lambda_max", "accepted", "products")
 _GATE_DIM = 32  # Lanczos vectors of the probe that decides, where probe_dim says nothing
 _TOLERATED_FAILURES = 3  # Newton steps that may fail in a row
 
@@ -92,6 +91,7 @@ class SwitchToSFN(PlateauWatch):
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
+        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases (see `WindowedNewton`).
         probe_dim: Lanczos vectors of the spectra at the switch and at the end, for the report; 0 for none.
 
     Attributes:
@@ -113,7 +113,7 @@ class SwitchToSFN(PlateauWatch):
         mode: Literal["min", "max"] = "min",
         patience: int = 5,
         min_delta: float = 0.0,
-        optimizer: Callable[[Iterable[Any]], Optimizer] = SaddleFreeNewton,
+        optimizer: OptimizerFactory = SaddleFreeNewton,
         *,
         min_delta_mode: Literal["abs", "rel"] = "abs",
         cooldown: int = 0,
@@ -135,6 +135,7 @@ class SwitchToSFN(PlateauWatch):
         trial_fraction: float = 0.1,
         adaptive: bool = True,
         hold: bool = False,
+        reduction: Reduction = "mean",
         probe_dim: int = 32,
     ) -> None:
         """See the class."""
@@ -167,6 +168,8 @@ class SwitchToSFN(PlateauWatch):
         )
         self.rules = SwitchRules(min_epochs, min_steps, switch_at_epoch, switch_at_step, return_when)
         self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
+        check_reduction(reduction)
+        self._reduction: Reduction = reduction
         self._make_optimizer = optimizer
         self._promise = min_predicted_decrease if require_negative_curvature else None
         self._momentum, self._schedulers, self._probe_dim = momentum, schedulers, probe_dim
@@ -260,15 +263,8 @@ class SwitchToSFN(PlateauWatch):
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         record, self._unlogged = self._unlogged, None
-        if record is None or trainer.barebones:
-            return
-        metrics = {f"sfn/{name}": float(getattr(record, name)) for name in _LOGGED}
-        self._log(trainer, metrics)
-        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
-
-    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if record is not None:
+            log_step(trainer, pl_module, record)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
@@ -287,7 +283,7 @@ class SwitchToSFN(PlateauWatch):
         if self.report is not None:
             self._ledger.close(trainer)
             self.report.spectrum_at_end = self._probe()
-            self._log(trainer, self.report.metrics())
+            log_metrics(trainer, self.report.metrics())
             say(trainer, f"\n{self.report.table()}\n")
         elif not is_dry_run(trainer):
             say(
@@ -376,34 +372,19 @@ class SwitchToSFN(PlateauWatch):
     def _make_newton(self) -> SaddleFreeNewton:
         """The Newton optimizer over the first one's parameters."""
         assert self._handover is not None
-        base = self._handover.base
-        try:
-            newton = self._make_optimizer([{"params": group["params"]} for group in base.param_groups])
-        except ValueError as error:
-            raise MisconfigurationException(f"SwitchToSFN cannot make its optimizer: {error}") from error
-        if not isinstance(newton, SaddleFreeNewton):
-            raise MisconfigurationException(
-                f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
-                "pass functools.partial(SaddleFreeNewton, ...)."
-            )
-        if newton.curvature == "gauss_newton" and any(_coupled_decay(base, group) for group in base.param_groups):
-            raise MisconfigurationException(
-                "SwitchToSFN got curvature='gauss_newton' and an optimizer with weight decay, which is part of the "
-                "objective but not a function of the model output: use curvature='hessian', or no weight decay."
-            )
-        return newton
+        return make_newton(self._make_optimizer, self._handover.base, type(self).__name__)
 
     def _drive(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         """Makes a Newton optimizer and what collects its data."""
         assert self._handover is not None
-        base = self._handover.base
         self.newton = self._make_newton()
         self._driver = WindowedNewton(
             trainer,
             module,
             self.newton,
             self.budgets,
-            weight_decay=[(group["params"], _coupled_decay(base, group)) for group in base.param_groups],
+            weight_decay=coupled_decay(self._handover.base),
+            reduction=self._reduction,
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
             on_failure=self._after_failure,
@@ -499,9 +480,3 @@ class SwitchToSFN(PlateauWatch):
         """Stores the first optimizer and its schedulers in Lightning's places, where any Trainer finds them."""
         if self.switched and self._handover is not None:
             self._handover.store(checkpoint)
-
-
-def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """Weight decay that is part of the objective; AdamW's is not, it shrinks weights beside the gradient step."""
-    decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
-    return 0.0 if decoupled else float(group.get("weight_decay", 0.0))

@@ -1,0 +1,200 @@
+"""Where the vectors of a large basis are kept: whole or shared out over processes, in which dtype, on which device.
+
+With W processes each keeps ``n / W`` entries of every vector. A product then costs a reduce-scatter of ``Hv`` and an
+all-gather of the next ``v``, together the bytes of one all-reduce, and a dot product costs an all-reduce of one number.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton import reductions
+from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.processes import Processes
+
+__all__ = ["BasisName", "BasisStore", "check_basis"]
+
+BasisName = Literal["replicated", "sharded"]
+"""``"replicated"`` keeps all of every vector on each process, ``"sharded"`` a part of it."""
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_BLOCK = 2**21  # entries that are converted or brought to the device at a time, at least one row
+
+
+def check_basis(basis: str, dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype | None:
+    """Checks the options of a basis.
+
+    Args:
+        basis: ``"replicated"`` or ``"sharded"``.
+        dtype: ``"bfloat16"``, ``"float32"``, ``"float64"``, the same as torch dtypes, or ``None``.
+        device: ``"cpu"`` or ``None``.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: An option is unknown.
+    """
+    if basis not in get_args(BasisName):
+        raise ValueError(f"basis is {basis!r}, but 'replicated' or 'sharded' is expected.")
+    if device is not None and str(device) != "cpu":
+        raise ValueError(f"basis_device is {str(device)!r}, but 'cpu' or None (the parameters' device) is expected.")
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _DTYPES.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"basis_dtype is {dtype!r}, but one of {', '.join(map(repr, _DTYPES))} or None is expected.")
+    return _DTYPES[dtype]
+
+
+@dataclass(frozen=True)
+class BasisStore:
+    """How vectors are kept, and the arithmetic on vectors kept so.
+
+    A *part* is what this process keeps of a vector: all of it, unless the basis is sharded. Rows of a basis are parts
+    in the store's dtype and on its device; parts outside of a basis stay in the working dtype and on the working
+    device.
+
+    Attributes:
+        processes: The processes that run the same program; ``None`` for one.
+        sharded: Whether each process keeps a part of every vector.
+        dtype: Of the rows; ``None`` for that of the vectors. In ``bfloat16`` a row is off by 2^-9 of each entry, and
+            dot products with it by about that over the square root of n.
+        device: Of the rows; ``None`` for that of the vectors. On the CPU they lie in pinned memory where there is CUDA,
+            and are brought to the vectors' device block by block.
+        working_dtype: Dtype of what is computed with the rows; that of the rows if ``None``.
+        working_device: Device of it, likewise.
+    """
+
+    processes: Processes | None = None
+    sharded: bool = False
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    working_dtype: torch.dtype | None = None
+    working_device: torch.device | None = None
+
+    @property
+    def _owners(self) -> Processes | None:
+        """The processes that a vector is spread over, if there are any."""
+        return self.processes if self.sharded and self.processes is not None and self.processes.size > 1 else None
+
+    # ------------------------------------------------------------------------------------------------ keeping vectors
+
+    def empty(self, capacity: int, like: Tensor) -> Tensor:
+        """Room for a basis.
+
+        Args:
+            capacity: Number of rows.
+            like: A whole vector of shape ``(n,)``.
+
+        Returns:
+            Shape ``(capacity, n)``, or ``(capacity, ceil(n / W))`` where it is sharded.
+        """
+        owners = self._owners
+        length = like.numel() if owners is None else owners.part_length(like.numel())
+        device = self.device or like.device
+        pinned = device.type == "cpu" and like.device.type == "cuda"
+        return torch.empty(capacity, length, dtype=self.dtype or like.dtype, device=device, pin_memory=pinned)
+
+    def keep(self, basis: Tensor, row: int, part: Tensor) -> Tensor:
+        """Copies a part into a row of a basis, and returns the part (the row itself where nothing is lost by it)."""
+        basis[row].copy_(part)
+        return basis[row] if basis.dtype == part.dtype and basis.device == part.device else part
+
+    def local(self, vector: Tensor) -> Tensor:
+        """The part of a whole vector of shape ``(n,)``."""
+        owners = self._owners
+        if owners is None:
+            return vector
+        length = owners.part_length(vector.numel())
+        part = vector[owners.rank * length : (owners.rank + 1) * length]
+        # A copy, so that the whole vector can go; padded like what a reduce-scatter gives.
+        return torch.nn.functional.pad(part, (0, length - len(part))) if len(part) < length else part.clone()
+
+    def whole(self, parts: Tensor, size: int) -> Tensor:
+        """The whole vectors that this and the other processes' parts make up.
+
+        Args:
+            parts: Shape ``(m,)`` or ``(c, m)``.
+            size: Length of a whole vector.
+
+        Returns:
+            Shape ``(size,)`` or ``(c, size)``.
+        """
+        owners = self._owners
+        if owners is None:
+            return parts
+        if parts.ndim == 1:
+            return owners.gather(parts, size)
+        return torch.stack([owners.gather(part, size) for part in parts])
+
+    def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
+        """The part of the mean, over the processes that share an objective, of a whole vector."""
+        return objective.reduce(vector) if self._owners is None else objective.reduce_part(vector)
+
+    # ------------------------------------------------------------------------------------------------ arithmetic
+
+    def dot(self, x: Tensor, y: Tensor) -> float:
+        """Inner product of two vectors given by their parts."""
+        return float(self._sum(reductions.dot(x, y)))
+
+    def norm(self, x: Tensor) -> float:
+        """Norm of a vector given by its parts."""
+        length = reductions.norm(x)
+        return float(length if self._owners is None else self._sum(length.square()).sqrt())
+
+    def project(self, basis: Tensor, part: Tensor) -> Tensor:
+        """Coordinates of a vector in a basis, float64, shape ``(k,)``, on the vector's device."""
+        blocks = self._blocks(basis, part.dtype, part.device)
+        return self._sum(torch.cat([reductions.project(block, part) for _, block in blocks]))
+
+    def combine(self, coefficients: Tensor, basis: Tensor) -> Tensor:
+        """Linear combinations of the rows of a basis.
+
+        Args:
+            coefficients: Shape ``(k,)`` or ``(c, k)``.
+            basis: The rows.
+
+        Returns:
+            Parts of shape ``(m,)`` or ``(c, m)``.
+        """
+        dtype, device = self.working_dtype or basis.dtype, self.working_device or basis.device
+        total: Tensor | None = None
+        for rows, block in self._blocks(basis, dtype, device):
+            term = reductions.combine(coefficients[..., rows], block)
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total
+
+    def _blocks(self, basis: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """The rows in a dtype and on a device: all at once if they are so already, else a few at a time."""
+        at_once = len(basis) if (basis.dtype, basis.device) == (dtype, device) else _BLOCK // basis.shape[1]
+        step = max(1, at_once)
+        for start in range(0, max(1, len(basis)), step):
+            rows = slice(start, start + step)
+            yield rows, basis[rows].to(device, non_blocking=True).to(dtype)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        owners = self._owners
+        return tensor if owners is None else owners.sum(tensor)
+
+    # ------------------------------------------------------------------------------------------------ agreement
+
+    def agreed(self, number: float) -> float:
+        """A number on which the course of the program depends: rank zero's, unless it is a reduced number anyway."""
+        if self.processes is None or self.sharded:
+            return number
+        return float(self.processes.from_first(torch.tensor(number, dtype=torch.float64)))
+
+    def agreed_eigen(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Rank zero's eigendecomposition: another processor's rounding must not make another step."""
+        if self.processes is None:
+            return values, vectors
+        both = self.processes.from_first(torch.cat([values.unsqueeze(0), vectors]))
+        return both[0], both[1:]
+
+    def agreed_point(self, vector: Tensor) -> Tensor:
+        """Rank zero's version of a whole vector that every process has computed: the parameters after a step."""
+        return vector if self.processes is None else self.processes.from_first(vector)

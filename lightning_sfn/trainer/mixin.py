@@ -1,0 +1,316 @@
+"""`SaddleFreeNewtonMixin`: manual optimization with saddle-free Newton, for modules written for it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.replay import RecordedStep, own_containers
+from lightning_sfn.trainer.support import require_differentiable
+from lightning_sfn.trainer.takeover import log_step
+from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
+
+__all__ = ["SaddleFreeNewtonMixin"]
+
+BatchLoss = Callable[[Any], Tensor]
+
+
+class SaddleFreeNewtonMixin(LightningModule):
+    """Manual optimization with saddle-free Newton: define a loss and an optimizer.
+
+    `training_step` collects loader batches and steps the optimizers when there are enough. Each batch is evaluated once
+    as any training step would, so that logs, metrics and batch norm see it once; gradients, Hessian-vector products and
+    trial losses come from isolated replays, in the parameters' own precision also where the Trainer's is mixed. A
+    module with several optimizers (a GAN) overrides `objectives`; the optimizers step one after the other on the same
+    batches.
+
+    ``configure_optimizers`` returns `SaddleFreeNewton` optimizers, with Lightning's learning rate schedulers if wanted:
+    those with ``interval="step"`` are stepped after every ``frequency``-th Newton step, the others at the end of
+    epochs. Hooks of this class that a module overrides (``on_fit_start``, ``on_train_epoch_end``, ``teardown``,
+    ``on_save_checkpoint``, ``on_load_checkpoint``) call ``super()``.
+
+    Args:
+        args: Arguments of the next class.
+        gradient_batches: Loader batches that are accumulated before a step, or ``"epoch"``.
+        curvature_fraction: Share of those batches that Hessian-vector products see.
+        trial_fraction: Share of those batches that trial losses see.
+        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        hold: Keep the first whole window and take a step on it for each later loader batch (small data).
+        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases.
+        max_grad_norm: Clips gradients to this norm, in place of the optimizers' own bound.
+        max_step_norm: Clips steps to this norm, in place of the optimizers' own bound.
+        scheduler_monitor: The metric that `ReduceLROnPlateau` schedulers watch; Lightning drops a scheduler's own
+            ``monitor`` under manual optimization.
+        kwargs: Keyword arguments of the next class.
+
+    Raises:
+        MisconfigurationException: An argument is out of its range.
+
+    Example:
+        >>> class Net(SaddleFreeNewtonMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__(gradient_batches=8, max_step_norm=1.0)
+        ...         self.layer = torch.nn.Linear(3, 1)
+        ...
+        ...     def objective(self, batch):
+        ...         x, y = batch
+        ...         return (self.layer(x) - y).square().mean()
+        ...
+        ...     def configure_optimizers(self):
+        ...         return SaddleFreeNewton(self.parameters(), krylov_dim=4)
+        >>> Net().automatic_optimization
+        False
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        gradient_batches: int | Literal["epoch"] = "epoch",
+        curvature_fraction: float = 0.1,
+        trial_fraction: float = 0.1,
+        adaptive: bool = True,
+        hold: bool = False,
+        reduction: Reduction = "mean",
+        max_grad_norm: float | None = None,
+        max_step_norm: float | None = None,
+        scheduler_monitor: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+        check_reduction(reduction)
+        for name, bound in (("max_grad_norm", max_grad_norm), ("max_step_norm", max_step_norm)):
+            if bound is not None and not bound > 0:
+                raise MisconfigurationException(f"{name} is {bound}, but a positive number or None is expected.")
+        self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
+        self._reduction: Reduction = reduction
+        self._bounds = {"max_grad_norm": max_grad_norm, "max_step_norm": max_step_norm}
+        self._scheduler_monitor = scheduler_monitor
+        self._drivers: list[_ManualNewton] = []
+        self._restored: list[dict[str, Any]] = []
+        self._newton_steps = 0
+
+    def objective(self, batch: Any) -> Tensor:
+        """The loss of a batch, with its graph; no ``backward``, no optimizer steps.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            A scalar tensor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no objective(batch) that returns the loss.")
+
+    def objectives(self) -> Sequence[BatchLoss]:
+        """The losses, one for each optimizer, in the order of ``configure_optimizers``; `objective` alone by default.
+
+        Each optimizer lowers its own loss by its own parameters, all others held.
+        """
+        return [self.objective]
+
+    # ------------------------------------------------------------------------------------------------ stepping
+
+    def training_step(self, batch: Any, batch_idx: int, replayed: int | None = None) -> Tensor:
+        """Evaluates the losses of a batch, and steps the optimizers when the window is complete.
+
+        Args:
+            batch: The batch.
+            batch_idx: Its index.
+            replayed: Which loss alone to evaluate, in a replay.
+
+        Returns:
+            The first loss.
+        """
+        if replayed is not None:
+            return self.objectives()[replayed](batch)
+        if not self._drivers:
+            self._prepare()
+        with _full_precision(self.device):
+            losses = [driver.record(batch, batch_idx, loss) for driver, loss in self._pairs()]
+            if self._drivers[0].ready:
+                self._step_all(losses)
+        return losses[0]
+
+    def _pairs(self) -> Iterator[tuple["_ManualNewton", BatchLoss]]:
+        return zip(self._drivers, self.objectives(), strict=True)
+
+    def _step_all(self, losses: Sequence[Tensor | None]) -> None:
+        """Steps every optimizer through Lightning, so that ``global_step``, checkpoints and progress bars count."""
+        optimizers = self.optimizers()
+        for index, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
+            optimizer.step(partial(losses.__getitem__, index))
+            record, prefix = self._drivers[index].last_record, "sfn" if len(losses) == 1 else f"sfn/{index}"
+            if record is not None:
+                log_step(self.trainer, self, record, prefix)
+        self._newton_steps += 1
+        self._step_schedulers("step", self._newton_steps)
+
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.strategy.lr_scheduler_configs:
+            if config.interval != interval or count % config.frequency:
+                continue
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()
+                continue
+            known = self.trainer.callback_metrics
+            if self._scheduler_monitor not in known:
+                raise MisconfigurationException(
+                    f"scheduler_monitor is {self._scheduler_monitor!r}, but a ReduceLROnPlateau scheduler needs one of "
+                    f"the logged metrics: {', '.join(sorted(known)) or 'none so far'}."
+                )
+            config.scheduler.step(float(known[self._scheduler_monitor]))
+
+    # ------------------------------------------------------------------------------------------------ Lightning hooks
+
+    def on_fit_start(self) -> None:
+        """Checks what the module was given, and readies its optimizers."""
+        super().on_fit_start()
+        self._prepare()
+
+    def on_train_epoch_end(self) -> None:
+        """Ends the window with the epoch, where a hook cut that short, and steps the schedulers of epochs."""
+        super().on_train_epoch_end()
+        if self._drivers and self._drivers[0].waiting:
+            with _full_precision(self.device):
+                self._step_all([None] * len(self._drivers))
+        self._step_schedulers("epoch", self.trainer.current_epoch + 1)
+
+    def teardown(self, stage: str) -> None:
+        """Gives back the memory that held the window."""
+        super().teardown(stage)
+        for driver in self._drivers:
+            driver.release()
+        self._drivers = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stores what decides about later windows; a half-filled window is collected anew after a resume."""
+        super().on_save_checkpoint(checkpoint)
+        windows = [driver.state_dict() for driver in self._drivers]
+        checkpoint["sfn_windows"] = {"windows": windows, "newton_steps": self._newton_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over what was stored."""
+        super().on_load_checkpoint(checkpoint)
+        stored = checkpoint.get("sfn_windows", {"windows": [], "newton_steps": 0})
+        self._restored, self._newton_steps = stored["windows"], stored["newton_steps"]
+
+    def _prepare(self) -> None:
+        trainer, who = self.trainer, type(self).__name__
+        require_differentiable(trainer, self, who)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise MisconfigurationException(
+                f"{who} steps without backward(), so there is nothing for the gradient scaler of precision='16-mixed' "
+                "to scale: use precision='bf16-mixed' or '32-true'; both compute in float32 here."
+            )
+        optimizers = trainer.optimizers
+        for optimizer in optimizers:
+            if not isinstance(optimizer, SaddleFreeNewton):
+                raise MisconfigurationException(
+                    f"{who} steps SaddleFreeNewton optimizers, but configure_optimizers returned one of class "
+                    f"{type(optimizer).__name__}: return SaddleFreeNewton(self.parameters(), ...)."
+                )
+            if optimizer.curvature != "hessian":
+                raise MisconfigurationException(
+                    f"{who} got curvature={optimizer.curvature!r}, but objective() hands over a loss without the model "
+                    "output: use curvature='hessian', or SaddleFreeNewton in plain torch."
+                )
+        if len(self.objectives()) != len(optimizers) or not optimizers:
+            raise MisconfigurationException(
+                f"{who} has {len(self.objectives())} objective(s) for {len(optimizers)} optimizer(s): let objectives() "
+                "return one loss for each optimizer."
+            )
+        self._drivers = [self._driver(trainer, index, optimizer) for index, optimizer in enumerate(optimizers)]  # type: ignore[arg-type]
+        for driver, state in zip(self._drivers, self._restored, strict=False):
+            driver.load_state_dict(state)
+        self._restored = []
+
+    def _driver(self, trainer: Trainer, index: int, optimizer: SaddleFreeNewton) -> "_ManualNewton":
+        for name, bound in self._bounds.items():
+            if bound is not None:
+                setattr(optimizer, name, bound)
+        driver = _ManualNewton(trainer, self, optimizer, self._budgets, self._reduction, index)
+        optimizer.attach(driver)
+        return driver
+
+
+class _ManualNewton(WindowedNewton):
+    """The window of one optimizer under manual optimization: its batches come from the module, not from Lightning."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: SaddleFreeNewton,
+        budgets: DataBudgets,
+        reduction: Reduction,
+        index: int,
+    ) -> None:
+        super().__init__(
+            trainer,
+            module,
+            optimizer,
+            budgets,
+            reduction=reduction,
+            on_step=lambda record: setattr(self, "last_record", record),
+        )
+        self._recorder.detach()
+        self._index = index
+        self.last_record: StepRecord | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether batches wait for a step."""
+        return bool(self._window.steps)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is time for a step."""
+        return self._held is not None or self._complete()
+
+    def record(self, batch: Any, batch_idx: int, loss: BatchLoss) -> Tensor:
+        """Evaluates a batch for the first time, and adds it to the window."""
+        kept, state = own_containers((batch, batch_idx)), RandomState.capture(self._module.device)
+        value = loss(batch).detach()
+        if self._held is None:
+            steps = [RecordedStep(kept, {"replayed": self._index}, state, value)]
+            weights = self._weigh(steps, finite=bool(torch.isfinite(value)))
+            if math.isnan(weights.mean):
+                self._leave_out(steps)
+            else:
+                self._window.collect(steps, weights)
+        return value
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """Takes the step that is due."""
+        result = closure() if closure is not None else None
+        if self._held is not None:
+            self._newton_step(self._held, None)
+        else:
+            self._step_on_window()
+        return result
+
+    def _loss_and_gradient(self, window: Any) -> None:
+        """Nobody has taken the gradient yet."""
+
+    def release(self) -> None:
+        """Gives back the optimizer, and the memory that held the window."""
+        self._optimizer.attach(None)
+        self.detach()
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Leaves the autocast context in which Lightning calls `training_step`: Lanczos amplifies rounding noise."""
+    with torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,245 @@
+"""Strategies that train an unchanged module with saddle-free Newton from the first step, on one device or on many."""
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies.strategy import Strategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch.optim.optimizer import Optimizer
+
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ProcessError, Processes
+from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
+from lightning_sfn.trainer.support import require_one_optimizer, require_replayable
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
+from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
+
+__all__ = ["SFNDDPStrategy", "SFNStrategy"]
+
+
+class _NewtonStrategy(Strategy):
+    """What both strategies add to Lightning's: a Newton optimizer in the place of the module's."""
+
+    _make_optimizer: OptimizerFactory
+    _budgets: DataBudgets
+    _reduction: Reduction
+    _driver: WindowedNewton | None = None
+    _hooks: "_Hooks | None" = None
+
+    def _configure_newton(self, optimizer: OptimizerFactory, budgets: DataBudgets, reduction: Reduction) -> None:
+        check_reduction(reduction)
+        self._make_optimizer, self._budgets, self._reduction = optimizer, budgets, reduction
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Lets the module make its optimizer, and puts Newton's in its place (unless it is one already)."""
+        super().setup_optimizers(trainer)
+        module, who = self.lightning_module, type(self).__name__
+        assert isinstance(module, LightningModule)
+        if isinstance(module, SaddleFreeNewtonMixin):
+            return  # it steps its Newton optimizers itself
+        require_replayable(trainer, module, who)
+        require_one_optimizer(trainer, who)
+        base = self.optimizers[0]
+        if isinstance(base, SaddleFreeNewton):
+            newton = base
+        else:
+            newton = make_newton(self._make_optimizer, base, who)
+            if self.lr_scheduler_configs:
+                rank_zero_info(f"{who}: {len(self.lr_scheduler_configs)} learning rate scheduler(s) rest.")
+            self.lr_scheduler_configs = []
+        if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
+            newton.max_grad_norm = float(trainer.gradient_clip_val)
+        self._hooks = _Hooks()
+        self._driver = self._hooks.driver = WindowedNewton(
+            trainer,
+            module,
+            newton,
+            self._budgets,
+            weight_decay=[] if newton is base else coupled_decay(base),
+            reduction=self._reduction,
+            before_step=lambda: None,
+            on_step=self._hooks.note,
+        )
+        newton.attach(self._driver)
+        self.optimizers = [newton]
+        _callbacks(trainer).insert(0, self._hooks)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, and what the driver carries from window to window."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        return state if self._driver is None else state | {"window": self._driver.state_dict()}
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Takes over what `optimizer_state` gave."""
+        if self._driver is not None:
+            state = checkpoint["optimizer_states"][0]
+            if "newton" not in state:
+                raise MisconfigurationException(
+                    f"The checkpoint was saved with another optimizer, which {type(self).__name__} cannot go on with: "
+                    "load its weights alone (load_from_checkpoint), or train with the SwitchToSFN callback."
+                )
+            if "window" in state:
+                self._driver.load_state_dict(state["window"])
+        super().load_optimizer_state_dict(checkpoint)
+
+    def teardown(self) -> None:
+        """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
+        if self._driver is not None:
+            self._driver.detach()
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, SaddleFreeNewton):
+                    optimizer.attach(None)
+        module = self.lightning_module
+        if self._hooks is not None and isinstance(module, LightningModule):
+            _callbacks(module.trainer).remove(self._hooks)
+        self._hooks = None
+        super().teardown()
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set in a connector
+
+
+class _Hooks(Callback):
+    """The moments of a run that strategies do not see."""
+
+    def __init__(self) -> None:
+        self.driver: WindowedNewton | None = None
+        self._unlogged: StepRecord | None = None
+
+    def note(self, record: StepRecord) -> None:
+        self._unlogged = record
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if trainer.gradient_clip_val and self.driver is not None:
+            self.driver.note_gradient()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.driver is not None:
+            self.driver.end_epoch()
+        self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        record, self._unlogged = self._unlogged, None
+        if record is not None:
+            log_step(trainer, module, record)
+
+
+class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
+    """Trains an unchanged module (automatic optimization) with saddle-free Newton on one device: ``strategy="sfn"``.
+
+    The module's own optimizer is made, for its parameter groups and weight decay, and replaced. Its learning rate
+    schedulers rest. A module that makes a `SaddleFreeNewton` itself keeps it, schedulers included; one with
+    `SaddleFreeNewtonMixin` steps as it does anywhere.
+
+    Args:
+        optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
+            ``class_path`` and ``init_args`` in YAML.
+        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``.
+        curvature_fraction: Share of those batches that Hessian-vector products see.
+        trial_fraction: Share of those batches that trial losses see.
+        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        hold: Keep the first whole window and take a step on it for each later loader batch (small data).
+        reduction: ``"mean"`` weights accumulated batches alike, ``"samples"`` by their cases.
+        options: Options of Lightning's `SingleDeviceStrategy`.
+
+    Raises:
+        MisconfigurationException: An argument is out of its range, or the Trainer has several devices.
+    """
+
+    strategy_name = "sfn"
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory = SaddleFreeNewton,
+        *,
+        gradient_batches: int | Literal["epoch"] = "epoch",
+        curvature_fraction: float = 0.1,
+        trial_fraction: float = 0.1,
+        adaptive: bool = True,
+        hold: bool = False,
+        reduction: Reduction = "mean",
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(**options)
+        budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
+        self._configure_newton(optimizer, budgets, reduction)
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The one device; Lightning sets it, where a strategy lets it."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices is not None and len(devices) > 1:
+            raise MisconfigurationException(
+                f"SFNStrategy trains on one device, but the Trainer has {len(devices)}: use strategy='sfn_ddp'."
+            )
+        if devices:
+            self._root_device = devices[0]
+
+
+class SFNDDPStrategy(_NewtonStrategy, DDPStrategy):
+    """Trains an unchanged module with saddle-free Newton on many devices: ``strategy="sfn_ddp"``.
+
+    Each process computes losses, gradients and Hessian-vector products on its own batches; they are averaged by one
+    collective each, and all processes take the same step. ``SaddleFreeNewton(basis="sharded")`` shares the Krylov basis
+    out. ``sfn_ddp_spawn`` and ``sfn_ddp_fork`` start processes as Lightning's strategies of these names do.
+
+    Args:
+        optimizer: Makes the optimizer from parameter groups, as in `SFNStrategy`.
+        gradient_batches: Loader batches, of each process, that the gradient is accumulated over, or ``"epoch"``.
+        curvature_fraction: Share of those batches that Hessian-vector products see.
+        trial_fraction: Share of those batches that trial losses see.
+        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        hold: Keep the first whole window and take a step on it for each later loader batch (small data).
+        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases; they differ where
+            batches do in size.
+        options: Options of Lightning's `DDPStrategy`: ``timeout``, ``find_unused_parameters``, ``static_graph``, ...
+
+    Raises:
+        MisconfigurationException: An argument is out of its range, or the ranks hold different models.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory = SaddleFreeNewton,
+        *,
+        gradient_batches: int | Literal["epoch"] = "epoch",
+        curvature_fraction: float = 0.1,
+        trial_fraction: float = 0.1,
+        adaptive: bool = True,
+        hold: bool = False,
+        reduction: Reduction = "mean",
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(**options)
+        budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
+        self._configure_newton(optimizer, budgets, reduction)
+
+    def configure_ddp(self) -> None:
+        """Compares the ranks' models before DDP does, which waits for ranks that do not answer."""
+        module = self.lightning_module
+        assert isinstance(module, LightningModule)
+        try:
+            description = FlatParameters(module.parameters()).description
+        except ValueError as error:
+            description = f"none that can be trained ({str(error).rstrip('.')})"
+        remedy = "build the same model on every rank, with the same dtype and the same frozen parameters."
+        try:
+            Processes().require_equal(description, "models", remedy)
+        except ProcessError as error:
+            raise MisconfigurationException(str(error)) from error
+        FlatParameters(module.parameters())  # where no rank has anything to train, this says so
+        super().configure_ddp()

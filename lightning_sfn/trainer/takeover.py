@@ -1,0 +1,94 @@
+"""What callback and strategies share when a Newton optimizer takes the place of a module's own."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.step import StepRecord
+
+__all__ = ["OptimizerFactory", "coupled_decay", "log_metrics", "log_step", "make_newton"]
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+"""Makes an optimizer from parameter groups: `SaddleFreeNewton` itself, or a `functools.partial` of it."""
+
+_LOGGED = ("loss_before", "loss_after", "damping", "step_norm", "lambda_min", "lambda_max", "accepted", "products")
+
+
+def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFreeNewton:
+    """Makes the Newton optimizer over another one's parameters.
+
+    Args:
+        make: Makes it.
+        base: The optimizer whose place it takes.
+        who: Name of what asks, for the message.
+
+    Returns:
+        The Newton optimizer.
+
+    Raises:
+        MisconfigurationException: It cannot be made, or it is no `SaddleFreeNewton` that can work here.
+    """
+    try:
+        newton = make([{"params": group["params"]} for group in base.param_groups])
+    except ValueError as error:
+        raise MisconfigurationException(f"{who} cannot make its optimizer: {error}") from error
+    if not isinstance(newton, SaddleFreeNewton):
+        raise MisconfigurationException(
+            f"{who} got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
+            "pass functools.partial(SaddleFreeNewton, ...)."
+        )
+    if newton.curvature != "hessian" and any(decay for _, decay in coupled_decay(base)):
+        raise MisconfigurationException(
+            f"{who} got curvature={newton.curvature!r} and an optimizer with weight decay, which is part of the "
+            "objective but not a function of the model output: use curvature='hessian', or no weight decay."
+        )
+    return newton
+
+
+def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:
+    """Pairs of parameters and weight decay that is part of the objective, by parameter group.
+
+    AdamW's is not: it shrinks weights beside the gradient step.
+
+    Args:
+        optimizer: The optimizer whose place Newton's takes.
+    """
+
+    def decay(group: dict[str, Any]) -> float:
+        decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
+        return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
+
+    return [(group["params"], decay(group)) for group in optimizer.param_groups]
+
+
+def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, prefix: str = "sfn") -> None:
+    """Logs a Newton step as ``sfn/loss_before`` and so on: at its step to loggers, as a mean to the progress bar.
+
+    Args:
+        trainer: The Trainer.
+        module: The module that logs; it must be in a hook that may.
+        record: The step.
+        prefix: What the names begin with.
+    """
+    if trainer.barebones:
+        return
+    metrics = {f"{prefix}/{name}": float(getattr(record, name)) for name in _LOGGED}
+    log_metrics(trainer, metrics)
+    module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Writes numbers to all loggers at the present step.
+
+    Args:
+        trainer: The Trainer.
+        metrics: The numbers by name.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,0 +1,371 @@
+"""Several ranks: exactness against one process, what they send each other, the sharded basis, and failures."""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_sfn.newton import Objective, SaddleFreeNewton
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ProcessError, Processes, ProcessMean
+from lightning_sfn.newton.step import StepRecord
+
+from .ranks import Collectives, Failed, on_ranks
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+ROWS = 24
+
+
+def network(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def loss_on(module: nn.Module, rows: slice, dtype: torch.dtype) -> Callable[[], Tensor]:
+    x = torch.randn(ROWS, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y = (x[:, :3] * x[:, 2:]).tanh()
+    inputs, targets = x[rows].to(dtype), y[rows].to(dtype)
+    return lambda: (module(inputs) - targets).square().mean()
+
+
+def even(rank: int, size: int) -> slice:
+    return slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+
+
+def uneven(rank: int, size: int) -> slice:
+    """Half of the rows to the first rank, what is left to the others."""
+    if rank == 0:
+        return slice(0, ROWS // 2)
+    each = ROWS / 2 / (size - 1)
+    return slice(ROWS // 2 + round((rank - 1) * each), ROWS // 2 + round(rank * each))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a few steps led to."""
+
+    parameters: list[Tensor]
+    records: list[StepRecord]
+    large: Counter[str]
+    small: Counter[str]
+    bytes: Counter[str]
+    state: dict[str, Any]
+    basis_bytes: int
+
+
+def run(
+    count: int,
+    dtype: torch.dtype = torch.float64,
+    cut: Callable[[int, int], slice] = even,
+    state: dict[str, Any] | None = None,
+    **options: Any,
+) -> Run:
+    """A few steps on this rank's rows, each row weighted alike; on all rows where there is no process group."""
+    processes = Processes() if dist.is_initialized() else None
+    rows = slice(0, ROWS) if processes is None else cut(processes.rank, processes.size)
+    mean = None if processes is None else ProcessMean(processes, (rows.stop - rows.start) / ROWS)
+    module = network(dtype)
+    optimizer = SaddleFreeNewton(module.parameters(), processes=processes, check_ranks=True, **options)
+    if state is not None:
+        optimizer.load_state_dict(state)
+        FlatParameters(module.parameters()).write(state["parameters"])
+    size = sum(p.numel() for p in module.parameters())
+    parameters, records, kept = [], [], [torch.empty(0)]
+    make_room = BasisStore.empty
+
+    def noting(*args: Any) -> Tensor:
+        kept[0] = make_room(*args)
+        return kept[0]
+
+    with Collectives(small=size * dtype.itemsize // 8) as counted, mock.patch.object(BasisStore, "empty", noting):
+        for _ in range(count):
+            records.append(optimizer.step_on(Objective([loss_on(module, rows, dtype)], reduce=mean)))
+            parameters.append(FlatParameters(module.parameters()).read())
+    saved = optimizer.state_dict() | {"parameters": parameters[-1]}
+    return Run(parameters, records, counted.large, counted.small, counted.bytes, saved, kept[0].nbytes)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).double().norm() / b.double().norm())
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+
+
+def all_runs(state: dict[str, Any]) -> dict[str, Run]:
+    return {
+        "replicated": run(3),
+        "sharded": run(3, basis="sharded"),
+        "uneven": run(2, cut=uneven),
+        "uneven sharded": run(2, cut=uneven, basis="sharded"),
+        # With the damping of 0.25 that a search finds, the order of the rows alone moves the step by 3e-6 in float32.
+        "float32": run(1, torch.float32, damping=1.0),
+        "float32 sharded": run(1, torch.float32, damping=1.0, basis="sharded"),
+        "paper": run(1, krylov_dim=12, damping="grid", previous_directions=1, secants=False, preconditioner=None),
+        "exact": run(1, krylov_dim="full", basis="sharded"),
+        "resumed": run(1, basis="sharded", state=state),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Run]:
+    torch.set_num_threads(1)
+    return all_runs(run(3, basis="sharded").state)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def many(request: pytest.FixtureRequest, alone: dict[str, Run]) -> list[dict[str, Run]]:
+    """The runs on 2 and on 4 ranks; what is resumed was saved by one process."""
+    runs = on_ranks(request.param, all_runs, alone["sharded"].state)
+    assert not any(isinstance(result, Failed) for result in runs), runs
+    return runs
+
+
+def test_parameters_are_the_same_bits_on_all_ranks_after_every_step(many: list[dict[str, Run]]) -> None:
+    for name, first in many[0].items():
+        for other in many[1:]:
+            assert all(map(torch.equal, first.parameters, other[name].parameters)), name
+            assert [repr(r) for r in other[name].records] == [repr(r) for r in first.records], name
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("replicated", 1e-12),
+        ("sharded", 1e-12),
+        ("uneven", 1e-12),
+        ("uneven sharded", 1e-12),
+        ("float32", 1e-6),
+        ("float32 sharded", 1e-6),
+        ("paper", 1e-12),
+        ("exact", 1e-12),
+        ("resumed", 1e-12),
+    ],
+)
+def test_ranks_take_the_step_of_one_process_on_all_rows(
+    many: list[dict[str, Run]], alone: dict[str, Run], name: str, bound: float
+) -> None:
+    for shared, own in zip(many[0][name].parameters, alone[name].parameters, strict=True):
+        assert relative(shared, own) < bound
+    assert alone[name].records[0].accepted
+
+
+def test_the_sharded_basis_gives_the_replicated_step(many: list[dict[str, Run]]) -> None:
+    for sharded, replicated in (("sharded", "replicated"), ("uneven sharded", "uneven")):
+        assert relative(many[0][sharded].parameters[-1], many[0][replicated].parameters[-1]) < 1e-12
+        assert many[0][sharded].records[-1].subspace_dim > 16  # with remembered steps
+
+
+def test_a_rank_keeps_its_share_of_the_sharded_basis(many: list[dict[str, Run]], alone: dict[str, Run]) -> None:
+    whole, ranks = alone["sharded"].basis_bytes, len(many)
+    rows = whole // alone["sharded"].parameters[0].nbytes
+    assert many[0]["replicated"].basis_bytes == whole
+    assert whole <= many[0]["sharded"].basis_bytes * ranks <= whole + rows * 8 * ranks  # an entry of padding each
+
+
+def test_a_state_saved_on_any_number_of_ranks_is_the_same(many: list[dict[str, Run]], alone: dict[str, Run]) -> None:
+    ours, theirs = (runs["sharded"].state["newton"]["memory"]["steps"] for runs in (many[0], alone))
+    assert len(ours) == len(theirs) > 3
+    for (vector, product), (other, its_product) in zip(ours, theirs, strict=True):
+        assert relative(vector, other) < 1e-10
+        assert relative(product, its_product) < 1e-10
+
+
+# ------------------------------------------------------------------------------------------------ collectives
+
+
+def test_a_product_costs_one_collective_and_a_batch_of_trials_another(many: list[dict[str, Run]]) -> None:
+    for name in ("replicated", "uneven"):
+        shared = many[0][name]
+        products, gradients, inner = (
+            sum(getattr(record, what) for record in shared.records) for what in ("products", "gradients", "inner_steps")
+        )
+        assert shared.large["allreduce"] == products + gradients
+        # Rank zero's point after each inner step, and its eigenvectors, which are large beside so few parameters.
+        assert shared.large["broadcast"] == inner + len(shared.records)
+        assert set(shared.large) == {"allreduce", "broadcast"}
+        # A loss with each gradient, one for repeatability; the warm search asks for its first three trials at once.
+        batches = shared.small["allreduce"] - gradients - 1
+        assert inner <= batches == sum(record.trials for record in shared.records) - 2 * inner
+
+
+def test_the_grid_is_one_batch_of_trials(many: list[dict[str, Run]]) -> None:
+    shared = many[0]["paper"]
+    gradients, inner = sum(r.gradients for r in shared.records), 2 * len(shared.records)
+    assert sum(record.trials for record in shared.records) == 6 * inner
+    assert shared.small["allreduce"] == gradients + 1 + inner
+
+
+def test_a_sharded_product_costs_a_scatter_and_a_gather(many: list[dict[str, Run]]) -> None:
+    shared, vector = many[0]["sharded"], many[0]["sharded"].parameters[0].nbytes
+    lanczos = sum(record.products - 1 for record in shared.records)  # without the probe of the preconditioner
+    assert shared.large["reduce_scatter_base"] == lanczos == 16 * len(shared.records)
+    # What else is gathered: candidates for steps, the ends of the spectrum, the way out of a saddle.
+    others = shared.large["allgather_base"] - lanczos
+    candidates = sum(record.trials for record in shared.records) + 2 * len(shared.records)
+    assert candidates <= others <= candidates + 2 * len(shared.records)
+    padding = 1 + len(many) * 8 / vector
+    assert shared.bytes["reduce_scatter_base"] <= lanczos * vector * padding
+    assert shared.bytes["allgather_base"] <= (lanczos + others) * vector * padding
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def attempt(closure_on: Callable[[nn.Module, int], Callable[[], Tensor]], **options: Any) -> tuple[Failed | None, bool]:
+    """A step on a closure of this rank's: how it failed, and whether the parameters are as they were."""
+    processes = Processes()
+    module = network(torch.float64)
+    before = FlatParameters(module.parameters()).read()
+    optimizer = SaddleFreeNewton(module.parameters(), processes=processes, **options)
+    failed = None
+    try:
+        optimizer.step(closure_on(module, processes.rank))
+    except Exception as error:
+        failed = Failed(type(error).__name__, str(error))
+    return failed, torch.equal(before, FlatParameters(module.parameters()).read())
+
+
+def spoilt(culprit: int, evaluation: int, how: Callable[[Tensor], Tensor]) -> Callable[..., Callable[[], Tensor]]:
+    """Closures of which one rank's is spoilt from its n-th evaluation on."""
+
+    def closure_on(module: nn.Module, rank: int) -> Callable[[], Tensor]:
+        count, loss = 0, loss_on(module, even(rank, 3), torch.float64)
+
+        def closure() -> Tensor:
+            nonlocal count
+            count += 1
+            return how(loss()) if rank == culprit and count >= evaluation else loss()
+
+        return closure
+
+    return closure_on
+
+
+def raising(loss: Tensor) -> Tensor:
+    raise ArithmeticError("the disk is gone")
+
+
+def curved_without_bound(loss: Tensor) -> Tensor:
+    """Adds something with a gradient of zero and an infinite second derivative."""
+    return loss + (loss - loss.detach()).abs().pow(1.5)
+
+
+def failures() -> dict[str, tuple[Failed | None, bool]]:
+    return {
+        "raises": attempt(spoilt(1, 1, raising), hvp="retain"),
+        "raises in a product": attempt(spoilt(1, 4, raising), hvp="recompute"),
+        "raises in a trial": attempt(spoilt(1, 3, raising), hvp="retain"),
+        "nan": attempt(spoilt(2, 1, lambda loss: loss * math.nan), hvp="retain"),
+        "nan in a product": attempt(spoilt(2, 1, curved_without_bound), hvp="retain"),
+        "nan everywhere": attempt(lambda module, rank: lambda: (next(module.parameters()) * math.nan).sum()),
+        "nothing": attempt(spoilt(0, 10**6, raising)),
+    }
+
+
+@pytest.fixture(scope="module")
+def failed() -> list[dict[str, tuple[Failed, bool]]]:
+    torch.set_num_threads(1)
+    outcomes = on_ranks(3, failures)
+    assert all(isinstance(outcome, dict) for outcome in outcomes), outcomes
+    return outcomes
+
+
+@pytest.mark.parametrize("how", ["raises", "raises in a product", "raises in a trial"])
+def test_an_error_on_one_rank_ends_the_step_on_all_and_names_it(failed: list[Any], how: str) -> None:
+    for rank, outcome in enumerate(failed):
+        failure, unchanged = outcome[how]
+        assert unchanged
+        if rank == 1:
+            assert failure == Failed("ArithmeticError", "the disk is gone")
+        else:
+            message = "Rank 1 of 3 failed in the middle of a step: ArithmeticError: the disk is gone"
+            assert failure == Failed("ProcessError", message)
+
+
+@pytest.mark.parametrize("how", ["nan", "nan in a product"])
+def test_a_nan_on_one_rank_ends_the_step_on_all_and_names_it(failed: list[Any], how: str) -> None:
+    for failure, unchanged in (outcome[how] for outcome in failed):
+        assert unchanged
+        assert failure.error == "ProcessError"
+        assert failure.message.startswith("The contribution of rank 2 of 3 to the objective is not finite")
+
+
+def test_what_is_not_finite_anywhere_is_not_blamed_on_a_rank(failed: list[Any]) -> None:
+    assert all(outcome["nan everywhere"][0].error == "FloatingPointError" for outcome in failed)
+    assert all(outcome["nan everywhere"][1] for outcome in failed)
+
+
+def test_a_step_after_failures_is_taken(failed: list[Any]) -> None:
+    assert all(outcome["nothing"] == (None, False) for outcome in failed)
+
+
+def lost(how: str) -> Failed | None:
+    """Rank 1 dies, or hangs, in the middle of a product."""
+
+    def gone(loss: Tensor) -> Tensor:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(60)
+        return loss
+
+    return attempt(spoilt(1, 4, gone), hvp="recompute")[0]
+
+
+@pytest.mark.parametrize(("how", "timeout"), [("dies", 60.0), ("hangs", 2.0)])
+def test_a_rank_that_is_gone_is_named_by_the_others(how: str, timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sfn.newton.processes._ROLL_CALL", timedelta(seconds=2))
+    first, second, third = on_ranks(3, lost, how, timeout=timeout, limit=8.0)
+    assert second == Failed()
+    for failure in (first, third):
+        assert failure.error == "ProcessError"
+        assert failure.message.startswith("No sign of life from rank 1 of 3: the process died, or hangs longer")
+
+
+def other_models() -> list[str]:
+    """What the first step says where the ranks hold different models."""
+    rank, messages = dist.get_rank(), []
+    wide = torch.ones(2 + rank, requires_grad=True)
+    double = torch.ones(2, dtype=torch.float64 if rank else torch.float32, requires_grad=True)
+    other = torch.full((2,), 1.0 + rank, requires_grad=True)
+    for parameter in (wide, double, other):
+        optimizer = SaddleFreeNewton([parameter], processes=Processes())
+        try:
+            optimizer.step(lambda parameter=parameter: parameter.square().sum())
+        except ProcessError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_with_different_models_are_told_before_the_first_step() -> None:
+    first, second = on_ranks(2, other_models)
+    assert first == second
+    shapes, dtypes, values = first
+    assert shapes.startswith(
+        "The ranks have different models: rank 0 has 1 trainable parameters of float32 (2), rank 1 has 1 trainable "
+        "parameters of float32 (3): build the same model on every rank"
+    )
+    assert (
+        "rank 0 has 1 trainable parameters of float32 (2), rank 1 has 1 trainable parameters of float64 (2)" in dtypes
+    )
+    assert values.startswith("The ranks have different parameters: rank 0 has the checksum")
+
+
+def test_processes_need_a_process_group() -> None:
+    with pytest.raises(ProcessError, match=r"^There is no process group.*init_process_group\(\) first\.$"):
+        Processes()
