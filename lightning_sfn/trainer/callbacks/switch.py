@@ -271,9 +271,9 @@ class SwitchToSFN(EarlyStopping):
                 f"SwitchToSFN got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
                 "pass functools.partial(SaddleFreeNewton, ...)."
             )
-        if newton.curvature == "gauss_newton":
+        if newton.curvature != "hessian":
             raise MisconfigurationException(
-                "SwitchToSFN got curvature='gauss_newton', but training_step hands over a loss without the model "
+                f"SwitchToSFN got curvature={newton.curvature!r}, but training_step hands over a loss without the model "
                 "output: use curvature='hessian', or SaddleFreeNewton in plain torch."
             )
         return newton
