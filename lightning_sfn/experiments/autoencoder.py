@@ -24,8 +24,8 @@ class Autoencoder(pl.LightningModule):
     """A deep autoencoder: an encoder down to a code, and its mirror image up to a sigmoid output.
 
     Automatic optimization with one optimizer. ``train_loss`` and ``val_loss`` are logged once per epoch, and with the
-    cross-entropy also ``train_squared_error`` and ``val_squared_error``, which the paper reports. Hyperparameters are not written into checkpoints, so that on resuming a run the command's
-    configuration decides.
+    cross-entropy also ``train_squared_error`` and ``val_squared_error``, which the paper reports.
+    Hyperparameters are not written into checkpoints, so that on resuming a run the command's configuration decides.
 
     Args:
         sizes: Layer widths from the input to the code, at least two; the decoder runs through them backwards.

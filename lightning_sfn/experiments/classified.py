@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sfn.experiments.mnist import MNIST, ImageKind, decode_images
+from lightning_sfn.experiments.mnist import MNIST, ImageKind, as_it_is, decode_images
 from lightning_sfn.experiments.sources import SAMPLE, is_hub_id, load_split
 
 __all__ = ["HUB_IDS", "ClassifiedImages", "labelled_images"]
@@ -159,8 +159,4 @@ class ClassifiedImages(pl.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self._rows[split], self.batch_size, shuffle=shuffle, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
+        return DataLoader(self._rows[split], self.batch_size, shuffle=shuffle, collate_fn=as_it_is)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lightning_sfn.experiments.runner import Result, Runner
 from lightning_sfn.experiments.statistics import Interval, mean_interval
@@ -150,17 +147,6 @@ def by_seed(results: dict[str, Result], **wanted: Any) -> list[Result]:
     """The results whose entries are as wanted, in the order of their seeds."""
     found = [r for r in results.values() if all(r.get(key) == value for key, value in wanted.items())]
     return sorted(found, key=lambda result: result["seed"])
-
-
-def seeded(seed: int) -> torch.Generator:
-    """Seeds torch's global generator, and returns one of its own for everything else that is drawn."""
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def closed(values: Sequence[float | None]) -> list[float]:
-    """Numbers read back from JSON, in which ``None`` stands for what was not finite."""
-    return [math.nan if value is None else value for value in values]
 
 
 def new_canvas(rows: int, columns: int, *, width: float = 3.4, height: float = 2.7) -> tuple[Canvas, Any]:

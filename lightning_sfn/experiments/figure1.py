@@ -145,7 +145,7 @@ def points_from_sgd(*, source: str, seed: int, settings: Settings, device: str) 
         epochs = round(draw_number(generator, *settings.sgd_epochs))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         for _ in range(epochs):
-            for rows in torch.randperm(len(images), generator=generator).split(50):
+            for rows in torch.split(torch.randperm(len(images), generator=generator), 50):
                 optimizer.zero_grad()
                 model.loss(images[rows], labels[rows]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -217,7 +217,9 @@ def draw(result: Result) -> dict[str, Canvas]:
         for start, marker in (("trajectory", "o"), ("uniform", "s"), ("sgd", "^")):
             chosen = [p for p in points if p["found"] and p["start"] == start]
             if chosen:
-                left.scatter([p["index"] for p in chosen], [100 * p["error"] for p in chosen], marker=marker, label=start)
+                left.scatter(
+                    [p["index"] for p in chosen], [100 * p["error"] for p in chosen], marker=marker, label=start
+                )
         left.set(title=f"({'ac'[row]}) {shown}", xlabel=r"index $\alpha$", ylabel=r"training error $\epsilon$ (%)")
         left.legend(fontsize=8)
         for point in result["spectra"][dataset]:
@@ -261,7 +263,7 @@ def _monotone(dataset: str, critical: Sequence[Result], searches: int, bound: fl
 
 
 def _shift(dataset: str, spectra: Sequence[Result]) -> Verdict:
-    """The share of clearly negative eigenvalues grows, and so does the size of the most negative one in units of the largest."""
+    """The share of negative eigenvalues grows, and so does the most negative one in units of the largest."""
     claim = f"{dataset}: the distribution of eigenvalues shifts to the left as the error grows"
     shares, sizes = [p["index"] for p in spectra], [_left_end(p) for p in spectra]
     measured = "low, middle, high error: negative share " + ", ".join(f"{s:.2f}" for s in shares)
@@ -272,7 +274,7 @@ def _shift(dataset: str, spectra: Sequence[Result]) -> Verdict:
 
 def _left_end(point: Result) -> float:
     values = point["eigenvalues"]
-    return max(-min(values), 0.0) / max(max(values), math.ulp(0.0))
+    return max(-float(min(values)), 0.0) / max(float(max(values)), math.ulp(0.0))
 
 
 def rows(result: Result) -> list[Result]:
@@ -298,7 +300,7 @@ FIGURE = Figure(
             uniform_points=2,
             sgd_epochs=(10, 100),
             networks=3,
-            bound=1e-4,
+            bound=2.5e-4,
             max_steps=200,
         ),
         "paper": Settings(),

@@ -63,8 +63,8 @@ CAPTION = (
     "is the squared error summed over pixels, mean over the training images. The paper: SGD stalls at 1.0, SFN reaches "
     "0.57. (c, d) Character-level recurrent network, tanh units, orthogonal recurrent weights; bits per character on "
     "the training text. Every window is read from a zero hidden state and nothing is carried over, so neither "
-    "truncation nor carrying changes the objective between two evaluations. After the plateau every arm spends the same "
-    "processor time, Krylov subspace, damping 1e0 to 1e-5 by best improvement."
+    "truncation nor carrying changes the objective between two evaluations. After the plateau every arm spends the "
+    "same processor time, Krylov subspace, damping 1e0 to 1e-5 by best improvement."
 )
 
 FIGURE = Figure(
@@ -86,7 +86,7 @@ FIGURE = Figure(
                 curvature_cases=1000,
                 part=1000,
                 probe_cases=500,
-                probe_dim=40,
+                probe_dim=200,
                 probe_every=(20, 5),
             ),
             recurrent.Settings(

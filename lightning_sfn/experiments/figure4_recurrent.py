@@ -1,4 +1,4 @@
-"""Figure 4 (c, d) and Section 7.2: a character-level recurrent network by SGD until it stalls, and by SFN from there."""
+"""Figure 4 (c, d) and Section 7.2: a character-level recurrent network by SGD until it stalls, then by SFN."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _problem(source: str, seed: int, settings: Settings, device: str) -> Problem
 
     @torch.no_grad()
     def bits() -> float:
-        parts = windows.split(settings.part)
+        parts = torch.split(windows, settings.part)
         return sum(float(model.loss(part)) * len(part) for part in parts) / len(windows) / math.log(2)
 
     return Problem(model, windows, model.loss, bits, settings.part)

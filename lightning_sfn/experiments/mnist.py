@@ -137,7 +137,7 @@ class MNISTDataModule(pl.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
-            collate_fn=_identity,
+            collate_fn=as_it_is,
             persistent_workers=self.num_workers > 0,
         )
 
@@ -200,7 +200,8 @@ def _as_unit_floats(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
 
 
-def _identity(batch: T) -> T:
+def as_it_is(batch: T) -> T:
+    """What `DataLoader` should do with a batch that `__getitems__` has made whole."""
     return batch
 
 

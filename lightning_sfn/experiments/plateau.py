@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class Problem:
             rows: Indices of the cases.
         """
         cases = self.cases if rows is None else self.cases[rows]
-        parts = cases.split(self.part)
-        return Objective([lambda part=part: self.loss(part) for part in parts], [len(part) for part in parts])
+        parts = torch.split(cases, self.part)
+        return Objective([partial(self.loss, part) for part in parts], [len(part) for part in parts])
 
     def spectrum(self, rows: Tensor, krylov_dim: int) -> Spectrum:
         """Ritz values of the Hessian on some cases.
@@ -142,7 +143,7 @@ def sgd_arm(
     best, waited, update, epoch = math.inf, 0, 0, 0
     spent = curve.note(0.0, spectrum=True)
     while spent < budget.seconds and epoch < budget.epochs:
-        for rows in torch.randperm(len(problem.cases), generator=generator).split(batch_size):
+        for rows in torch.split(torch.randperm(len(problem.cases), generator=generator), batch_size):
             group = optimizer.param_groups[0]
             group["lr"], group["momentum"] = schedule(update)
             group["nesterov"] = nesterov and group["momentum"] > 0
@@ -192,9 +193,7 @@ def newton_arm(
     while spent < budget.seconds and len(accepted) < budget.epochs:
         part = curvature_cases < len(problem.cases)
         rows = torch.randperm(len(problem.cases), generator=generator)[:curvature_cases]
-        record = optimizer.step_on(
-            whole, curvature=problem.objective(rows) if part else None, same_function=True
-        )
+        record = optimizer.step_on(whole, curvature=problem.objective(rows) if part else None, same_function=True)
         accepted.append(record.accepted)
         spent = curve.note(len(accepted), spectrum=len(accepted) % probe_every == 0)
         if not record.accepted and not part:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -150,10 +149,10 @@ def _difference(found: Result, wanted: Result) -> str:
     missing = object()
     names = [n for n in {**found, **wanted} if found.get(n, missing) != wanted.get(n, missing)]
     name = names[0]
-    inner = (found.get(name), wanted.get(name))
-    if isinstance(inner[0], dict) and isinstance(inner[1], dict):
-        return _difference(*inner)
-    return f"{name} is {inner[0]!r} there and {inner[1]!r} here"
+    there, here = found.get(name), wanted.get(name)
+    if isinstance(there, dict) and isinstance(here, dict):
+        return _difference(there, here)
+    return f"{name} is {there!r} there and {here!r} here"
 
 
 def _use_one_thread() -> None:
@@ -170,8 +169,3 @@ def _bar(title: str, total: int, done: int, shown: bool) -> Iterator[Callable[[]
     with Progress(*columns, disable=not shown) as progress:
         task = progress.add_task(title, total=total, completed=done)
         yield lambda: progress.advance(task)
-
-
-def finite_or_none(value: float) -> float | None:
-    """A number as JSON can hold it: NaN and infinities, which JSON does not know, become ``None``."""
-    return value if math.isfinite(value) else None

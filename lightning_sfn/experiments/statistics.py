@@ -14,7 +14,23 @@ __all__ = ["Interval", "mean_interval", "rank_correlation"]
 
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the leading term of the expansion around the
 # normal quantile is good to three digits.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T: tuple[float, ...] = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 _T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
@@ -77,7 +93,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], *, resamples: int =
         ValueError: There are fewer than three pairs, or one side does not vary.
     """
     if len(x) != len(y) or len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
-        raise ValueError(f"A rank correlation needs three pairs that vary, but {len(x)} and {len(y)} values were given.")
+        raise ValueError(
+            f"A rank correlation needs three pairs that vary, but {len(x)} and {len(y)} values were given."
+        )
     first, second = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(x), (resamples, len(x)), generator=generator)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sfn.data import text_folder
+from lightning_sfn.experiments.mnist import as_it_is
 from lightning_sfn.experiments.sources import SAMPLE, is_hub_id, load_split
 
 __all__ = ["CharacterText", "Vocabulary", "Windows", "read_text"]
@@ -100,7 +101,9 @@ def _from_file(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise MisconfigurationException(f"The text file {str(path)!r} cannot be read as UTF-8 text: {error}.") from error
+        raise MisconfigurationException(
+            f"The text file {str(path)!r} cannot be read as UTF-8 text: {error}."
+        ) from error
     return "".join(f"{line.strip()}\n" for line in text.splitlines())
 
 
@@ -204,12 +207,8 @@ class CharacterText(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return the shuffled loader of the training windows."""
-        return DataLoader(self._windows["train"], self.batch_size, shuffle=True, collate_fn=_as_it_is)
+        return DataLoader(self._windows["train"], self.batch_size, shuffle=True, collate_fn=as_it_is)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return the loader of the held-out windows, in order."""
-        return DataLoader(self._windows["validation"], self.batch_size, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Tensor) -> Tensor:
-    return batch
+        return DataLoader(self._windows["validation"], self.batch_size, collate_fn=as_it_is)

@@ -180,7 +180,7 @@ class HessianOperator(CurvatureOperator):
 
     def _batched(self, vectors: Tensor) -> Tensor:
         tensors = self.parameters.tensors
-        pieces = vectors.split(list(self.parameters.sizes), dim=1)
+        pieces = torch.split(vectors, list(self.parameters.sizes), dim=1)
         directions = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parameters.shapes, strict=True)]
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):

@@ -114,7 +114,7 @@ class KrylovSubspaceDescent(Optimizer):
             along.grad = scales * space.coordinates(gradient)
             return loss
 
-        bfgs.step(evaluate)
+        bfgs.step(evaluate)  # type: ignore[no-untyped-call]
         step = space.lift(scales * along.detach())
         parameters.write(origin + step)
         return objective.value(), step

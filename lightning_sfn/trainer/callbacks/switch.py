@@ -273,8 +273,8 @@ class SwitchToSFN(EarlyStopping):
             )
         if newton.curvature != "hessian":
             raise MisconfigurationException(
-                f"SwitchToSFN got curvature={newton.curvature!r}, but training_step hands over a loss without the model "
-                "output: use curvature='hessian', or SaddleFreeNewton in plain torch."
+                f"SwitchToSFN got curvature={newton.curvature!r}, but training_step hands over a loss without the "
+                "model output: use curvature='hessian', or SaddleFreeNewton in plain torch."
             )
         return newton
 
