@@ -1,9 +1,9 @@
-"""Writes the README's tables from the results files.
+"""Writes the tables of the README and of docs/paper.md from the results files.
 
     python benchmarks/tables.py [--check]
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end table -->`. With ``--check`` nothing is written, and the
-exit status says whether the README agrees with the results.
+exit status says whether the pages agree with the results.
 """
 
 import argparse
@@ -11,12 +11,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from record import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "paper.md")
 
 
 def main() -> int:
@@ -24,12 +26,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    old = README.read_text()
-    new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", _fill, old, flags=re.DOTALL)
-    if options.check:
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    stale = 0
+    for page in PAGES:
+        old = page.read_text()
+        new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", _fill, old, flags=re.DOTALL)
+        stale |= new != old
+        if not options.check:
+            page.write_text(new)
+    return int(stale and options.check)
 
 
 def _fill(found: re.Match[str]) -> str:
@@ -112,7 +116,32 @@ def plateau() -> str:
     return _rows(header, rows) + _measured(results, "python benchmarks/plateau_spectrum.py")
 
 
-TABLES: dict[str, Callable[[], str]] = {"escape": escape, "stall": stall, "plateau": plateau}
+FIGURES = ("fig1", "fig2", "fig3", "fig4")
+
+
+def paper() -> str:
+    """How many claims of each figure were reproduced."""
+    header = ["figure", "what", "seeds", "reproduced", "in part", "not"]
+    rows = []
+    for name in FIGURES:
+        results = _load(name)
+        verdicts = [verdict["verdict"] for verdict in results["verdicts"]]
+        counts = [str(verdicts.count(v)) for v in ("reproduced", "reproduced in part", "not reproduced")]
+        rows.append([name, results["title"], str(results["seeds"]), *counts])
+    return _rows(header, rows)
+
+
+def claims(name: str) -> str:
+    """The claims of one figure beside what was measured."""
+    results = _load(name)
+    rows = [[v["claim"], v["measured"].replace("|", "\\|"), f"*{v['verdict']}*"] for v in results["verdicts"]]
+    settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items() if not isinstance(value, dict))
+    note = f"\n{results['caption']}\n" + (f"\nSettings: {settings}.\n" if settings else "")
+    return _rows(["claim", "measured", "verdict"], rows) + note + _measured(results, results["command"])
+
+
+TABLES: dict[str, Callable[[], str]] = {"escape": escape, "stall": stall, "plateau": plateau, "paper": paper}
+TABLES |= {name: partial(claims, name) for name in FIGURES}
 
 
 if __name__ == "__main__":

@@ -222,8 +222,9 @@ def draw(result: Result) -> dict[str, Canvas]:
                 )
         left.set(title=f"({'ac'[row]}) {shown}", xlabel=r"index $\alpha$", ylabel=r"training error $\epsilon$ (%)")
         left.legend(fontsize=8)
+        edge = 3 * max((-point["lambda_min"] for point in result["spectra"][dataset]), default=1.0)
         for point in result["spectra"][dataset]:
-            _draw_spectrum(right, point)
+            _draw_spectrum(right, point, edge)
         right.axvline(0, color="0.3", linewidth=0.8)
         right.set(title=f"({'bd'[row]}) {shown}", xlabel=r"eigenvalue $\lambda$", ylabel=r"$p(\lambda)$")
         right.set_yscale("log")
@@ -231,13 +232,14 @@ def draw(result: Result) -> dict[str, Canvas]:
     return {"fig1": canvas}
 
 
-def _draw_spectrum(axis: Any, point: Result) -> None:
+def _draw_spectrum(axis: Any, point: Result, edge: float) -> None:
+    """The distribution between ``-edge`` and ``edge``; a few large eigenvalues would squeeze the rest into one bin."""
     values = torch.tensor(point["eigenvalues"], dtype=torch.float64)
-    density, edges = torch.histogram(values, bins=40)
-    middles = (edges[1:] + edges[:-1]) / 2
-    share = density / len(values)
-    seen = share > 0
-    axis.plot(middles[seen], share[seen], ".-", linewidth=1, label=f"error {100 * point['error']:.0f}%")
+    counts, edges = torch.histogram(values, bins=31, range=(-edge, edge))
+    middles, seen = (edges[1:] + edges[:-1]) / 2, counts > 0
+    axis.plot(
+        middles[seen], (counts / len(values))[seen], ".-", linewidth=1, label=f"error {100 * point['error']:.0f}%"
+    )
 
 
 def verdicts(result: Result) -> list[Verdict]:
@@ -286,7 +288,8 @@ CAPTION = (
     "Critical points found by Newton's method on the gradient (float64; a point counts if its gradient's norm is below "
     "the bound). MNIST: from points on SFN trajectories after 0 to 20 epochs with uniform noise of amplitude 1e-1 to "
     "1e-4, and from weights uniform in [-1, 1]; one hidden layer. CIFAR-10 (as luminance): 3-layer tanh networks "
-    "trained by SGD. Images shrunk by area averaging. The paper prints no numbers for this figure."
+    "trained by SGD. Images shrunk by area averaging. Eigenvalues right of the "
+    "drawn window are left out of (b, d). The paper prints no numbers for this figure."
 )
 
 FIGURE = Figure(

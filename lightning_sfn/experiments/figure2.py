@@ -217,9 +217,9 @@ def rows(result: Result) -> list[Result]:
 CAPTION = (
     "Trajectories of full-gradient descent (learning rate 0.05), Newton's method, damped Newton as a trust region "
     "(damping: the most negative eigenvalue's size plus 0.5) and SFN (damping 1e-6), from the yellow dot; float64, "
-    "exact Hessian. (a, b) the paper's Figure 2; (c, d) the gutter and the degenerate point of its Figure 5. fig2_methods: "
-    "the step of each method of Section 4 along eigenvectors of the Hessian at a saddle point of a small perceptron, "
-    "per unit of displacement, beside the closed forms of the text."
+    "exact Hessian. (a, b) the paper's Figure 2; (c, d) the gutter and the degenerate point of its Figure 5. "
+    "fig2_methods: the step of each method of Section 4 along eigenvectors of the Hessian at a saddle point of a small "
+    "perceptron, per unit of displacement, beside the closed forms of the text."
 )
 
 FIGURE = Figure(

@@ -86,7 +86,7 @@ FIGURE = Figure(
                 curvature_cases=1000,
                 part=1000,
                 probe_cases=500,
-                probe_dim=200,
+                probe_dim=40,
                 probe_every=(20, 5),
             ),
             recurrent.Settings(

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "momentum_schedule", "run_seed"]
 
 
-_RESOLVED = 1e-6
-
-
 @dataclass(frozen=True)
 class Settings:
     """Sizes of the experiment.
@@ -211,7 +208,7 @@ def _draw_spectra(axis: Axes, run: Result) -> None:
         axis.plot(x, [_depth(s) for s in spectra], color=colour)
         axis.plot(x, [s["gradient_norm"] for s in spectra], color=colour, linestyle="--")
     axis.axvline(offset, color="0.6", linestyle=":")
-    axis.plot([], [], color="0.2", label="|most negative eigenvalue|")
+    axis.plot([], [], color="0.2", label="|most negative eigenvalue| (or its error)")
     axis.plot([], [], color="0.2", linestyle="--", label="gradient norm")
     axis.set(title="(b) deep autoencoder, first seed", xlabel="epochs of SGD, then steps of SFN", yscale="log")
     axis.legend(fontsize=8)
@@ -248,8 +245,8 @@ def verdicts(runs: list[Result]) -> list[Verdict]:
 
 
 def _depth(spectrum: Result) -> float:
-    """Size of the most negative eigenvalue; below a millionth of the largest a Ritz value says nothing."""
-    return max(-float(spectrum["lambda_min"]), _RESOLVED * float(spectrum["lambda_max"]))
+    """Size of the most negative eigenvalue; below the error bound of the lowest Ritz value nothing is known of it."""
+    return max(-float(spectrum["lambda_min"]), float(spectrum["residuals"][0]))
 
 
 def rows(runs: list[Result]) -> list[Result]:

@@ -99,7 +99,7 @@ def reproduce(
         output: Where to write; ``runs/paper/NAME-SCALE`` if None.
         seeds: Number of seeds; the scale's own if None.
         sources: Where the data come from.
-        overwrite: Whether results of other settings are deleted.
+        overwrite: Whether what the folder holds is deleted first.
         processes: Jobs done at the same time.
         device: Where to compute.
         progress: Whether to show a progress bar.
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", help="source of text: a text file, a folder or a Hub id (default: tiny Shakespeare)")
     parser.add_argument("--processes", type=int, default=1, help="jobs at the same time")
     parser.add_argument("--device", default="cpu", help="torch device, such as cuda")
-    parser.add_argument("--overwrite", action="store_true", help="delete results of other settings in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the results in the folder first")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="show neither bar nor table")
     return parser
 

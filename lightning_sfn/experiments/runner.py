@@ -48,7 +48,7 @@ class Runner:
     Args:
         folder: Where results go; made if it does not exist.
         settings: What the numbers depend on. The number of seeds is no part of it: a run can be extended.
-        overwrite: Whether results of other settings are deleted.
+        overwrite: Whether what the folder holds of any run is deleted first.
         processes: Jobs done at the same time.
         progress: Whether to show a progress bar.
 
@@ -79,7 +79,7 @@ class Runner:
                 f"The output folder {str(self.folder)!r} belongs to a run with other settings "
                 f"({_difference(found, wanted)}): give another folder, or --overwrite to delete its results."
             )
-        if found != wanted and overwrite:
+        if overwrite:
             shutil.rmtree(self.folder / _JOBS, ignore_errors=True)
         (self.folder / _JOBS).mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / _SETTINGS, json.dumps(wanted, indent=1))
