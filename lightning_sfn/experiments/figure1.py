@@ -257,9 +257,9 @@ def _monotone(dataset: str, critical: Sequence[Result], searches: int, bound: fl
     count = f"{len(critical)} of {searches} searches ended with |gradient| <= {bound:g}"
     try:
         correlation = rank_correlation([p["index"] for p in critical], [p["loss"] for p in critical])
+        classes = rank_correlation([p["index"] for p in critical], [p["error"] for p in critical])
     except ValueError:
         return Verdict(claim, f"{count}: too few for a correlation", NOT_REPRODUCED)
-    classes = rank_correlation([p["index"] for p in critical], [p["error"] for p in critical])
     measured = f"{count}; rank correlation of index and cross-entropy {correlation}, of index and error {classes}"
     return Verdict(claim, measured, verdict_of(correlation))
 

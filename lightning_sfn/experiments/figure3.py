@@ -163,7 +163,8 @@ def sgd_run(
     """
     images, labels = (tensor.to(device) for tensor in load(dataset, source, settings.image_size, settings.cases))
     model = network(seed, hidden, images.shape[1], device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=momentum)
     generator = torch.Generator().manual_seed(seed)
     errors, losses = [model.error(images, labels)], [float(model.loss(images, labels).detach())]
     probe_epochs, lowest = [], []
@@ -180,8 +181,8 @@ def sgd_run(
             break  # diverged
         if epoch in wanted:
             probe_epochs.append(epoch)
-            closure = partial(model.loss, images, labels)
-            lowest.append(hessian_spectrum(closure, list(model.parameters()), krylov_dim=_PROBE_DIM).lambda_min)
+            closure, dimension = partial(model.loss, images, labels), min(_PROBE_DIM, sum(p.numel() for p in weights))
+            lowest.append(hessian_spectrum(closure, weights, krylov_dim=dimension).lambda_min)
     return {
         "dataset": dataset,
         "hidden": hidden,
