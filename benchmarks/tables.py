@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,30 @@ def accuracy() -> str:
     return _rows(header, rows) + note + _measured(results, "python benchmarks/spectrum_accuracy.py")
 
 
+FIGURES = ("fig1", "fig2", "fig3", "fig4")
+
+
+def paper() -> str:
+    """How many claims of each figure were reproduced."""
+    header = ["figure", "what", "seeds", "reproduced", "in part", "not"]
+    rows = []
+    for name in FIGURES:
+        results = _load(name)
+        verdicts = [verdict["verdict"] for verdict in results["verdicts"]]
+        counts = [str(verdicts.count(v)) for v in ("reproduced", "reproduced in part", "not reproduced")]
+        rows.append([name, results["title"], str(results["seeds"]), *counts])
+    return _rows(header, rows)
+
+
+def claims(name: str) -> str:
+    """The claims of one figure beside what was measured."""
+    results = _load(name)
+    rows = [[v["claim"], v["measured"].replace("|", "\\|"), f"*{v['verdict']}*"] for v in results["verdicts"]]
+    settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items() if not isinstance(value, dict))
+    note = f"\n{results['caption']}\n" + (f"\nSettings: {settings}.\n" if settings else "")
+    return _rows(["claim", "measured", "verdict"], rows) + note + _measured(results, results["command"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "escape": escape,
     "stall": stall,
@@ -192,7 +217,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "basis": basis,
     "scale": scale,
+    "paper": paper,
 }
+TABLES |= {name: partial(claims, name) for name in FIGURES}
 
 
 if __name__ == "__main__":

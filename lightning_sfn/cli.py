@@ -1,8 +1,8 @@
 """The command ``lightning-sfn``: Lightning's own command line with this package's classes and recipes.
 
 ``lightning-sfn fit -c autoencoder`` trains from a recipe, ``lightning-sfn fit --help`` lists everything that can be
-set. Mistakes end in one sentence on standard error: exit status 2 for the command line or the recipe, 1 for what turned
-out while running.
+set. ``lightning-sfn reproduce fig1`` repeats a figure of the paper. Mistakes end in one sentence on standard
+error: exit status 2 for the command line or the recipe, 1 for what turned out while running.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +24,23 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.cli_messages import one_sentence
 from lightning_sfn.experiments.autoencoder import Autoencoder
+from lightning_sfn.experiments.classified import ClassifiedImages
 from lightning_sfn.experiments.mnist import MNISTDataModule
+from lightning_sfn.experiments.perceptron import Perceptron
 from lightning_sfn.experiments.recipes import with_recipe_paths
+from lightning_sfn.experiments.recurrent import CharacterRNN
+from lightning_sfn.experiments.text import CharacterText
 from lightning_sfn.newton import CurvatureError, ObjectiveError, Spectrum
 from lightning_sfn.trainer.inspection import InspectingTrainer
 
 __all__ = [
     "Autoencoder",
+    "CharacterRNN",
+    "CharacterText",
+    "ClassifiedImages",
     "HessianSpectrum",
     "MNISTDataModule",
+    "Perceptron",
     "SaddleFreeNewton",
     "SwitchToSFN",
     "TensorBoardLogger",
@@ -40,6 +49,7 @@ __all__ = [
 ]
 
 _NEEDED = ("jsonargparse", "docstring_parser", "typeshed_client", "rich")
+_OWN_COMMANDS = {"reproduce": "lightning_sfn.experiments.reproduce"}  # each module has a main(arguments)
 _USAGE_ERROR = 2
 _RUNTIME_ERROR = 1
 _SHOWN = 5  # eigenvalues of each end in the table
@@ -131,7 +141,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         _require_extras()
-        arguments = _with_recipes(list(sys.argv[1:] if args is None else args))
+        arguments = list(sys.argv[1:] if args is None else args)
+        if arguments and arguments[0] in _OWN_COMMANDS:
+            import_module(_OWN_COMMANDS[arguments[0]]).main(arguments[1:])
+            return 0
+        arguments = _with_recipes(arguments)
         if args is None:
             sys.argv[1:] = arguments
         run(None if args is None else arguments)
@@ -161,7 +175,12 @@ def run(arguments: list[str] | None) -> SFNCommand:
         The finished command, with its ``trainer``, ``model`` and ``datamodule``.
     """
     raising = {"exit_on_error": False}  # the default prints the whole usage before the error
-    parser_kwargs: dict[str, Any] = {**raising, **{name: dict(raising) for name in SFNCommand.subcommands()}}
+    epilog = f"Beside Lightning's subcommands: {', '.join(_OWN_COMMANDS)} (each has its own --help)."
+    parser_kwargs: dict[str, Any] = {
+        **raising,
+        "epilog": epilog,
+        **{name: dict(raising) for name in SFNCommand.subcommands()},
+    }
     return SFNCommand(
         args=arguments,
         trainer_class=InspectingTrainer,

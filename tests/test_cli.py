@@ -325,3 +325,16 @@ def test_mistakes_about_a_spectrum(
     assert found == status
     assert said in line
     assert not Path("spectrum.json").exists()
+
+
+@pytest.mark.parametrize("name", ["fig1", "fig3", "fig4_recurrent"])
+def test_the_papers_recipes_train(command: Command, name: str) -> None:
+    quiet = ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu")
+    status, _, err = command("fit", "-c", name, "--trainer.fast_dev_run=1", *quiet)
+    assert status == 0, err
+
+
+def test_the_papers_autoencoder_trains_at_a_smaller_size(command: Command) -> None:
+    small = ("--model.sizes=[100,30,15]", "--data.image_size=10", "--trainer.accelerator=cpu")
+    status, _, err = command("fit", "-c", "fig4_autoencoder", "--trainer.fast_dev_run=1", *small)
+    assert status == 0, err

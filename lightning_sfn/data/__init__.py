@@ -1,7 +1,7 @@
 """The small data samples that travel with the package, so that every recipe runs without a network.
 
-Each sample is a folder beside this file with one parquet file per split and a ``README.md`` that states where the rows
-come from, what was cut and under which licence they may be passed on.
+Each sample is a folder beside this file with its data (one parquet file per split, or one text) and a ``README.md``
+that states where it comes from, what was cut and under which licence it may be passed on.
 """
 
 from pathlib import Path
@@ -18,3 +18,12 @@ def sample_folder() -> Path:
         ``image`` (PNG, 28x28, grey) and ``label`` (digit).
     """
     return Path(__file__).resolve().parent / "mnist"
+
+
+def text_folder() -> Path:
+    """Locate the embedded text.
+
+    Returns:
+        The folder that holds ``train.txt``: tiny Shakespeare, 1,115,394 ASCII characters in the public domain.
+    """
+    return Path(__file__).resolve().parent / "tinyshakespeare"

@@ -13,16 +13,19 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sfn.experiments.metrics import SquaredError
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 _LOSSES = ("squared_error", "cross_entropy")
+_INCOMING = 15  # weights of each unit that the sparse initialization draws (Martens 2010, Sutskever et al. 2013)
 
 
 class Autoencoder(pl.LightningModule):
     """A deep autoencoder: an encoder down to a code, and its mirror image up to a sigmoid output.
 
-    Automatic optimization with one optimizer; weights start as PyTorch's layers start. ``train_loss`` and ``val_loss``
-    are logged once per epoch. Hyperparameters are not written into checkpoints, so that on resuming a run the command's
-    configuration decides.
+    Automatic optimization with one optimizer. ``train_loss`` and ``val_loss`` are logged once per epoch, and with the
+    cross-entropy also ``train_squared_error`` and ``val_squared_error``, which the paper reports.
+    Hyperparameters are not written into checkpoints, so that on resuming a run the command's configuration decides.
 
     Args:
         sizes: Layer widths from the input to the code, at least two; the decoder runs through them backwards.
@@ -30,10 +33,12 @@ class Autoencoder(pl.LightningModule):
         loss: ``"squared_error"``, or ``"cross_entropy"`` between pixels read as probabilities. Either is summed over
             the pixels of an image and averaged over the images of a batch.
         linear_code: Whether the code layer is linear, as in the paper; otherwise it has the activation too.
+        initialization: ``"default"`` as PyTorch's layers start, or ``"sparse"`` (Martens 2010): 15 incoming weights of
+            each unit drawn from N(0, 1), the others and the biases 0.
         optimizer: Called with the parameters; returns the optimizer.
 
     Raises:
-        MisconfigurationException: If `sizes`, `activation` or `loss` is not one of the above.
+        MisconfigurationException: If `sizes`, `activation`, `loss` or `initialization` is not one of the above.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Autoencoder(pl.LightningModule):
         activation: Literal["sigmoid", "tanh", "relu"] = "sigmoid",
         loss: Literal["squared_error", "cross_entropy"] = "squared_error",
         linear_code: bool = True,
+        initialization: Literal["default", "sparse"] = "default",
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     ) -> None:
         super().__init__()
@@ -58,6 +64,10 @@ class Autoencoder(pl.LightningModule):
             raise MisconfigurationException(
                 f"Autoencoder got loss={loss!r}, but it must be one of {', '.join(_LOSSES)}."
             )
+        if initialization not in ("default", "sparse"):
+            raise MisconfigurationException(
+                f"Autoencoder got initialization={initialization!r}, but it must be 'default' or 'sparse'."
+            )
         self.width = sizes[0]
         self.loss = loss
         self.optimizer = optimizer
@@ -65,6 +75,11 @@ class Autoencoder(pl.LightningModule):
         if not linear_code:
             self.encoder.append(_ACTIVATIONS[activation]())
         self.decoder = _dense_stack(sizes[::-1], _ACTIVATIONS[activation])
+        if initialization == "sparse":
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    _start_sparse(layer)
+        self.train_squared_error, self.val_squared_error = SquaredError(), SquaredError()
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct images.
@@ -86,42 +101,58 @@ class Autoencoder(pl.LightningModule):
         Returns:
             Scalar: the loss summed over pixels and averaged over images.
         """
-        return self._loss_and_output(images)[0]
-
-    def _loss_and_output(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and what it is a convex function of (for the Gauss-Newton matrix)."""
-        if images.shape[-1] != self.width:
-            raise MisconfigurationException(
-                f"Autoencoder has sizes[0]={self.width}, but the images have {images.shape[-1]} pixels: set sizes[0] "
-                "to image_size squared (100 for data.image_size 10)."
-            )
-        logits = self._logits(images)
-        if self.loss == "cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / images.shape[0], logits
-        output = torch.sigmoid(logits)
-        return F.mse_loss(output, images, reduction="sum") / images.shape[0], output
+        return self._loss_and_output(self._logits(images), images)[0]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Return loss and output of a batch of images; log the epoch mean over all processes as ``train_loss``."""
-        loss, output = self._loss_and_output(batch)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
-        return {"loss": loss, "output": output}
+        return self._step("train", batch, self.train_squared_error)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss of a batch of held-out images as ``val_loss``."""
-        self.log("val_loss", self.reconstruction_loss(batch), prog_bar=True, sync_dist=True)
+        self._step("val", batch, self.val_squared_error)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss of a batch of test images as ``test_loss``."""
         self.log("test_loss", self.reconstruction_loss(batch), sync_dist=True)
+
+    def _step(self, stage: str, batch: Tensor, squared_error: SquaredError) -> dict[str, Tensor]:
+        logits = self._logits(batch)
+        loss, output = self._loss_and_output(logits, batch)
+        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        if self.loss == "cross_entropy":
+            squared_error.update(torch.sigmoid(logits), batch)
+            self.log(f"{stage}_squared_error", squared_error, on_step=False, on_epoch=True, prog_bar=True)
+        return {"loss": loss, "output": output}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimizer over all parameters."""
         return self.optimizer(self.parameters())
 
     def _logits(self, images: Tensor) -> Tensor:
+        if images.shape[-1] != self.width:
+            raise MisconfigurationException(
+                f"Autoencoder has sizes[0]={self.width}, but the images have {images.shape[-1]} pixels: set sizes[0] "
+                "to image_size squared (100 for data.image_size 10)."
+            )
         logits: Tensor = self.decoder(self.encoder(images))
         return logits
+
+    def _loss_and_output(self, logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and what it is a convex function of (for the Gauss-Newton matrix)."""
+        if self.loss == "cross_entropy":
+            return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / images.shape[0], logits
+        output = torch.sigmoid(logits)
+        return F.mse_loss(output, images, reduction="sum") / images.shape[0], output
+
+
+@torch.no_grad()
+def _start_sparse(layer: nn.Linear) -> None:
+    """Martens' sparse initialization: a few strong incoming weights for each unit."""
+    layer.weight.zero_()
+    layer.bias.zero_()
+    for row in layer.weight:
+        chosen = torch.randperm(layer.in_features)[:_INCOMING]
+        row[chosen] = torch.randn(len(chosen))
 
 
 def _dense_stack(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +27,26 @@ FULL_SIZE = 28
 """Height and width of an MNIST image in pixels."""
 
 _DECODE_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """What the images of a data set look like.
+
+    Attributes:
+        reader: Who reads them, for error messages.
+        column: Column that holds them.
+        side: Height and width in pixels.
+        mode: Pillow's name of the pixel format.
+    """
+
+    reader: str
+    column: str
+    side: int
+    mode: str
+
+
+MNIST = ImageKind("MNISTDataModule", IMAGE_COLUMN, FULL_SIZE, "L")
 
 
 class ImageRows(Dataset[Tensor]):
@@ -116,57 +137,61 @@ class MNISTDataModule(pl.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
-            collate_fn=_identity,
+            collate_fn=as_it_is,
             persistent_workers=self.num_workers > 0,
         )
 
 
-def decode_images(dataset: datasets.Dataset, image_size: int, source: str) -> Tensor:
-    """Decode the image column of MNIST rows and shrink the images by area averaging.
+def decode_images(dataset: datasets.Dataset, image_size: int, source: str, kind: ImageKind = MNIST) -> Tensor:
+    """Decode the image column of rows, turn colours into luminance, and shrink by area averaging.
 
     Args:
-        dataset: Rows with an ``image`` column of 28x28 grey images (``Image`` feature, or its stored form).
-        image_size: Height and width in pixels of the result, 1 to 28.
+        dataset: Rows with a column of square images (``Image`` feature, or its stored form).
+        image_size: Height and width in pixels of the result, at most those of the images.
         source: Name of the source, for the error message.
+        kind: What the images must look like.
 
     Returns:
-        Tensor of shape (N, image_size**2), row by row: float32 in [0, 1], or uint8 if `image_size` is 28.
+        Tensor of shape (N, image_size**2), row by row: float32 in [0, 1], or uint8 if the images keep their size.
 
     Raises:
-        MisconfigurationException: If a row holds no 28x28 grey image.
+        MisconfigurationException: If a row holds no image of that kind.
     """
     pixels = torch.empty(len(dataset), image_size * image_size, dtype=torch.uint8)
-    images = _with_image_feature(dataset.select_columns([IMAGE_COLUMN]), source)
+    images = _with_image_feature(dataset.select_columns([kind.column]), source, kind.column)
     for start in range(0, len(images), _DECODE_CHUNK):
-        for offset, image in enumerate(images[start : start + _DECODE_CHUNK][IMAGE_COLUMN]):
-            pixels[start + offset] = _shrink(image, image_size, f"row {start + offset} of {source!r}")
-    return pixels if image_size == FULL_SIZE else _as_unit_floats(pixels)
+        for offset, image in enumerate(images[start : start + _DECODE_CHUNK][kind.column]):
+            pixels[start + offset] = _shrink(image, image_size, f"row {start + offset} of {source!r}", kind)
+    return pixels if image_size == kind.side else _as_unit_floats(pixels)
 
 
-def _with_image_feature(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
+def _with_image_feature(dataset: datasets.Dataset, source: str, column: str) -> datasets.Dataset:
     from datasets import Image
 
-    if isinstance(dataset.features[IMAGE_COLUMN], Image):
+    if isinstance(dataset.features[column], Image):
         return dataset
     try:
-        return dataset.cast_column(IMAGE_COLUMN, Image())
+        return dataset.cast_column(column, Image())
     except (TypeError, ValueError, NotImplementedError) as error:
         raise MisconfigurationException(
-            f"The column {IMAGE_COLUMN!r} of {source!r} has the type {dataset.features[IMAGE_COLUMN]}, but images are "
+            f"The column {column!r} of {source!r} has the type {dataset.features[column]}, but images are "
             "needed: store them as the Image feature of the datasets package."
         ) from error
 
 
-def _shrink(image: object, image_size: int, where: str) -> Tensor:
+def _shrink(image: object, image_size: int, where: str, kind: ImageKind) -> Tensor:
     from PIL import Image
 
-    if not isinstance(image, Image.Image) or image.size != (FULL_SIZE, FULL_SIZE) or image.mode != "L":
+    side = kind.side
+    if not isinstance(image, Image.Image) or image.size != (side, side) or image.mode != kind.mode:
         found = f"{image.size} in mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
+        wanted = "grey" if kind.mode == "L" else "colour"
         raise MisconfigurationException(
-            f"MNISTDataModule reads {FULL_SIZE}x{FULL_SIZE} grey images (mode 'L'), but {where} is {found}: "
-            "give a source with the images of MNIST."
+            f"{kind.reader} reads {side}x{side} {wanted} images (mode {kind.mode!r}), but {where} is {found}: "
+            "give a source with the images of that data set."
         )
-    if image_size != FULL_SIZE:
+    image = image.convert("L")
+    if image_size != side:
         image = image.resize((image_size, image_size), Image.Resampling.BOX)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
 
@@ -175,7 +200,8 @@ def _as_unit_floats(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
 
 
-def _identity(batch: T) -> T:
+def as_it_is(batch: T) -> T:
+    """What `DataLoader` should do with a batch that `__getitems__` has made whole."""
     return batch
 
 

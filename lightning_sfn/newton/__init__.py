@@ -10,7 +10,9 @@ from lightning_sfn.newton.damping import Damping, FixedDamping, GridDamping, Lev
 from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from lightning_sfn.newton.diagnosis import CurvatureError
 from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
+from lightning_sfn.newton.fisher import FisherOperator
 from lightning_sfn.newton.gauss_newton import GaussNewtonOperator
+from lightning_sfn.newton.gradient_covariance import GradientCovarianceOperator
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
@@ -26,9 +28,11 @@ __all__ = [
     "DiagonalPreconditioner",
     "Direction",
     "FiniteDifferenceOperator",
+    "FisherOperator",
     "FixedDamping",
     "FlatParameters",
     "GaussNewtonOperator",
+    "GradientCovarianceOperator",
     "GridDamping",
     "HessianOperator",
     "IdentityPreconditioner",

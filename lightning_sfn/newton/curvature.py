@@ -17,6 +17,8 @@ from lightning_sfn.newton.parameters import FlatParameters
 
 __all__ = ["CurvatureOperator", "HessianOperator", "gradient_of"]
 
+_LARGEST_BATCH = 64
+
 
 class CurvatureOperator(ABC):
     """A symmetric matrix over the flat parameters, known by its products with vectors.
@@ -54,9 +56,33 @@ class CurvatureOperator(ABC):
         self.products += 1
         return self.objective.guarded(lambda: self._matvec(vector.detach()), vector)
 
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """The products of the matrix with several vectors, together where the operator can do that.
+
+        Args:
+            vectors: Shape ``(c, n)``, one vector a row.
+
+        Returns:
+            The products, shape ``(c, n)``.
+
+        Raises:
+            CurvatureError: An operation of the model has no second derivative.
+        """
+        self.products += len(vectors)
+        return self.objective.reduce(self._matmat(vectors.detach()))
+
+    @property
+    def batch(self) -> int:
+        """How many products `matmat` should be asked for at once, so that they fit into memory."""
+        return 1
+
     @abstractmethod
     def _matvec(self, vector: Tensor) -> Tensor:
         """This process' share of the product."""
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        """This process' part of several products."""
+        return torch.stack([self._matvec(vector) for vector in vectors])
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """Loss and gradient of the objective at the present parameters.
@@ -100,9 +126,9 @@ class HessianOperator(CurvatureOperator):
     ) -> None:
         """See the class."""
         super().__init__(objective, parameters)
-        self._graphs = GraphStore(
-            self._build, objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
-        )
+        self._budget = budget or GraphBudget()
+        self._graphs = GraphStore(self._build, objective.sizes, retention, self._budget, self.parameters.tensors)
+        self._batchable = True
 
     def _build(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and gradient of one part, the gradient with its graph."""
@@ -136,6 +162,49 @@ class HessianOperator(CurvatureOperator):
             except RuntimeError as error:
                 raise explain(error) from error
             total.add_(self.parameters.flatten(product), alpha=weight)
+        return total
+
+    @property
+    def batch(self) -> int:
+        """As many products as the budget has room for copies of the largest graph, 64 at most.
+
+        More do not go faster. A graph whose bytes were never measured counts as a hundredth of the budget.
+        """
+        largest = (self._budget.bytes_per_size or 0.0) * max(self.objective.sizes)
+        return max(1, min(_LARGEST_BATCH, int(self._budget.limit / (largest or self._budget.limit / 100 or 1.0))))
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        """Products by one vectorised backward pass; one by one where an operation does not vectorise."""
+        if self._batchable:
+            try:
+                return self._batched(vectors)
+            except (RuntimeError, NotImplementedError):
+                self._batchable = False
+        return super()._matmat(vectors)
+
+    def _batched(self, vectors: Tensor) -> Tensor:
+        tensors = self.parameters.tensors
+        pieces = torch.split(vectors, list(self.parameters.sizes), dim=1)
+        directions = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parameters.shapes, strict=True)]
+        total = torch.zeros_like(vectors)
+        for index, weight in enumerate(self.objective.weights):
+            gradient = self._graphs.get(index)[1]
+            curved = [(g, d) for g, d in zip(gradient, directions, strict=True) if g.requires_grad]
+            if not curved:
+                continue
+            product = torch.autograd.grad(
+                [g for g, _ in curved],
+                tensors,
+                grad_outputs=[d for _, d in curved],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+            rows = [
+                torch.zeros_like(direction) if column is None else column
+                for column, direction in zip(product, directions, strict=True)
+            ]
+            total.add_(torch.cat([row.detach().reshape(len(vectors), -1) for row in rows], dim=1), alpha=weight)
         return total
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:

@@ -11,7 +11,7 @@ __all__ = ["dense_matrix", "full_space"]
 
 
 def dense_matrix(operator: CurvatureOperator, preconditioner: Preconditioner | None = None) -> Tensor:
-    """The operator as a matrix, one product a column.
+    """The operator as a matrix, many columns at a time where the operator can do that.
 
     Args:
         operator: The curvature.
@@ -23,11 +23,14 @@ def dense_matrix(operator: CurvatureOperator, preconditioner: Preconditioner | N
     d = preconditioner or IdentityPreconditioner()
     size = operator.parameters.size
     matrix = torch.empty(size, size, dtype=torch.float64)
-    unit = torch.zeros(size, dtype=operator.parameters.dtype, device=operator.parameters.device)
-    for index in range(size):
-        unit.zero_()[index] = 1.0
-        matrix[index] = d.scale(operator.matvec(d.scale(unit))).cpu()
-    return (matrix + matrix.T) / 2
+    batch = operator.batch
+    for start in range(0, size, batch):
+        rows = torch.arange(start, min(start + batch, size))
+        units = torch.zeros(len(rows), size, dtype=operator.parameters.dtype, device=operator.parameters.device)
+        units[torch.arange(len(rows)), rows] = 1.0
+        products = operator.matmat(torch.stack([d.scale(unit) for unit in units]))
+        matrix[rows] = torch.stack([d.scale(product) for product in products]).double().cpu()
+    return matrix.add_(matrix.T.clone()).div_(2)
 
 
 def full_space(operator: CurvatureOperator, preconditioner: Preconditioner | None = None) -> KrylovSubspace:

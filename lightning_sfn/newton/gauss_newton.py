@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward
 from lightning_sfn.newton.diagnosis import explain, require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
+from lightning_sfn.newton.jacobian import OutputJacobian
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 
@@ -17,12 +18,10 @@ __all__ = ["GaussNewtonOperator"]
 
 @dataclass(frozen=True)
 class _OutputGraph:
-    """What the products of one part need: the output, dL/d(output) with its graph, and J'u with its graph in u."""
+    """What the products of one part need: dL/d(output) with its graph, and the output's Jacobian."""
 
-    output: Tensor
     output_gradient: Tensor
-    cotangent: Tensor
-    pullback: tuple[Tensor, ...]
+    jacobian: OutputJacobian
 
 
 class GaussNewtonOperator(CurvatureOperator):
@@ -59,7 +58,7 @@ class GaussNewtonOperator(CurvatureOperator):
     def _build(self, index: int) -> _OutputGraph:
         evaluation = evaluate_without_backward(self.objective, index, self.parameters)
         output = evaluation.output
-        if output is None or not output.requires_grad or not evaluation.loss.requires_grad:
+        if not isinstance(output, Tensor) or not output.requires_grad or not evaluation.loss.requires_grad:
             raise ObjectiveError(
                 "curvature='gauss_newton' needs the model output with its graph: let the closure return the pair "
                 "(loss, output), or use curvature='hessian'."
@@ -69,16 +68,12 @@ class GaussNewtonOperator(CurvatureOperator):
             (output_gradient,) = torch.autograd.grad(
                 evaluation.loss, output, create_graph=True, allow_unused=True, materialize_grads=True
             )
-            cotangent = torch.zeros_like(output, requires_grad=True)
-            pullback = torch.autograd.grad(
-                output, self.parameters.tensors, cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-            )
         except RuntimeError as error:
             raise explain(error) from error
         if index not in self._checked:
             self._check_chain(evaluation.loss, output, output_gradient)
             self._checked.add(index)
-        return _OutputGraph(output, output_gradient, cotangent, pullback)
+        return _OutputGraph(output_gradient, OutputJacobian(output, self.parameters.tensors))
 
     def _check_chain(self, loss: Tensor, output: Tensor, output_gradient: Tensor) -> None:
         """J' dL/d(output) must be the whole gradient, or the matrix would belong to another function."""
@@ -95,23 +90,20 @@ class GaussNewtonOperator(CurvatureOperator):
             )
 
     def _matvec(self, vector: Tensor) -> Tensor:
-        tensors = self.parameters.tensors
         directions = self.parameters.unflatten(vector)
         total = torch.zeros_like(vector)
         for index, weight in enumerate(self.objective.weights):
             graph = self._graphs.get(index)
-            curved = [(p, d) for p, d in zip(graph.pullback, directions, strict=True) if p.requires_grad]
-            if not curved or not graph.output_gradient.requires_grad:
+            forward = graph.jacobian.forward(directions)
+            if forward is None or not graph.output_gradient.requires_grad:
                 continue  # the output does not move, or the loss is linear in it
             try:
-                (forward,) = torch.autograd.grad(
-                    [p for p, _ in curved], graph.cotangent, [d for _, d in curved], retain_graph=True
+                (curvature,) = torch.autograd.grad(
+                    graph.output_gradient, graph.jacobian.output, forward, retain_graph=True
                 )
-                (curvature,) = torch.autograd.grad(graph.output_gradient, graph.output, forward, retain_graph=True)
-                product = torch.autograd.grad(graph.output, tensors, curvature, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise explain(error) from error
-            total.add_(self.parameters.flatten(product), alpha=weight)
+            total.add_(self.parameters.flatten(graph.jacobian.backward(curvature)), alpha=weight)
         return total
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.randomness import RandomState
@@ -19,8 +20,11 @@ __all__ = ["Closure", "Evaluation", "Objective", "ObjectiveError"]
 
 _REPEATABLE = 1e-4  # relative difference of two evaluations at one point that nondeterministic kernels explain
 
-Closure = Callable[[], Tensor | tuple[Tensor, Tensor]]
-"""A function without arguments that returns the scalar loss with its graph, or ``(loss, model_output)``."""
+Output = Tensor | Distribution
+"""What a loss was computed from: model output, losses of single cases, or the predicted distribution."""
+
+Closure = Callable[[], Tensor | tuple[Tensor, Output]]
+"""A function without arguments that returns the scalar loss with its graph, or ``(loss, output)``."""
 
 
 class ObjectiveError(ValueError):
@@ -33,11 +37,11 @@ class Evaluation:
 
     Attributes:
         loss: Scalar loss with its graph.
-        output: The model output from which the loss was computed, if the closure gave it (needed for Gauss-Newton).
+        output: What the loss was computed from, if the closure gave it (other curvatures than the Hessian need it).
     """
 
     loss: Tensor
-    output: Tensor | None = None
+    output: Output | None = None
 
 
 class Objective:

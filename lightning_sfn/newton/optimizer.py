@@ -55,7 +55,9 @@ class SaddleFreeNewton(Optimizer):
         damping: ``"warm"`` (a few values around the last one), ``"grid"`` (the paper's 1e0 to 1e-5),
             ``"levenberg_marquardt"``, a positive number, or a `Damping`.
         trust_region: ``"saddle_free"``, ``"newton"``, ``"damped_newton"``, ``"truncated_newton"`` or ``"gradient"``.
-        curvature: ``"hessian"``, or ``"gauss_newton"`` (closures then return ``(loss, output)``).
+        curvature: ``"hessian"``; or, with closures that return a pair, ``"gauss_newton"`` for ``(loss, output)``,
+            ``"fisher"`` for ``(loss, distribution)`` (natural gradient) or ``"gradient_covariance"`` for ``(loss,
+            losses of the cases)`` (TONGA).
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.

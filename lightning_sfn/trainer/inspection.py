@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
-from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
 from lightning_sfn.trainer.probe import Probe, ProbeBatches
@@ -82,7 +82,6 @@ class InspectingTrainer(Trainer):
             MisconfigurationException: A value is out of its range, a file exists, or the checkpoint is not the model's.
         """
         try:
-            check_curvature(curvature, hvp)
             settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes * density)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sfn.newton.objective import Closure, Objective
-from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.randomness import RandomState
@@ -22,6 +22,7 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_o
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.replay import RecordedStep, processes_of, replay_closure
+from lightning_sfn.trainer.support import require_curvature
 from lightning_sfn.trainer.window import cases_of
 
 __all__ = ["Probe", "ProbeBatches", "step_arguments"]
@@ -135,12 +136,23 @@ class Probe:
         curvature: ``"hessian"`` or ``"gauss_newton"``.
         hvp: How products are computed.
         bits: 32 or 64: the least precision of the computation.
+
+    Raises:
+        MisconfigurationException: The curvature is another one, or ``hvp`` does not go with it.
     """
 
     settings: SpectrumSettings
     curvature: CurvatureName = "hessian"
     hvp: ProductMethod = "auto"
     bits: int = 32
+
+    def __post_init__(self) -> None:
+        """Checks the names."""
+        require_curvature(self.curvature, "A spectrum")
+        try:
+            check_curvature(self.curvature, self.hvp)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
     def spectrum(
         self,
@@ -169,7 +181,7 @@ class Probe:
         with in_precision(module, dtype):
             wanted = None if names is None else set(names)
             parameters = FlatParameters(p for n, p in module.named_parameters() if wanted is None or n in wanted)
-            with_output = self.curvature == "gauss_newton"
+            with_output = self.curvature != "hessian"
             objective = batches.objective(trainer, module, dtype, with_output=with_output)
             value = objective.value() if check else math.nan
             if math.isfinite(value):  # else the spectrum counts what is not
@@ -193,7 +205,7 @@ class Probe:
         """
         if self.curvature != "hessian":
             return (
-                "The Gauss-Newton matrix cannot tell a saddle from a minimum: use curvature='hessian' for that.",
+                f"curvature={self.curvature!r} cannot tell a saddle from a minimum: use 'hessian' for that.",
                 None,
             )
         if spectrum.nonfinite:

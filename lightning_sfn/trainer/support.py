@@ -18,6 +18,7 @@ from lightning_sfn.trainer.replay import Isolation, RecordedStep, evaluate
 
 __all__ = [
     "is_dry_run",
+    "require_curvature",
     "require_differentiable",
     "require_metrics",
     "require_one_optimizer",
@@ -88,6 +89,23 @@ def require_differentiable(trainer: Trainer, module: LightningModule, who: str) 
         )
 
 
+def require_curvature(curvature: str, who: str) -> None:
+    """Checks that replays of `training_step` give what a curvature is computed from: a loss, or loss and output.
+
+    Args:
+        curvature: Its name.
+        who: What asks, for the message.
+
+    Raises:
+        MisconfigurationException: They do not.
+    """
+    if curvature in ("fisher", "gradient_covariance"):
+        raise MisconfigurationException(
+            f"{who} got curvature={curvature!r}, which needs more than training_step hands over: use 'hessian' or "
+            "'gauss_newton', or SaddleFreeNewton in plain torch."
+        )
+
+
 def require_metrics(trainer: Trainer, who: str) -> None:
     """Checks that the Trainer keeps logged metrics.
 
@@ -126,7 +144,7 @@ def require_second_derivatives(
         def closure() -> Any:
             isolation.rewind()
             recorded.random_state.restore()
-            return evaluate(module, recorded, with_output=newton.curvature == "gauss_newton")
+            return evaluate(module, recorded, with_output=newton.curvature != "hessian")
 
         objective = Objective([closure], self_seeding=True)
         try:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.support import require_curvature
 
 __all__ = ["OptimizerFactory", "coupled_decay", "log_metrics", "log_step", "make_newton"]
 
@@ -43,6 +44,7 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
             f"{who} got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
             "pass functools.partial(SaddleFreeNewton, ...)."
         )
+    require_curvature(newton.curvature, who)
     if newton.curvature != "hessian" and any(decay for _, decay in coupled_decay(base)):
         raise MisconfigurationException(
             f"{who} got curvature={newton.curvature!r} and an optimizer with weight decay, which is part of the "

@@ -392,7 +392,7 @@ class WindowedNewton:
         )
 
     def _closure(self, step: RecordedStep) -> Callable[[], Any]:
-        with_output = self._optimizer.curvature == "gauss_newton"
+        with_output = self._optimizer.curvature != "hessian"
 
         def closure() -> Any:
             with self.session() as isolation:

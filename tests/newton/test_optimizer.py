@@ -696,7 +696,7 @@ def test_no_more_steps_are_remembered_than_wanted() -> None:
     ("options", "words"),
     [
         ({"trust_region": "cubic"}, ["trust_region is 'cubic'", "'saddle_free'"]),
-        ({"curvature": "fisher"}, ["curvature is 'fisher'", "'gauss_newton'"]),
+        ({"curvature": "hesian"}, ["curvature is 'hesian'", "'gauss_newton'"]),
         ({"damping": "hot"}, ["damping is 'hot'", "'warm'"]),
         ({"preconditioner": "adam"}, ["preconditioner is 'adam'", "'diagonal'"]),
         ({"hvp": "jvp"}, ["hvp is 'jvp'", "'finite_difference'"]),

@@ -133,7 +133,7 @@ def test_the_operator_is_closed_even_after_an_error() -> None:
         ({"krylov_dim": 0}, ["krylov_dim is 0", "from 1 to 2"]),
         ({"krylov_dim": 3}, ["krylov_dim is 3", "from 1 to 2"]),
         ({"krylov_dim": -1}, ["krylov_dim is -1", "from 1 to 2"]),
-        ({"krylov_dim": 2, "curvature": "fisher"}, ["curvature is 'fisher'", "'gauss_newton'"]),
+        ({"krylov_dim": 2, "curvature": "hesian"}, ["curvature is 'hesian'", "'gauss_newton'"]),
         ({"krylov_dim": 2, "hvp": "jvp"}, ["hvp is 'jvp'", "'finite_difference'"]),
     ],
 )

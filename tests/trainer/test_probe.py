@@ -126,7 +126,9 @@ def test_after_a_resume_the_saved_batches_decide_or_the_next_ones(save_batches: 
     fit(spectrum, 2, other, Fitting(optimizer=sgd(0.0)), "a.ckpt")
     (_, before), (_, after) = spectrum.history
     assert torch.equal(before.eigenvalues, after.eigenvalues) == save_batches
-    assert (torch.load("a.ckpt", weights_only=True)["callbacks"][HessianSpectrum().state_key]["batches"] is None) != save_batches
+    assert (
+        torch.load("a.ckpt", weights_only=True)["callbacks"][HessianSpectrum().state_key]["batches"] is None
+    ) != save_batches
 
 
 @dataclass

@@ -426,9 +426,7 @@ def test_gauss_newton_is_that_of_the_jacobian(kind: type[Fitting]) -> None:
     assert spectrum.last.lambda_max == pytest.approx(values[-1].item(), rel=1e-7)
     assert spectrum.last.lambda_min == pytest.approx(0.0, abs=1e-9)
     assert spectrum.last.negative_fraction == 0.0
-    assert spectrum.verdict == (
-        "The Gauss-Newton matrix cannot tell a saddle from a minimum: use curvature='hessian' for that."
-    )
+    assert spectrum.verdict == ("curvature='gauss_newton' cannot tell a saddle from a minimum: use 'hessian' for that.")
 
 
 def test_gauss_newton_without_an_output_is_refused_in_one_sentence() -> None:

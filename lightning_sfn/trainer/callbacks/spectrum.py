@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature
+from lightning_sfn.newton.operators import CurvatureName, ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
@@ -116,7 +116,6 @@ class HessianSpectrum(Callback):
         if batches is not None and len(batches) == 0:
             raise MisconfigurationException("batches is empty, but at least one batch is expected: leave it out.")
         try:
-            check_curvature(curvature, hvp)
             settings = SpectrumSettings(
                 krylov_dim, smallest, largest, tol, max_products, density_probes if density else 0
             )

@@ -1,0 +1,422 @@
+"""Figure 3 and Section 7.1.1: single-layer perceptrons of three sizes by SGD, damped Newton and SFN, both exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.experiments.classified import labelled_images
+from lightning_sfn.experiments.figure import (
+    COLOURS,
+    IN_PART,
+    NAMES,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Context,
+    Figure,
+    Verdict,
+    by_seed,
+    judge,
+    new_canvas,
+)
+from lightning_sfn.experiments.perceptron import Perceptron
+from lightning_sfn.experiments.runner import Job, Result
+from lightning_sfn.experiments.search import draw_number
+from lightning_sfn.experiments.statistics import mean_interval
+from lightning_sfn.newton import Objective, SaddleFreeNewton, hessian_spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+__all__ = ["FIGURE", "Settings", "newton_run", "sgd_run"]
+
+METHODS = ("sgd", "damped_newton", "saddle_free")
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the experiment.
+
+    Attributes:
+        hidden: Hidden units of the networks.
+        image_size: Side of the images in pixels.
+        cases: Training images from the front of the data set; all if None.
+        newton_epochs: Full-batch steps of damped Newton and of SFN, one an epoch.
+        sgd_epochs: Epochs of SGD.
+        draws: Draws of SGD's random search.
+        part: Images in one part of the full batch (memory, not mathematics).
+        probes: Spectra taken along a run of SGD.
+    """
+
+    hidden: tuple[int, ...] = (5, 25, 50)
+    image_size: int = 10
+    cases: int | None = None
+    newton_epochs: int = 100
+    sgd_epochs: int = 1000
+    draws: int = 80
+    part: int = 2000
+    probes: int = 10
+
+
+@lru_cache(maxsize=2)
+def load(dataset: str, source: str, image_size: int, cases: int | None) -> tuple[Tensor, Tensor]:
+    """The training set in float64, in which exact eigenvalues near zero can be told apart."""
+    pixels, labels = labelled_images(dataset, source, image_size=image_size, limit=cases)
+    return (pixels / 255 if pixels.dtype == torch.uint8 else pixels).double(), labels
+
+
+def network(seed: int, hidden: int, pixels: int, device: str) -> Perceptron:
+    """The network of a seed: the same start for every method."""
+    torch.manual_seed(seed)
+    return Perceptron((pixels, hidden, CLASSES)).double().to(device)
+
+
+def newton_run(
+    *, dataset: str, source: str, hidden: int, method: str, seed: int, settings: Settings, device: str
+) -> Result:
+    """One run of an exact method: all eigenvalues, damping by best improvement (Appendix F.1).
+
+    Args:
+        dataset: ``"mnist"`` or ``"cifar10"``.
+        source: Where it comes from.
+        hidden: Hidden units.
+        method: ``"damped_newton"`` or ``"saddle_free"``.
+        seed: Seed of the start.
+        settings: Sizes.
+        device: Where to compute.
+
+    Returns:
+        The curves over epochs, epoch 0 being the start.
+    """
+    images, labels = (tensor.to(device) for tensor in load(dataset, source, settings.image_size, settings.cases))
+    model = network(seed, hidden, images.shape[1], device)
+    optimizer = SaddleFreeNewton.as_in_paper(
+        model.parameters(),
+        krylov_dim="full",  # type: ignore[arg-type]
+        inner_steps=1,
+        trust_region=method,
+    )
+    errors, losses, lowest = [model.error(images, labels)], [float(model.loss(images, labels).detach())], []
+    for _ in range(settings.newton_epochs):
+        optimizer.step_on(full_batch(model, images, labels, settings.part))
+        assert optimizer.last_step is not None
+        lowest.append(optimizer.last_step.lambda_min)  # of the Hessian before the step
+        errors.append(model.error(images, labels))
+        losses.append(optimizer.last_step.loss_after)
+        if not optimizer.last_step.accepted:
+            break  # the function is the same at every step: it would be refused for ever
+    return {
+        "dataset": dataset,
+        "hidden": hidden,
+        "method": method,
+        "seed": seed,
+        "errors": errors,
+        "losses": losses,
+        "probe_epochs": list(range(len(lowest))),
+        "lambda_min": lowest,
+        "stopped": not optimizer.last_step.accepted if optimizer.last_step is not None else False,
+    }
+
+
+def full_batch(model: Perceptron, images: Tensor, labels: Tensor, part: int) -> Objective:
+    """The mean loss over all images, in parts."""
+    chunks = list(zip(torch.split(images, part), torch.split(labels, part), strict=True))
+    return Objective([partial(model.loss, *chunk) for chunk in chunks], [len(chunk[1]) for chunk in chunks])
+
+
+def sgd_run(
+    *,
+    dataset: str,
+    source: str,
+    hidden: int,
+    seed: int,
+    settings: Settings,
+    device: str,
+    lr: float,
+    momentum: float,
+    batch_size: int,
+    probes: int,
+) -> Result:
+    """One run of mini-batch SGD with momentum.
+
+    Args:
+        dataset: ``"mnist"`` or ``"cifar10"``.
+        source: Where it comes from.
+        hidden: Hidden units.
+        seed: Seed of the start and of the order of the images.
+        settings: Sizes.
+        device: Where to compute.
+        lr: Learning rate.
+        momentum: Momentum coefficient.
+        batch_size: Images in a mini-batch.
+        probes: Spectra taken along the run, at epochs that grow geometrically.
+
+    Returns:
+        The curves over epochs, epoch 0 being the start.
+    """
+    images, labels = (tensor.to(device) for tensor in load(dataset, source, settings.image_size, settings.cases))
+    model = network(seed, hidden, images.shape[1], device)
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=momentum)
+    generator = torch.Generator().manual_seed(seed)
+    errors, losses = [model.error(images, labels)], [float(model.loss(images, labels).detach())]
+    probe_epochs, lowest = [], []
+    wanted = {round(settings.sgd_epochs ** (i / (probes - 1))) for i in range(probes)} if probes > 1 else set()
+    for epoch in range(1, settings.sgd_epochs + 1):
+        for rows in torch.split(torch.randperm(len(images), generator=generator), batch_size):
+            optimizer.zero_grad()
+            model.loss(images[rows], labels[rows]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        losses.append(float(model.loss(images, labels).detach()))
+        errors.append(model.error(images, labels) if math.isfinite(losses[-1]) else 1.0)
+        if not math.isfinite(losses[-1]):
+            losses[-1] = 1e9
+            break  # diverged
+        if epoch in wanted:
+            probe_epochs.append(epoch)
+            closure, dimension = partial(model.loss, images, labels), min(_PROBE_DIM, sum(p.numel() for p in weights))
+            lowest.append(hessian_spectrum(closure, weights, krylov_dim=dimension).lambda_min)
+    return {
+        "dataset": dataset,
+        "hidden": hidden,
+        "method": "sgd",
+        "seed": seed,
+        "errors": errors,
+        "losses": losses,
+        "probe_epochs": probe_epochs,
+        "lambda_min": lowest,
+        "lr": lr,
+        "momentum": momentum,
+        "batch_size": batch_size,
+    }
+
+
+_PROBE_DIM = 80
+
+
+def measure(settings: Settings, context: Context) -> Result:
+    """Searches SGD's settings for each network, then does every run."""
+    best = _search(settings, context)
+    jobs = []
+    for dataset, source in context.sources.images.items():
+        for hidden in settings.hidden:
+            shared = {
+                "dataset": dataset,
+                "source": source,
+                "hidden": hidden,
+                "settings": settings,
+                "device": context.device,
+            }
+            for seed in context.seeds:
+                arguments = shared | {"seed": seed}
+                chosen = best[f"{dataset}-{hidden}"] | {"probes": settings.probes}
+                jobs.append(Job(f"sgd-{dataset}-{hidden}-{seed}", sgd_run, arguments | chosen))
+                for method in METHODS[1:]:
+                    jobs.append(Job(f"{method}-{dataset}-{hidden}-{seed}", newton_run, arguments | {"method": method}))
+    runs = context.runner.run(jobs, "fig3 runs")
+    return {"search": best, "runs": runs}
+
+
+def _search(settings: Settings, context: Context) -> dict[str, Result]:
+    """The best draw of SGD's settings for each data set and size, by the smallest loss of a run."""
+    jobs = []
+    for dataset, source in context.sources.images.items():
+        for hidden in settings.hidden:
+            for draw in range(settings.draws):
+                generator = torch.Generator().manual_seed(draw)
+                arguments = {
+                    "dataset": dataset,
+                    "source": source,
+                    "hidden": hidden,
+                    "seed": 1000 + draw,
+                    "settings": settings,
+                    "device": context.device,
+                    "lr": draw_number(generator, 1e-3, 1.0, logarithmic=True),
+                    "momentum": draw_number(generator, 0.0, 0.99),
+                    "batch_size": round(draw_number(generator, 10, 200, logarithmic=True)),
+                    "probes": 0,
+                }
+                jobs.append(Job(f"search-{dataset}-{hidden}-{draw}", sgd_run, arguments))
+    results = context.runner.run(jobs, "fig3 random search")
+    best: dict[str, Result] = {}
+    for dataset in context.sources.images:
+        for hidden in settings.hidden:
+            tried = [r for r in results.values() if r["dataset"] == dataset and r["hidden"] == hidden]
+            winner = min(tried, key=lambda r: (min(r["errors"]), min(r["losses"])))
+            best[f"{dataset}-{hidden}"] = {name: winner[name] for name in ("lr", "momentum", "batch_size")}
+    return best
+
+
+def datasets_of(result: Result) -> list[str]:
+    """The data sets that were measured, in order."""
+    return list(dict.fromkeys(run["dataset"] for run in result["runs"].values()))
+
+
+def sizes_of(result: Result) -> list[int]:
+    """The hidden layers that were measured, in order."""
+    return sorted({run["hidden"] for run in result["runs"].values()})
+
+
+def draw(result: Result) -> dict[str, Canvas]:
+    """Smallest error against size; error against epochs; most negative eigenvalue against epochs."""
+    datasets, sizes = datasets_of(result), sizes_of(result)
+    canvas, axes = new_canvas(len(datasets), 3)
+    for row, dataset in enumerate(datasets):
+        for method in METHODS:
+            _draw_method(axes[row], result, dataset, sizes, method)
+        letters = "abc" if row == 0 else "def"
+        shown = {"mnist": "MNIST", "cifar10": "CIFAR-10"}[dataset]
+        for axis, letter in zip(axes[row], letters, strict=True):
+            axis.set_title(f"({letter}) {shown}", fontsize=9)
+            axis.grid(alpha=0.3)
+        axes[row][0].set(xlabel="hidden units", ylabel="smallest training error (%)", xticks=sizes)
+        axes[row][1].set(xlabel=f"epochs ({sizes[-1]} units)", ylabel="training error (%)", xscale="symlog")
+        axes[row][2].set(xlabel=f"epochs ({sizes[-1]} units)", ylabel="|most negative eigenvalue|", xscale="symlog")
+        axes[row][2].set_yscale("log")
+    axes[0][0].legend(fontsize=8)
+    return {"fig3": canvas}
+
+
+def _draw_method(axes: Any, result: Result, dataset: str, sizes: Sequence[int], method: str) -> None:
+    style = {"color": COLOURS[method], "label": NAMES[method]}
+    means = [
+        mean_interval(
+            [100 * min(r["errors"]) for r in by_seed(result["runs"], dataset=dataset, hidden=h, method=method)]
+        )
+        for h in sizes
+    ]
+    spread = [
+        [m.value - max(m.low, 0.0) if math.isfinite(m.low) else 0.0 for m in means],
+        [m.high - m.value if math.isfinite(m.high) else 0.0 for m in means],
+    ]
+    axes[0].errorbar(sizes, [m.value for m in means], yerr=spread, marker="o", capsize=3, **style)
+    for run in by_seed(result["runs"], dataset=dataset, hidden=sizes[-1], method=method):
+        axes[1].plot([100 * e for e in run["errors"]], alpha=0.6, linewidth=1, **style)
+        axes[2].plot(run["probe_epochs"], [-min(v, -1e-12) for v in run["lambda_min"]], alpha=0.6, linewidth=1, **style)
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """The claims of Section 7.1.1."""
+    sizes = sizes_of(result)
+    found = []
+    for dataset in datasets_of(result):
+        for hidden in [h for h in sizes if h != sizes[0]]:
+            for other in ("sgd", "damped_newton"):
+                found.append(_lower_error(result, dataset, hidden, other))
+        found.append(_comparable(result, dataset, sizes[0]))
+        found.append(_shift(result, dataset, sizes[-1]))
+        found.append(_more_shift(result, dataset, sizes[-1]))
+    return found
+
+
+def _runs(result: Result, dataset: str, hidden: int, method: str) -> list[Result]:
+    return by_seed(result["runs"], dataset=dataset, hidden=hidden, method=method)
+
+
+def _lower_error(result: Result, dataset: str, hidden: int, other: str) -> Verdict:
+    """By the smallest error of whole runs; in part at best against SGD, whose epochs take far less time than SFN's."""
+    ours, theirs = _runs(result, dataset, hidden, "saddle_free"), _runs(result, dataset, hidden, other)
+    verdict = judge(
+        f"{dataset}, {hidden} units: SFN reaches a lower training error than {NAMES[other]}",
+        [100 * (min(b["errors"]) - min(a["errors"])) for a, b in zip(ours, theirs, strict=True)],
+        "difference of the smallest errors in percent points",
+    )
+    epochs, more = len(ours[0]["errors"]), len(theirs[0]["errors"])
+    if more <= epochs:
+        return verdict
+    early = mean_interval(
+        [100 * (min(b["errors"][:epochs]) - min(a["errors"])) for a, b in zip(ours, theirs, strict=True)]
+    )
+    measured = (
+        f"{verdict.measured}, with {epochs - 1} epochs of SFN and {more - 1} of {NAMES[other]}; at equal epochs {early}"
+    )
+    reached = IN_PART if early.low > 0 else NOT_REPRODUCED
+    return Verdict(verdict.claim, measured, reached)
+
+
+def _comparable(result: Result, dataset: str, hidden: int) -> Verdict:
+    means = {m: mean_interval([100 * min(r["errors"]) for r in _runs(result, dataset, hidden, m)]) for m in METHODS}
+    text = ", ".join(f"{NAMES[m]} {i}" for m, i in means.items())
+    overlap = max(i.low for i in means.values()) <= min(i.high for i in means.values())
+    claim = f"{dataset}, {hidden} units: with the smallest network all perform comparably"
+    return Verdict(claim, f"smallest errors in percent: {text}", REPRODUCED if overlap else NOT_REPRODUCED)
+
+
+def _deepest_and_last(run: Result) -> tuple[float, float]:
+    return min(run["lambda_min"]), run["lambda_min"][-1]
+
+
+def _shift(result: Result, dataset: str, hidden: int) -> Verdict:
+    """The most negative eigenvalue ends nearer to zero than it was at its deepest, for each method."""
+    effects = []
+    for runs in zip(*(_runs(result, dataset, hidden, m) for m in METHODS), strict=True):
+        effects.append(
+            min(1 - last / deepest if deepest < 0 else 0.0 for deepest, last in map(_deepest_and_last, runs))
+        )
+    return judge(
+        f"{dataset}, {hidden} units: the most negative eigenvalue moves towards zero as the error falls",
+        effects,
+        "share of the deepest eigenvalue that is gone at the end, the worst of the three methods",
+    )
+
+
+def _more_shift(result: Result, dataset: str, hidden: int) -> Verdict:
+    ends = {m: [abs(r["lambda_min"][-1]) for r in _runs(result, dataset, hidden, m)] for m in METHODS}
+    effects = [
+        math.log10(max(min(sgd, damped), 1e-12) / max(sfn, 1e-12))
+        for sgd, damped, sfn in zip(ends["sgd"], ends["damped_newton"], ends["saddle_free"], strict=True)
+    ]
+    return judge(
+        f"{dataset}, {hidden} units: it moves further for SFN",
+        effects,
+        "log10 of its size at the end, the better of SGD and damped Newton over SFN",
+    )
+
+
+def rows(result: Result) -> list[Result]:
+    """One row for each run."""
+    return [
+        {
+            "dataset": run["dataset"],
+            "hidden": run["hidden"],
+            "method": run["method"],
+            "seed": run["seed"],
+            "smallest_error": min(run["errors"]),
+            "smallest_loss": min(run["losses"]),
+            "epochs": len(run["errors"]) - 1,
+            "lambda_min_first": run["lambda_min"][0] if run["lambda_min"] else None,
+            "lambda_min_last": run["lambda_min"][-1] if run["lambda_min"] else None,
+        }
+        for run in result["runs"].values()
+    ]
+
+
+CAPTION = (
+    "Single-layer perceptrons on images shrunk by area averaging (CIFAR-10 as luminance). SGD: mini-batches with "
+    "momentum, settings by random search. Damped Newton and SFN: exact, dense Hessian, one full-batch step an epoch, "
+    "damping from 1e0 to 1e-5 by best improvement. Errors are the share of wrong classes on the training set. The "
+    "paper prints no numbers for this figure."
+)
+
+FIGURE = Figure(
+    name="fig3",
+    title="Existence of saddle points: error and most negative eigenvalue by size and method",
+    scales={
+        "small": Settings(image_size=5, cases=500, newton_epochs=15, sgd_epochs=100, draws=10, part=500, probes=8),
+        "paper": Settings(),
+    },
+    seeds={"small": 5, "paper": 5},
+    data=("mnist", "cifar10"),
+    measure=measure,
+    draw=draw,
+    verdicts=verdicts,
+    rows=rows,
+    caption=CAPTION,
+)

@@ -1,0 +1,171 @@
+"""Seeded jobs whose results stay: an interrupted run goes on where it was, and nothing half-written counts."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+__all__ = ["Job", "Result", "Runner", "write_atomically"]
+
+Result = dict[str, Any]
+"""What a job returns: names to numbers, strings, lists and dictionaries of them."""
+
+_SETTINGS = "settings.json"
+_JOBS = "jobs"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work that can be done alone, in a process of its own.
+
+    Attributes:
+        name: Its name within the run, also that of its file.
+        work: A function at the top of a module, so that another process can import it.
+        arguments: Keyword arguments that can be pickled.
+    """
+
+    name: str
+    work: Callable[..., Result]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """Does jobs and keeps each result in a file of its own.
+
+    The folder belongs to one set of settings. A run with the same settings takes up what is there; other settings are
+    refused, because their numbers would be mixed.
+
+    Args:
+        folder: Where results go; made if it does not exist.
+        settings: What the numbers depend on. The number of seeds is no part of it: a run can be extended.
+        overwrite: Whether what the folder holds of any run is deleted first.
+        processes: Jobs done at the same time.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        MisconfigurationException: The folder holds another run or foreign files.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Result, *, overwrite: bool = False, processes: int = 1, progress: bool = True
+    ) -> None:
+        self.folder = folder
+        self._processes = processes
+        self._progress = progress
+        self._claim(settings, overwrite)
+
+    def _claim(self, settings: Result, overwrite: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise MisconfigurationException(f"The output {str(self.folder)!r} is a file, but a folder is expected.")
+        wanted = json.loads(json.dumps(settings))
+        found = _read(self.folder / _SETTINGS)
+        if found is None and (self.folder / _JOBS).exists() and not overwrite:
+            raise MisconfigurationException(
+                f"The output folder {str(self.folder)!r} has results without their settings: give another folder, or "
+                "--overwrite to delete them."
+            )
+        if found is not None and found != wanted and not overwrite:
+            raise MisconfigurationException(
+                f"The output folder {str(self.folder)!r} belongs to a run with other settings "
+                f"({_difference(found, wanted)}): give another folder, or --overwrite to delete its results."
+            )
+        if overwrite:
+            shutil.rmtree(self.folder / _JOBS, ignore_errors=True)
+        (self.folder / _JOBS).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / _SETTINGS, json.dumps(wanted, indent=1))
+
+    def run(self, jobs: Sequence[Job], title: str) -> dict[str, Result]:
+        """Does what has not been done yet.
+
+        Args:
+            jobs: The jobs; their names are unique.
+            title: What the progress bar says.
+
+        Returns:
+            The results by name, in the order of the jobs.
+        """
+        results = {job.name: found for job in jobs if (found := _read(self._file(job.name))) is not None}
+        missing = [job for job in jobs if job.name not in results]
+        with _bar(title, len(jobs), len(results), self._progress) as advance:
+            for name, result in self._work_off(missing):
+                write_atomically(self._file(name), json.dumps(result))
+                results[name] = json.loads(json.dumps(result))
+                advance()
+        return {job.name: results[job.name] for job in jobs}
+
+    def _work_off(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Result]]:
+        if self._processes == 1 or len(jobs) <= 1:
+            for job in jobs:
+                yield job.name, job.work(**job.arguments)
+            return
+        # A fresh interpreter for each worker: forked ones inherit locks of torch's threads.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._processes, context, initializer=_use_one_thread) as pool:
+            waiting = {pool.submit(job.work, **job.arguments): job.name for job in jobs}
+            try:
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _file(self, name: str) -> Path:
+        return self.folder / _JOBS / f"{name}.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is there in full or not at all.
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _read(path: Path) -> Any:
+    """A JSON file's content; ``None`` where there is none or it was damaged, so that the job is done again."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def _difference(found: Result, wanted: Result) -> str:
+    """The first settings that differ, as ``name: found, not wanted``."""
+    missing = object()
+    names = [n for n in {**found, **wanted} if found.get(n, missing) != wanted.get(n, missing)]
+    name = names[0]
+    there, here = found.get(name), wanted.get(name)
+    if isinstance(there, dict) and isinstance(here, dict):
+        return _difference(there, here)
+    return f"{name} is {there!r} there and {here!r} here"
+
+
+def _use_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _bar(title: str, total: int, done: int, shown: bool) -> Iterator[Callable[[], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not shown) as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,64 @@
+"""Products with the Jacobian of a model's output, both ways, on one retained graph."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.diagnosis import explain
+
+__all__ = ["OutputJacobian"]
+
+
+class OutputJacobian:
+    """The Jacobian J of an output with respect to the parameters.
+
+    ``J v`` is the derivative of ``J'u`` by u: double backward, with no need for forward-mode formulas.
+
+    Args:
+        output: The output, with its graph.
+        tensors: The parameters.
+
+    Raises:
+        CurvatureError: An operation has no second derivative.
+    """
+
+    def __init__(self, output: Tensor, tensors: Sequence[Tensor]) -> None:
+        """See the class."""
+        self.output = output
+        self._tensors = tensors
+        self._cotangent = torch.zeros_like(output, requires_grad=True)
+        try:
+            self._pullback = torch.autograd.grad(
+                output, tensors, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            raise explain(error) from error
+
+    def forward(self, directions: Sequence[Tensor]) -> Tensor | None:
+        """``J v``, shaped like the output; ``None`` where the output does not move.
+
+        Args:
+            directions: v, shaped like the parameters.
+        """
+        curved = [(p, d) for p, d in zip(self._pullback, directions, strict=True) if p.requires_grad]
+        if not curved:
+            return None
+        try:
+            (image,) = torch.autograd.grad(
+                [p for p, _ in curved], self._cotangent, [d for _, d in curved], retain_graph=True
+            )
+        except RuntimeError as error:
+            raise explain(error) from error
+        return image
+
+    def backward(self, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """``J'u``, shaped like the parameters.
+
+        Args:
+            cotangent: u, shaped like the output.
+        """
+        try:
+            return torch.autograd.grad(self.output, self._tensors, cotangent, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise explain(error) from error

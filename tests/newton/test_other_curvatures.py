@@ -1,0 +1,144 @@
+"""Fisher information and gradient covariance against sums over labels and cases, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Gamma, Independent, Normal
+
+from lightning_sfn.newton import (
+    FisherOperator,
+    GradientCovarianceOperator,
+    HessianOperator,
+    Objective,
+    ObjectiveError,
+    SaddleFreeNewton,
+)
+from lightning_sfn.newton.dense import dense_matrix
+from lightning_sfn.newton.subspace_descent import KrylovSubspaceDescent
+
+from .cases import assert_close, make, reference
+
+CASES, CLASSES = 6, 3
+
+
+def network(outputs: int = CLASSES) -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, outputs)).double()
+    return model, torch.randn(CASES, 4, dtype=torch.float64), torch.randint(outputs, (CASES,))
+
+
+def gradient(value: Tensor, model: nn.Module) -> Tensor:
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, model.parameters(), retain_graph=True)])
+
+
+def test_fisher_is_the_expected_outer_product_over_all_labels() -> None:
+    model, x, y = network()
+    logs = model(x).log_softmax(dim=1)
+    expected = sum(
+        logs[i, c].exp().detach() * torch.outer(gradient(logs[i, c], model), gradient(logs[i, c], model))
+        for i in range(CASES)
+        for c in range(CLASSES)
+    )
+    closure = lambda: (F.cross_entropy(model(x), y), Categorical(logits=model(x)))  # noqa: E731
+    matrix = dense_matrix(FisherOperator(Objective([closure]), model.parameters()))
+    assert_close(matrix, expected / CASES, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "normal"])
+def test_fisher_of_independent_outputs(kind: str) -> None:
+    model, x, _ = network()
+    rows = [gradient(z, model) for z in model(x).reshape(-1)]
+    p = model(x).detach().sigmoid().reshape(-1)
+    weights = p * (1 - p) if kind == "bernoulli" else torch.full_like(p, 1 / 0.25)
+    expected = sum(w * torch.outer(r, r) for w, r in zip(weights, rows, strict=True)) / CASES
+
+    def closure() -> tuple[Tensor, Independent]:
+        output = model(x)
+        base = Bernoulli(logits=output) if kind == "bernoulli" else Normal(output, 0.5 * torch.ones_like(output))
+        return output.sum(), Independent(base, 1)
+
+    assert_close(dense_matrix(FisherOperator(Objective([closure]), model.parameters())), expected, 1e-10)
+
+
+def test_gradient_covariance_is_the_mean_outer_product_of_case_gradients() -> None:
+    model, x, y = network()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    expected = sum(torch.outer(gradient(v, model), gradient(v, model)) for v in losses) / CASES
+
+    def part(rows: slice) -> object:
+        def closure() -> tuple[Tensor, Tensor]:
+            values = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
+            return values.mean(), values
+
+        return closure
+
+    parts = [part(slice(0, 2)), part(slice(2, CASES))]
+    objective = Objective(parts, [2, CASES - 2])  # type: ignore[arg-type]
+    operator = GradientCovarianceOperator(objective, model.parameters())
+    assert_close(dense_matrix(operator), expected, 1e-10)
+    assert_close(operator.loss_and_gradient()[1], gradient(losses.mean(), model), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "output", "said"),
+    [
+        ("fisher", lambda z: z, "predicted distribution"),
+        ("fisher", lambda z: Gamma(z.exp(), z.exp()), "class Gamma"),
+        ("gradient_covariance", lambda z: z.detach(), "losses of the single cases"),
+        ("gradient_covariance", lambda z: z + 1, "mean of the cases' losses"),
+    ],
+)
+def test_what_the_closure_must_return_is_said(curvature: str, output: object, said: str) -> None:
+    x = torch.ones(3, requires_grad=True)
+    optimizer = SaddleFreeNewton([x], krylov_dim=2, curvature=curvature)  # type: ignore[arg-type]
+    with pytest.raises(ObjectiveError, match=said):
+        optimizer.step(lambda: (x.square().mean(), output(x.square())))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "gradient_covariance"])
+def test_they_train(curvature: str) -> None:
+    model, x, y = network()
+
+    def closure() -> tuple[Tensor, object]:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return losses.mean(), Categorical(logits=model(x)) if curvature == "fisher" else losses
+
+    optimizer = SaddleFreeNewton(model.parameters(), curvature=curvature, trust_region="damped_newton")  # type: ignore[arg-type]
+    first = [float(optimizer.step(closure)) for _ in range(15)]  # type: ignore[arg-type]
+    assert first[-1] < 0.2 * first[0]
+
+
+@pytest.mark.parametrize("name", ["mlp_classifier", "rnn"])
+def test_several_products_at_once_are_the_dense_hessians(name: str) -> None:
+    case = make(name)
+    operator = HessianOperator(Objective([case.closure]), case.parameters)
+    vectors = torch.randn(5, operator.parameters.size, dtype=torch.float64)
+    assert operator.batch > 1
+    assert_close(operator.matmat(vectors), vectors @ reference(name).hessian, 1e-10)
+    assert operator.products == 5
+
+
+def test_what_does_not_vectorise_is_done_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make("mlp")
+    operator = HessianOperator(Objective([case.closure]), case.parameters)
+
+    def refuse(vectors: Tensor) -> Tensor:
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(operator, "_batched", refuse)
+    vectors = torch.randn(3, operator.parameters.size, dtype=torch.float64)
+    assert_close(operator.matmat(vectors), vectors @ reference("mlp").hessian, 1e-10)
+
+
+def test_krylov_subspace_descent_minimizes_a_quadratic_and_leaves_a_saddle() -> None:
+    scales = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = KrylovSubspaceDescent([x], 3)
+    for _ in range(2):
+        optimizer.step(lambda: (scales * x**2).sum())
+    assert float(x.detach().abs().max()) < 1e-6
+    y = torch.tensor([1.0, 1e-3], dtype=torch.float64, requires_grad=True)
+    KrylovSubspaceDescent([y], 2).step(lambda: 5 * y[0] ** 2 - y[1] ** 2 + y[1] ** 4)
+    assert abs(abs(float(y[1].detach())) - 0.5**0.5) < 1e-3
+    with pytest.raises(ValueError, match="krylov_dim is 0"):
+        KrylovSubspaceDescent([y], 0)
