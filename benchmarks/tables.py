@@ -115,7 +115,15 @@ def plateau() -> str:
 def accuracy() -> str:
     """Eigenvalues against a float64 reference, and what they cost."""
     results = _load("spectrum_accuracy")
-    header = ["method", "asked for", "basis", "products", "largest right in order", "their worst error", "smallest: error"]
+    header = [
+        "method",
+        "asked for",
+        "basis",
+        "products",
+        "largest right in order",
+        "their worst error",
+        "smallest: error",
+    ]
     rows = [
         [
             row["method"],
