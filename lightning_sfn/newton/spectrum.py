@@ -211,7 +211,7 @@ class Spectrum:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not hold a spectrum: give a file that Spectrum.save wrote.") from error
 
     def plot(self) -> Figure:

@@ -58,7 +58,8 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
 
     The point counts as critical if a gradient step of the length that the largest eigenvalue allows gains less than a
     hundredth of the loss. The smallest eigenvalue counts as negative if it is so with its whole error bound, and as
-    zero to tolerance if it cannot be below a thousandth of the largest.
+    zero to tolerance if it cannot be below a thousandth of the largest. Where gradient and curvature are both exactly
+    zero, the kind of point is unknown: second derivatives do not tell.
 
     Args:
         spectrum: The spectrum.

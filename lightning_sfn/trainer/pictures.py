@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["log_histogram", "log_picture", "takes_pictures"]
+
+_BINS = 100  # on each side of zero, which no bin reaches across; TensorBoard shows 30
 
 
 def log_histogram(logger: Logger, tag: str, values: Tensor, step: int) -> None:
@@ -20,9 +23,26 @@ def log_histogram(logger: Logger, tag: str, values: Tensor, step: int) -> None:
         values: Finite numbers, at least one.
         step: Place on the time axis.
     """
-    add_histogram = getattr(_experiment(logger), "add_histogram", None)
-    if add_histogram is not None:
-        add_histogram(tag, values, step)
+    experiment = _experiment(logger)
+    if not hasattr(experiment, "add_histogram_raw"):
+        return
+    numbers = values.double().cpu().numpy()
+    low, high = min(numbers.min(), 0.0), max(numbers.max(), 0.0)
+    edges = np.unique(np.concatenate([np.linspace(low, 0.0, _BINS + 1), np.linspace(0.0, high or 1.0, _BINS + 1)]))
+    counts, _ = np.histogram(numbers, edges)
+    # `add_histogram` writes an empty bin first, and TensorBoard takes the least value for its left edge. Of the next
+    # bin it then draws only what lies above this value: little, or nothing, of the most negative eigenvalue.
+    experiment.add_histogram_raw(
+        tag,
+        min=edges[0],
+        max=edges[-1],
+        num=len(numbers),
+        sum=numbers.sum(),
+        sum_squares=numbers @ numbers,
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
 
 
 def takes_pictures(logger: Logger) -> bool:
