@@ -69,7 +69,8 @@ class CurvatureOperator(ABC):
             CurvatureError: An operation of the model has no second derivative.
         """
         self.products += len(vectors)
-        return self.objective.reduce(self._matmat(vectors.detach()))
+        part = self.objective.guarded(lambda: self._matmat(vectors.detach()), vectors)
+        return self.objective.reduce(part)
 
     @property
     def batch(self) -> int:

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
-from lightning_sfn.newton.operators import CurvatureName, ProductMethod
+from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
 from lightning_sfn.trainer.probe import Probe, ProbeBatches
@@ -49,7 +49,7 @@ class InspectingTrainer(Trainer):
         max_products: int | None = None,
         density: bool = False,
         density_probes: int = 4,
-        curvature: CurvatureName = "hessian",
+        curvature: Literal["hessian", "gauss_newton"] = "hessian",
         hvp: ProductMethod = "auto",
         precision: Literal[32, 64] = 32,
     ) -> Spectrum | None:

@@ -1,12 +1,14 @@
 """Lack of memory is recognised whatever raises it, and a step makes do with less."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_sfn.newton import CurvatureError, CurvatureOperator, Objective, SaddleFreeNewton
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.shortage import is_out_of_memory
 
 
@@ -57,6 +59,7 @@ class Limited(SaddleFreeNewton):
             return matvec(vector)
 
         operator.matvec = limited  # type: ignore[method-assign]
+        operator.matmat = lambda vectors: torch.stack([limited(v) for v in vectors])  # type: ignore[method-assign]
         return operator
 
 
@@ -88,10 +91,20 @@ def test_where_nothing_is_left_to_give_the_error_is_raised_and_nothing_lost() ->
     assert torch.equal(x.detach(), torch.full((8,), 0.3))
 
 
+class Shared(ProcessMean):
+    """Stands for the mean over several processes."""
+
+    def __init__(self) -> None:
+        self.processes = mock.Mock(guard=lambda compute, like: compute())
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
 def test_a_step_shared_with_other_processes_is_not_repeated() -> None:
     """The others would wait for products that this process has taken already."""
     x = torch.full((8,), 0.3, requires_grad=True)
     optimizer = Limited([x], krylov_dim=8)
     with pytest.raises(torch.OutOfMemoryError):
-        optimizer.step_on(Objective([lambda: quartic(x)], reduce=lambda tensor: tensor))
+        optimizer.step_on(Objective([lambda: quartic(x)], reduce=Shared()))
     assert optimizer.krylov_dim == 8

@@ -194,7 +194,7 @@ def test_an_empty_loader(loader: Any, options: dict[str, Any]) -> None:
         ({"max_products": 3}, "max_products is 3"),
         ({"density": True, "density_probes": 0}, "density_probes is 0"),
         ({"precision": 16}, "precision is 16"),
-        ({"curvature": "fisher"}, "curvature is 'fisher'"),
+        ({"curvature": "fisher"}, "curvature='fisher', which needs more"),
         ({"plot": "spectrum.xyz"}, "plot is spectrum.xyz, but a name that ends in .png, .pdf, .svg is expected"),
     ],
 )

@@ -821,7 +821,7 @@ def test_nothing_is_said_where_nothing_was_trained(options: dict[str, Any], said
         ({"pictures_every": -1}, "pictures_every is -1"),
         ({"precision": 16}, "precision is 16"),
         ({"batches": []}, "batches is empty"),
-        ({"curvature": "fisher"}, "curvature is 'fisher'"),
+        ({"curvature": "fisher"}, "curvature='fisher', which needs more"),
         ({"hvp": "magic"}, "hvp is 'magic'"),
         ({"curvature": "gauss_newton", "hvp": "finite_difference"}, "gives the Hessian"),
     ],

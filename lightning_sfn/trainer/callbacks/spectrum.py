@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sfn.newton.operators import CurvatureName, ProductMethod
+from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
@@ -92,7 +92,7 @@ class HessianSpectrum(Callback):
         density_probes: int = 4,
         groups: Mapping[str, str | Sequence[str]] | None = None,
         batches: Sequence[Any] | None = None,
-        curvature: CurvatureName = "hessian",
+        curvature: Literal["hessian", "gauss_newton"] = "hessian",
         hvp: ProductMethod = "auto",
         precision: Literal[32, 64] = 32,
         pictures_every: int = 5,
