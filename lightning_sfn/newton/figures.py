@@ -22,6 +22,7 @@ __all__ = ["density_figure", "index_figure", "spectrum_figure"]
 _NEGATIVE, _POSITIVE, _BAND = "#c0392b", "#2c6fa6", "#b8cfe4"
 _GRID_POINTS = 800
 _LINEAR_SHARE = 1e-4  # of the largest eigenvalue: the linear part of the symmetric logarithmic axis
+_LINEAR_LENGTH = 1 / 0.9  # of matplotlib's symmetric logarithmic axis up to its linear threshold, in decades
 _WIDTH_SHARE = 0.01  # of the axis: how far a quadrature node is spread
 
 
@@ -146,7 +147,7 @@ def _draw_density(axes: Axes, density: SpectralDensity) -> None:
         axes.fill_between(shown, lower, upper, color=_BAND, label="standard error over the probes")
         axes.legend(loc="upper right", fontsize="small")
     axes.plot(shown, torch.where(mean < least, math.nan, mean).tolist(), color=_POSITIVE, linewidth=1.2)
-    axes.set_ylim(bottom=least)
+    axes.set_ylim(least, 20 * float(mean.max()))  # room for the legend
     axes.axvline(0.0, color="0.3", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=unit)
     axes.tick_params(axis="x", labelrotation=45, labelsize="small")
@@ -165,10 +166,10 @@ def _linear_part(values: Tensor) -> float:
 
 def _symlog(values: Tensor, unit: float) -> Tensor:
     """Places on matplotlib's symmetric logarithmic axis: linear up to the unit, decades of length 1 beyond."""
-    beyond = 1 + torch.log10((values.abs() / unit).clamp_min(1.0))
-    return torch.where(values.abs() <= unit, values / unit, values.sign() * beyond)
+    beyond = _LINEAR_LENGTH + torch.log10((values.abs() / unit).clamp_min(1.0))
+    return torch.where(values.abs() <= unit, _LINEAR_LENGTH * values / unit, values.sign() * beyond)
 
 
 def _inverse_symlog(places: Tensor, unit: float) -> Tensor:
-    beyond = places.sign() * torch.pow(10.0, places.abs() - 1)
-    return unit * torch.where(places.abs() <= 1, places, beyond)
+    beyond = places.sign() * torch.pow(10.0, places.abs() - _LINEAR_LENGTH)
+    return unit * torch.where(places.abs() <= _LINEAR_LENGTH, places / _LINEAR_LENGTH, beyond)
