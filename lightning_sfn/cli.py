@@ -31,6 +31,7 @@ from lightning_sfn.experiments.recipes import with_recipe_paths
 from lightning_sfn.experiments.recurrent import CharacterRNN
 from lightning_sfn.experiments.text import CharacterText
 from lightning_sfn.newton import CurvatureError, ObjectiveError, Spectrum
+from lightning_sfn.newton.processes import ProcessError
 from lightning_sfn.trainer.inspection import InspectingTrainer
 
 __all__ = [
@@ -50,6 +51,14 @@ __all__ = [
 
 _NEEDED = ("jsonargparse", "docstring_parser", "typeshed_client", "rich")
 _OWN_COMMANDS = {"reproduce": "lightning_sfn.experiments.reproduce"}  # each module has a main(arguments)
+_RUNTIME_ERRORS = (
+    MisconfigurationException,
+    FileNotFoundError,
+    ObjectiveError,
+    CurvatureError,
+    FloatingPointError,
+    ProcessError,
+)
 _USAGE_ERROR = 2
 _RUNTIME_ERROR = 1
 _SHOWN = 5  # eigenvalues of each end in the table
@@ -153,7 +162,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(one_sentence(str(error)), _USAGE_ERROR)
     except UsageError as error:
         return _fail(str(error), _USAGE_ERROR)
-    except (MisconfigurationException, FileNotFoundError, ObjectiveError, CurvatureError, FloatingPointError) as error:
+    except _RUNTIME_ERRORS as error:
         return _fail(" ".join(str(error).split()), _RUNTIME_ERROR)
     return 0
 

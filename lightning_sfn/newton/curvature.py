@@ -218,12 +218,13 @@ class HessianOperator(CurvatureOperator):
         self._graphs.clear()
 
 
-def gradient_of(objective: Objective, parameters: FlatParameters) -> tuple[float, Tensor]:
+def gradient_of(objective: Objective, parameters: FlatParameters, *, far: bool = False) -> tuple[float, Tensor]:
     """Loss and gradient of an objective, part by part, no graph kept.
 
     Args:
         objective: The objective.
         parameters: The parameters to differentiate by.
+        far: Whether the parameters are those of a trial, where the objective may overflow on some processes alone.
 
     Returns:
         The loss, and the gradient of shape ``(n,)``.
@@ -241,13 +242,15 @@ def gradient_of(objective: Objective, parameters: FlatParameters) -> tuple[float
                 raise explain(error) from error
             yield weight, loss.detach(), gradient
 
-    return _average(objective, parameters, parts())
+    return _average(objective, parameters, parts(), far=far)
 
 
 def _average(
     objective: Objective,
     parameters: FlatParameters,
     parts: Iterable[tuple[float, Tensor, tuple[Tensor | None, ...]]],
+    *,
+    far: bool = False,
 ) -> tuple[float, Tensor]:
     """Weighted mean of the parts' losses and gradients, over all processes."""
     total = torch.zeros((), dtype=torch.float64, device=parameters.device)
@@ -261,7 +264,7 @@ def _average(
 
     gradient = objective.guarded(accumulate, gradient)
     loss, gradient = objective.reduce(total), objective.reduce(gradient)
-    objective.require_sound(gradient)
+    objective.require_sound(gradient, far=far)
     return float(loss), gradient
 
 
@@ -288,7 +291,8 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
     if marks() != before:
         raise ObjectiveError(
             "The closure called backward() itself, but it must only return the loss with its graph: remove "
-            "loss.backward() from it."
+            "loss.backward() from it. (Lightning's automatic optimization calls it: use strategy='sfn', the SwitchToSFN "
+            "callback or SaddleFreeNewtonMixin there.)"
         )
     return evaluation
 

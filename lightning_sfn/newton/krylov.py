@@ -161,7 +161,9 @@ def lanczos(
     for j in range(steps):
         leftover, coupling = lanczos_step(product, basis, projected, j, store, recent)
         if not math.isfinite(float(projected[j, j])):
-            return KrylovSubspace(basis[:steps], torch.full((steps, steps), math.nan), 0.0, steps, j + 1, store, size)
+            return KrylovSubspace(
+                basis[:steps], torch.full((steps, steps), math.nan, dtype=torch.float64), 0.0, steps, j + 1, store, size
+            )
         if j + 1 < steps:
             recent = [append(basis, projected, j + 1, leftover, coupling, generator, store, start), recent[0]]
     space = _Extension(basis, projected, steps, coupling, leftover, store)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lightning_sfn.newton.processes import ProcessMean
+from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 
 __all__ = ["Closure", "Evaluation", "Objective", "ObjectiveError"]
@@ -180,6 +180,11 @@ class Objective:
         return self._reduce is not None
 
     # ------------------------------------------------------------------------------------------------ processes
+
+    @property
+    def processes(self) -> Processes | None:
+        """The processes that share it; ``None`` if one evaluates it alone."""
+        return None if self._reduce is None else self._reduce.processes
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Mean of a tensor over the processes that share this objective (the tensor itself if there is one)."""

@@ -371,7 +371,7 @@ class SaddleFreeNewton(Optimizer):
         before, origin = record, parameters.read()
         for inner in range(self.inner_steps):
             if inner > 0:
-                loss, gradient = gradient_of(objective, parameters)
+                loss, gradient = gradient_of(objective, parameters, far=True)
                 spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)
                 if not (loss < before.loss_after and bool(torch.isfinite(gradient).all())):
                     # The trial data promised a decrease that the objective does not show: take the step back.

@@ -1,5 +1,6 @@
 """What saddle-free Newton could achieve at a point, before any step is taken."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,9 @@ def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -
             space = lanczos(operator.matvec, start, krylov_dim, generator=generator)
         finally:
             operator.close()
+        if not bool(torch.isfinite(space.projected).all()):
+            operator.objective.require_sound(space.projected, far=True)
+            return Outlook(loss, math.nan, math.nan, math.nan)  # promises nothing
         values, along = space.eigenvalues, space.coordinates(gradient)
         inverse = 1 / (values.abs() + _DAMPING * values.abs().max())
         decrease = (along.square() * inverse * (1 - values * inverse / 2)).sum()

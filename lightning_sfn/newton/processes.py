@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ProcessError", "ProcessMean", "Processes"]
+__all__ = ["ContributionError", "ProcessError", "ProcessMean", "Processes"]
 
 _ROLL_CALL = timedelta(seconds=5)  # how long survivors wait for each other's sign of life
 # torch 2.13 renamed them.
@@ -24,6 +24,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gat
 
 class ProcessError(RuntimeError):
     """The processes fell apart: one of them failed, is gone, or differs from the others."""
+
+
+class ContributionError(ProcessError, FloatingPointError):
+    """What some of the processes contributed is not finite; raised on all of them alike."""
 
 
 class Processes:
@@ -166,7 +170,8 @@ class Processes:
             blame_nan: Whether a NaN that some processes alone contributed is a failure too.
 
         Raises:
-            ProcessError: Another process failed, or the NaN came from some of the processes alone; the ranks are named.
+            ProcessError: Another process failed.
+            ContributionError: The NaN came from some of the processes alone; the ranks are named.
             Exception: This process' own failure.
         """
         failure, self._failure = self._failure, None
@@ -181,7 +186,7 @@ class Processes:
         culprits = [rank for rank, (_, finite) in enumerate(reports) if not finite]
         if blame_nan and 0 < len(culprits) < self.size:
             names = " and ".join(f"rank {rank}" for rank in culprits)
-            raise ProcessError(
+            raise ContributionError(
                 f"The contribution of {names} of {self.size} to the objective is not finite (loss, gradient or Hessian-"
                 "vector product), so the step is undone on all ranks: look at the batch that it has."
             )

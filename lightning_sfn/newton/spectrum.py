@@ -311,6 +311,7 @@ def spectrum_of(
     def matvec(vector: Tensor) -> Tensor:
         nonlocal nonfinite
         image = operator.matvec(vector)
+        operator.objective.require_sound(image, far=True)  # an evaluation that failed is no number to count
         nonfinite = nonfinite or _count_nonfinite(image)
         if progress is not None:
             progress(operator.products, at_most)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 
 from lightning_sfn.newton.operators import ProductMethod
@@ -136,7 +137,11 @@ class _Inspection(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the parameters, draws the batches, takes the spectrum and stops."""
         trainer.should_stop = True
-        if self._ckpt_path is not None:
+        if self._ckpt_path is None:
+            rank_zero_info(
+                "No checkpoint is given (--ckpt_path), so this is the spectrum of the module as it was made."
+            )
+        else:
             _load_parameters(trainer, pl_module, self._ckpt_path)
         batches = _draw(trainer, pl_module, self._num_batches)
         at_most = self._probe.settings.most_products(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))

@@ -153,7 +153,8 @@ class SaddleFreeNewtonMixin(LightningModule):
             record, prefix = self._drivers[index].last_record, "sfn" if len(losses) == 1 else f"sfn/{index}"
             if record is not None:
                 log_step(self.trainer, self, record, prefix)
-        self._newton_steps += 1
+        if any(driver.last_record is not None for driver in self._drivers):
+            self._newton_steps += 1
         self._step_schedulers("step", self._newton_steps)
 
     def _step_schedulers(self, interval: str, count: int) -> None:
@@ -194,7 +195,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         self._drivers = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores what decides about later windows; a half-filled window is collected anew after a resume."""
+        """Stores what decides about later windows, and on one process the batches that wait."""
         super().on_save_checkpoint(checkpoint)
         windows = [driver.state_dict() for driver in self._drivers]
         checkpoint["sfn_windows"] = {"windows": windows, "newton_steps": self._newton_steps}
@@ -293,6 +294,7 @@ class _ManualNewton(WindowedNewton):
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
         """Takes the step that is due."""
+        self.last_record = None
         result = closure() if closure is not None else None
         if self._held is not None:
             self._newton_step(self._held, None)

@@ -15,7 +15,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
-from lightning_sfn.trainer.support import require_one_optimizer, require_replayable
+from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
 from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
 
@@ -46,6 +46,7 @@ class _NewtonStrategy(Strategy):
         require_one_optimizer(trainer, who)
         base = self.optimizers[0]
         if isinstance(base, SaddleFreeNewton):
+            require_curvature(base.curvature, who)
             newton = base
         else:
             newton = make_newton(self._make_optimizer, base, who)

@@ -43,7 +43,7 @@ def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> N
     if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{who} needs automatic optimization, but {type(module).__name__} sets automatic_optimization = False: "
-            "use lightning_sfn.SaddleFreeNewton as its optimizer in place of the callback."
+            "use lightning_sfn.SaddleFreeNewtonMixin, or SaddleFreeNewton as its optimizer."
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(

@@ -198,7 +198,12 @@ class WindowedNewton:
         """
         recorded = [step for step in self._recorder.take() if step.loss is not None]
         if recorded:
-            self._window.collect(recorded, self._weigh(recorded))
+            finite = all(step.loss is None or bool(torch.isfinite(step.loss).all()) for step in recorded)
+            weights = self._weigh(recorded, finite=finite)
+            if math.isnan(weights.mean):
+                self._leave_out(recorded)
+            else:
+                self._window.collect(recorded, weights)
         if not self._window.steps or not self._complete():
             return None
         window, self._window = self._window, _Window()
@@ -355,12 +360,14 @@ class WindowedNewton:
         """Takes over what `state_dict` gave; batches that it does not hold are collected anew, with a warning."""
         self.steps_taken, self.growth, self._last_step = state["steps_taken"], state["growth"], state["last_step"]
         self.batch_gradients = state["batch_gradients"]
-        if state["window"] is not None:
-            self._window = _Window.from_state(state["window"], self._module.device)
-        if state["held"] is not None:
-            self._held = _Window.from_state(state["held"], self._module.device)
-        missing = state["waiting"] if state["window"] is None else 0
-        if missing or (state["holds"] and state["held"] is None):
+        alone = self._trainer.world_size == 1  # the weights of a stored window are those of one process
+        window, held = (state["window"], state["held"]) if alone else (None, None)
+        if window is not None:
+            self._window = _Window.from_state(window, self._module.device)
+        if held is not None:
+            self._held = _Window.from_state(held, self._module.device)
+        missing = state["waiting"] if window is None else 0
+        if missing or (state["holds"] and held is None):
             rank_zero_warn(
                 "The checkpoint was written while batches waited for a Newton step, and it could not hold them "
                 "(batches of a custom class, or several processes): they are collected anew, so this run is not the "
@@ -450,7 +457,7 @@ def check_reduction(reduction: str) -> None:
 
 def _is_survivable(error: Exception, trainer: Trainer) -> bool:
     """Whether training can go on without this step, on all processes alike."""
-    # Numbers are averaged over processes, so all of them meet one that is not finite; memory runs out on one alone.
+    # Numbers are averaged over processes, and all of them raise where one is not finite; memory runs out on one alone.
     return isinstance(error, FloatingPointError) or (is_out_of_memory(error) and trainer.world_size == 1)
 
 

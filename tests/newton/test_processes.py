@@ -302,7 +302,7 @@ def test_an_error_on_one_rank_ends_the_step_on_all_and_names_it(failed: list[Any
 def test_a_nan_on_one_rank_ends_the_step_on_all_and_names_it(failed: list[Any], how: str) -> None:
     for failure, unchanged in (outcome[how] for outcome in failed):
         assert unchanged
-        assert failure.error == "ProcessError"
+        assert failure.error == "ContributionError"
         assert failure.message.startswith("The contribution of rank 2 of 3 to the objective is not finite")
 
 

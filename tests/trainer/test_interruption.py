@@ -6,6 +6,7 @@ import signal
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -63,6 +64,45 @@ def test_batches_that_are_not_finite_are_left_out(poison: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Loss or gradient of batch")
+class Unknown(Fitting):
+    """Its loss is no number in one batch, though its gradient is one: the first optimizer goes on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss + float("nan") if self.current_epoch == 2 and batch_idx == 1 else loss
+
+
+def test_a_batch_that_is_not_finite_is_left_out_of_a_probe_too() -> None:
+    callback = SwitchToSFN(
+        patience=1, min_delta=10.0, require_negative_curvature=True, min_predicted_decrease=0.0, probe_dim=4
+    )
+    with pytest.warns(UserWarning, match="left out of Newton steps"):
+        make_trainer(5, callbacks=[callback]).fit(Unknown(), regression_loader())
+    assert callback.switched
+
+
+def test_a_window_of_one_process_is_not_resumed_on_several() -> None:
+    """Its weights would make the batches of one process count for all."""
+
+    class Moving(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            driver = callback._driver
+            if driver is None or driver.idle:
+                return
+            state = driver.state_dict()
+            assert state["window"] is not None
+            driver._window = type(driver._window)()
+            several = mock.patch.object(Trainer, "world_size", new_callable=mock.PropertyMock, return_value=2)
+            with several, pytest.warns(UserWarning, match="it could not hold them"):
+                driver.load_state_dict(state)
+            assert driver.idle
+            trainer.should_stop = True
+
+    callback = switch()
+    make_trainer(SWITCH + 1, callbacks=[callback, Moving()]).fit(Fitting(), regression_loader())
+    assert callback.switched
+
+
 def test_an_epoch_without_a_finite_batch_changes_nothing() -> None:
     module, callback = Poisoned(float("nan"), batches=(0, 1, 2, 3)), switch()
     seen: list[Tensor] = []

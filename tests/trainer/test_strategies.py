@@ -181,3 +181,18 @@ def test_class_path_in_yaml() -> None:
         made = parser.instantiate_classes(parser.parse_args([f"--trainer.strategy={text}"])).trainer.strategy
         assert type(made).__name__ == name
         assert (made._budgets.gradient_batches, made._reduction) == (3, "samples")
+
+
+def test_the_switch_beside_the_strategy_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="nothing to switch to"):
+        make_trainer(1, strategy="sfn", callbacks=[forced()]).fit(Factorised(), factorised_loader())
+
+
+def test_a_curvature_that_replays_cannot_give_is_refused_at_once() -> None:
+    class Fisher(Factorised):
+        def configure_optimizers(self) -> Any:
+            return SaddleFreeNewton(self.parameters(), curvature="fisher")
+
+    module = Fisher()
+    with pytest.raises(MisconfigurationException, match="needs more than training_step hands over"):
+        make_trainer(1, strategy="sfn").fit(module, factorised_loader())

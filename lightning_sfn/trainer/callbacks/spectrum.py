@@ -241,7 +241,7 @@ class HessianSpectrum(Callback):
 
     def _give_up(self, trainer: Trainer, error: Exception) -> None:
         """Warns once that there is no spectrum; with several processes a lonely failure must end all of them."""
-        if self.strict or trainer.world_size > 1:
+        if self.strict or (trainer.world_size > 1 and not isinstance(error, FloatingPointError)):
             raise error
         if not self._failed:
             rank_zero_warn(

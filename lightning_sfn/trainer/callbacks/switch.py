@@ -208,6 +208,11 @@ class SwitchToSFN(PlateauWatch):
             self._reset()
             self._trainer = trainer
             require_replayable(trainer, pl_module, type(self).__name__)
+            if type(trainer.strategy).__name__ in ("SFNStrategy", "SFNDDPStrategy"):
+                raise MisconfigurationException(
+                    "SwitchToSFN has nothing to switch to: the strategy trains with saddle-free Newton from the start. "
+                    "Use strategy='auto' or 'ddp' with the callback, or the strategy without it."
+                )
             if not self.rules.forces:
                 require_metrics(trainer, type(self).__name__)
 
@@ -443,9 +448,14 @@ class SwitchToSFN(PlateauWatch):
         if self._probe_dim == 0 or self._driver is None or self._driver.last_curvature is None or self.newton is None:
             return None
         parameters = FlatParameters.of_groups(self.newton.param_groups)
-        with self._driver.session():
-            operator = self.newton.operator(self._driver.last_curvature, parameters)
-            return spectrum_of(operator, SpectrumSettings(self._probe_dim))
+        try:
+            with self._driver.session():
+                operator = self.newton.operator(self._driver.last_curvature, parameters)
+                return spectrum_of(operator, SpectrumSettings(self._probe_dim))
+        except Exception as error:
+            if self._driver.last_curvature.is_shared or not is_out_of_memory(error):
+                raise
+            return None  # the report does without it; the step itself has ways to save memory
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
