@@ -291,8 +291,7 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
     if marks() != before:
         raise ObjectiveError(
             "The closure called backward() itself, but it must only return the loss with its graph: remove "
-            "loss.backward() from it. (Lightning's automatic optimization calls it: use strategy='sfn', the SwitchToSFN "
-            "callback or SaddleFreeNewtonMixin there.)"
+            "loss.backward() from it (a training loop that calls it by itself needs one of its own for this optimizer)."
         )
     return evaluation
 

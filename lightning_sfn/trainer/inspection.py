@@ -138,9 +138,7 @@ class _Inspection(Callback):
         """Loads the parameters, draws the batches, takes the spectrum and stops."""
         trainer.should_stop = True
         if self._ckpt_path is None:
-            rank_zero_info(
-                "No checkpoint is given (--ckpt_path), so this is the spectrum of the module as it was made."
-            )
+            rank_zero_info("No checkpoint is given (--ckpt_path), so this is the spectrum of the module as made.")
         else:
             _load_parameters(trainer, pl_module, self._ckpt_path)
         batches = _draw(trainer, pl_module, self._num_batches)

@@ -63,7 +63,6 @@ def test_batches_that_are_not_finite_are_left_out(poison: float) -> None:
     assert callback.report.newton_steps == 4
 
 
-@pytest.mark.filterwarnings("ignore:Loss or gradient of batch")
 class Unknown(Fitting):
     """Its loss is no number in one batch, though its gradient is one: the first optimizer goes on."""
 
@@ -103,6 +102,7 @@ def test_a_window_of_one_process_is_not_resumed_on_several() -> None:
     assert callback.switched
 
 
+@pytest.mark.filterwarnings("ignore:Loss or gradient of batch")
 def test_an_epoch_without_a_finite_batch_changes_nothing() -> None:
     module, callback = Poisoned(float("nan"), batches=(0, 1, 2, 3)), switch()
     seen: list[Tensor] = []
