@@ -1,6 +1,7 @@
 """Every test starts from the same seed, on one thread, in an empty folder of its own, and asks no network."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,20 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Started commands inherit this; in this process the `datasets` package has read the variable already."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def new_tensors() -> Iterator[Callable[[], list[torch.Tensor]]]:
+    """Gives a function that lists the live tensors that the test itself made.
+
+    What earlier tests of the same process left behind is held until the test ends: the collector takes it at a moment
+    of its own, and a count would then fall by tensors that have nothing to do with the test.
+    """
+
+    def live() -> list[torch.Tensor]:
+        gc.collect()
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+
+    earlier = {id(tensor): tensor for tensor in live()}
+    yield lambda: [tensor for tensor in live() if id(tensor) not in earlier]
+    earlier.clear()
