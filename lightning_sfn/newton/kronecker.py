@@ -19,6 +19,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.processes import ProcessError
 from lightning_sfn.newton.sampled_targets import ElementwiseLosses
+from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.weight_uses import Use, WatchingWeights
 
 __all__ = ["KroneckerFactors", "Targets"]
@@ -116,23 +117,26 @@ class KroneckerFactors(Preconditioner):
         Raises:
             ProcessError: Another process failed.
         """
-        if self._roots and self._age < self.refresh_every:
+        if 0 < self._age < self.refresh_every:
             self._age += 1
             return
         parameters, objective = operator.parameters, operator.objective
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        blocks = self._estimated(objective, parameters, seed)
-        scale = max((block.magnitude for block in blocks), default=0.0)
+        self._age = 1
+        try:
+            blocks = self._estimated(objective, parameters, seed)
+        except (RuntimeError, TypeError, ValueError) as error:
+            # What is wrong with the loss itself shows in the products too, and is raised there.
+            if objective.is_shared or is_out_of_memory(error):
+                raise
+            _warn(f"cannot be estimated ({type(error).__name__}: {error})")
+            return
+        scale = max(block.magnitude for block in blocks)
         if not (math.isfinite(scale) and scale > 0):
-            warnings.warn(
-                "The Kronecker factors are zero or not finite at the present parameters: those of an earlier step stay "
-                "in use.",
-                stacklevel=2,
-            )
+            _warn("are zero or not finite at the present parameters")
             return
         self._shapes = list(parameters.shapes)
         self._adopt(blocks)
-        self._age = 1
         self._unfactored = tuple(
             self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
@@ -155,7 +159,7 @@ class KroneckerFactors(Preconditioner):
             if processes is None:
                 raise
             failure = error
-        signatures = set() if observation is None else set(observation.signatures)
+        signatures = set() if observation is None else observation.signatures
         if processes is not None:
             reports = processes.collect(None if observation is None else sorted(signatures))
             if failure is not None:
@@ -219,26 +223,32 @@ class KroneckerFactors(Preconditioner):
         self._age, self._unfactored = int(state["age"]), tuple(state["unfactored"])
 
 
+def _warn(what: str) -> None:
+    warnings.warn(f"Kronecker factors {what}: those of an earlier step, if any, stay in use.", stacklevel=4)
+
+
 class _Observation:
     """Uses of weights with their output gradients, and the gradients of the parameters, over all parts."""
 
     def __init__(self, parameters: FlatParameters) -> None:
         self._index = {id(p): i for i, p in enumerate(parameters.tensors)}
-        self._uses: dict[Signature, list[tuple[Use, Tensor, float]]] = {}
+        self._parts: list[tuple[list[tuple[Signature, Use, Tensor]], float]] = []  # uses of a part, and its share
         self._squares: dict[int, Tensor] = {}
 
     @property
-    def signatures(self) -> list[Signature]:
+    def signatures(self) -> set[Signature]:
         """What kinds of uses were seen."""
-        return list(self._uses)
+        return {signature for uses, _ in self._parts for signature, _, _ in uses}
 
     def add(self, uses: list[Use], outputs: list[Tensor | None], gradients: list[Tensor | None], weight: float) -> None:
         """Adds one part of the data with its share of the whole."""
+        reached: list[tuple[Signature, Use, Tensor]] = []
         for use, gradient in zip(uses, outputs, strict=True):
             bias = -1 if use.bias is None else self._index.get(id(use.bias), -1)
             if gradient is not None:
                 signature = (use.kind, self._index[id(use.weight)], bias)
-                self._uses.setdefault(signature, []).append((use, use.rows(gradient), weight))
+                reached.append((signature, use, use.rows(gradient)))
+        self._parts.append((reached, weight))
         for index, by_parameter in enumerate(gradients):
             if by_parameter is not None:
                 square = by_parameter.detach().square().mean()
@@ -250,10 +260,11 @@ class _Observation:
         if kind == "number":
             block.outputs += self._squares.get(index, torch.zeros_like(block.outputs))
             return
-        uses = self._uses.get(block.signature, [])
-        total = sum(weight * len(rows) for _, rows, weight in uses)
-        for use, rows, weight in uses:
-            block.observe(use.inputs, rows, weight * len(rows) / total)
+        for uses, weight in self._parts:
+            own = [(use, rows) for signature, use, rows in uses if signature == block.signature]
+            places = sum(len(rows) for _, rows in own)
+            for use, rows in own:
+                block.observe(use.inputs, rows, weight * len(rows) / places)
 
 
 def _observe(objective: Objective, parameters: FlatParameters, seed: int, targets: Targets) -> _Observation:

@@ -130,7 +130,7 @@ def test_names_and_objects_are_understood() -> None:
     assert make_preconditioner(own) is own
     assert isinstance(make_preconditioner("diagonal"), DiagonalPreconditioner)
     assert isinstance(make_preconditioner(None), IdentityPreconditioner)
-    with pytest.raises(ValueError, match=r"^preconditioner is 'adam', but None, 'diagonal' or a Preconditioner"):
+    with pytest.raises(ValueError, match=r"^preconditioner is 'adam', but None, 'diagonal', 'kronecker' or a"):
         make_preconditioner("adam")
 
 

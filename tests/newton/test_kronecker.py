@@ -1,0 +1,341 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from scipy.linalg import fractional_matrix_power
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sfn import SaddleFreeNewton
+from lightning_sfn.newton import HessianOperator, KroneckerFactors, Objective
+from lightning_sfn.newton.kronecker_blocks import Block
+from lightning_sfn.newton.processes import Processes, ProcessMean
+from lightning_sfn.newton.weight_uses import WatchingWeights
+
+from .ranks import on_ranks
+
+D = torch.float64
+
+
+def refreshed(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> KroneckerFactors:
+    factors = KroneckerFactors(model, **options)
+    factors.refresh(HessianOperator(Objective([loss]), model.parameters()), torch.Generator().manual_seed(0))
+    return factors
+
+
+def dense(factors: KroneckerFactors, size: int, *, inverse: bool = False) -> Tensor:
+    unit = torch.eye(size, dtype=D)
+    return factors.unscale(unit) if inverse else factors.scale(unit)
+
+
+def only_block(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> Block:
+    (block,) = refreshed(model, loss, **options)._blocks
+    return block
+
+
+def fitting(*layers: nn.Module, inputs: Tensor, outputs: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = nn.Sequential(*layers).double()
+    target = torch.randn(len(inputs), outputs, dtype=D)
+    return model, lambda: F.mse_loss(model(inputs), target, reduction="sum") / len(inputs)
+
+
+def test_the_map_is_the_inverse_square_root_of_the_damped_kronecker_product() -> None:
+    x = torch.randn(50, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    factors = refreshed(model, loss, damping=0.01)
+    (block,) = factors._blocks
+    joined = torch.cat([x, torch.ones(50, 1, dtype=D)], 1)
+    torch.testing.assert_close(block.inputs, joined.T @ joined / 50)
+
+    a, s = block.inputs, block.outputs
+    damping = 0.01 * a.diagonal().mean() * s.diagonal().mean()
+    pi = (a.diagonal().mean() / s.diagonal().mean()).sqrt()
+    right = torch.tensor(fractional_matrix_power(a + damping.sqrt() * pi * torch.eye(4, dtype=D), -0.5))
+    left = torch.tensor(fractional_matrix_power(s + damping.sqrt() / pi * torch.eye(2, dtype=D), -0.5))
+    in_rows = torch.kron(left, right)  # of the joined matrix [W b], row by row
+    order = [0, 1, 2, 4, 5, 6, 3, 7]  # the flat parameters have W first, then b
+    torch.testing.assert_close(dense(factors, 8), in_rows[order][:, order])
+    torch.testing.assert_close(dense(factors, 8) @ dense(factors, 8, inverse=True), torch.eye(8, dtype=D))
+    torch.testing.assert_close(dense(factors, 8), dense(factors, 8).T)
+
+
+def test_one_vector_is_mapped_like_a_row_of_many() -> None:
+    x = torch.randn(50, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False), inputs=x, outputs=2)
+    factors, vectors = refreshed(model, loss), torch.randn(5, 24, dtype=D)
+    torch.testing.assert_close(factors.scale(vectors)[2], factors.scale(vectors[2]))
+    torch.testing.assert_close(factors.unscale(factors.scale(vectors)), vectors)
+
+
+def test_a_linear_model_has_the_hessian_for_its_factors() -> None:
+    """Squared error: the Hessian is E[x x'] times twice the identity, and drawn targets give that on average."""
+    x = torch.randn(100_000, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2, bias=False), inputs=x, outputs=2)
+    block = only_block(model, loss)
+    torch.testing.assert_close(block.outputs, 2 * torch.eye(2, dtype=D), atol=0.03, rtol=0)
+    flat = torch.randn(6, dtype=D)
+    product = HessianOperator(Objective([loss]), model.parameters()).matvec(flat)
+    torch.testing.assert_close(torch.kron(block.outputs, block.inputs) @ flat, product, atol=0.1, rtol=0)
+
+
+def test_curvature_in_these_coordinates_is_about_the_identity() -> None:
+    x = torch.randn(20_000, 3, dtype=D) * torch.tensor([10.0, 1.0, 0.1], dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    factors = refreshed(model, loss, damping=1e-9)
+    operator = HessianOperator(Objective([loss]), model.parameters())
+    flat = factors.scale(operator.matmat(dense(factors, 8)))
+    torch.testing.assert_close(flat, torch.eye(8, dtype=D), atol=0.1, rtol=0)
+
+
+def test_a_convolution_over_the_whole_image_has_the_factors_of_a_linear_layer() -> None:
+    x = torch.randn(40, 2, 3, 3, dtype=D)
+    convolution, loss = fitting(nn.Conv2d(2, 4, 3), nn.Flatten(), inputs=x, outputs=4)
+    linear, same = fitting(nn.Flatten(), nn.Linear(18, 4), inputs=x, outputs=4)
+    with torch.no_grad():
+        linear[1].weight.copy_(convolution[0].weight.flatten(1))
+        linear[1].bias.copy_(convolution[0].bias)
+    ours, theirs = only_block(convolution, loss), only_block(linear, same)
+    torch.testing.assert_close(ours.inputs, theirs.inputs)
+    torch.testing.assert_close(ours.outputs, theirs.outputs)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_convolutions_gather_their_patches(kind: Callable[..., nn.Module]) -> None:
+    """The gradient of the weight is the sum over places of output gradient times patch."""
+    layer = kind(2, 3, 3, stride=2, padding=1, dilation=2).double()
+    x = torch.randn(4, 2, *([9] if kind is nn.Conv1d else [9, 7]), dtype=D)
+    model = nn.Sequential(layer)
+    target = torch.randn_like(model(x))
+    with WatchingWeights(model.parameters(), None) as watching:
+        loss = F.mse_loss(model(x), target)
+    (use,) = watching.uses
+    by_output, by_weight = torch.autograd.grad(loss, [use.output, layer.weight])
+    torch.testing.assert_close(use.rows(by_output).T @ use.inputs, by_weight.flatten(1))
+
+
+def test_an_embedding_has_the_factors_of_a_linear_layer_on_one_hot_rows() -> None:
+    words = torch.randint(5, (30,))
+    embedding, linear = nn.Embedding(5, 3).double(), nn.Linear(5, 3, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(embedding.weight.T)
+    target, rows = torch.randn(30, 3, dtype=D), F.one_hot(words, 5).double()
+    ours = only_block(embedding, lambda: F.mse_loss(embedding(words), target), targets="given")
+    theirs = only_block(linear, lambda: F.mse_loss(linear(rows), target), targets="given")
+    torch.testing.assert_close(ours.inputs.diag(), theirs.inputs)
+    torch.testing.assert_close(ours.outputs, theirs.outputs)
+
+
+def test_a_layer_norm_has_the_diagonal_of_the_squared_gradients_of_single_cases() -> None:
+    norm, x, y = nn.LayerNorm(4).double(), torch.randn(6, 4, dtype=D), torch.randn(6, 4, dtype=D)
+    block = only_block(norm, lambda: F.mse_loss(norm(x), y, reduction="sum"), targets="given")
+    squares = torch.zeros(2, 4, dtype=D)
+    for row, target in zip(x, y, strict=True):
+        gradients = torch.autograd.grad((norm(row) - target).square().sum(), [norm.weight, norm.bias])
+        squares += torch.stack(gradients).square()
+    torch.testing.assert_close(block.outputs, squares)
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_have_two_factors_for_each_matrix(layer: Callable[..., nn.RNNBase]) -> None:
+    model, x = layer(3, 4, batch_first=True).double(), torch.randn(6, 5, 3, dtype=D)
+    target = torch.randn(6, 5, 4, dtype=D)
+    factors = refreshed(model, lambda: F.mse_loss(model(x)[0], target))
+    assert [block.signature for block in factors._blocks] == [("dense", 0, 2), ("dense", 1, 3)]
+    inputs = torch.cat([x.flatten(0, 1), torch.ones(30, 1, dtype=D)], 1)
+    torch.testing.assert_close(factors._blocks[0].inputs, inputs.T @ inputs / 30)
+    states = torch.cat([torch.zeros(6, 1, 4, dtype=D), model(x)[0][:, :-1]], 1).flatten(0, 1).detach()
+    torch.testing.assert_close(factors._blocks[1].inputs[:4, :4], states.T @ states / 30)
+    assert factors.unfactored == ()
+
+
+def test_factors_follow_the_scale_of_the_loss_whatever_its_reduction() -> None:
+    x, y = torch.randn(20, 3, dtype=D), torch.randn(20, 2, dtype=D)
+    model = nn.Linear(3, 2).double()
+    one = only_block(model, lambda: F.mse_loss(model(x), y))
+    for loss, factor in (
+        (lambda: 5 * F.mse_loss(model(x), y), 5.0),
+        (lambda: F.mse_loss(model(x), y, reduction="sum"), 40.0),
+        (lambda: F.mse_loss(model(x), y, reduction="none").sum(1).mean(), 2.0),
+    ):
+        torch.testing.assert_close(only_block(model, loss).outputs, factor * one.outputs)
+
+
+def test_parts_are_averaged_by_their_weights() -> None:
+    x, y = torch.randn(32, 3, dtype=D), torch.randn(32, 2, dtype=D)
+    model = nn.Linear(3, 2).double()
+    parts = [lambda rows=rows: F.mse_loss(model(x[rows]), y[rows]) for rows in (slice(24), slice(24, 32))]
+    factors = KroneckerFactors()
+    factors.refresh(HessianOperator(Objective(parts, [24, 8]), model.parameters()), torch.Generator().manual_seed(0))
+    whole = only_block(model, lambda: F.mse_loss(model(x), y))
+    torch.testing.assert_close(factors._blocks[0].inputs, whole.inputs)
+    torch.testing.assert_close(factors._blocks[0].outputs, whole.outputs)
+
+
+class Mixed(nn.Module):
+    """A loose parameter, tied weights, attention of torch's own, and a layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.scale = nn.Embedding(5, 4), nn.Parameter(torch.ones(4))
+        self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+        self.head, self.unused = nn.Linear(4, 5, bias=False), nn.Linear(2, 2)
+        self.hidden = nn.Linear(4, 4)
+        self.head.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words) * self.scale
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(self.hidden(x).tanh())
+
+
+def test_what_has_no_rule_is_scaled_by_one_number_and_named() -> None:
+    model, words = Mixed(), torch.randint(5, (6, 3))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(words).flatten(0, 1), words.flatten())
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        optimizer = SaddleFreeNewton(model.parameters(), krylov_dim=4, preconditioner=KroneckerFactors(model))
+        losses = [float(optimizer.step(loss)) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.unfactored == (
+        "scale",
+        "words.weight",
+        "attention.in_proj_weight",
+        "attention.in_proj_bias",
+        "attention.out_proj.weight",
+        "attention.out_proj.bias",
+        "unused.weight",
+        "unused.bias",
+    )
+
+
+def test_layers_over_the_memory_limit_give_way() -> None:
+    x = torch.randn(50, 30, dtype=D)
+    model, loss = fitting(nn.Linear(30, 2), nn.Linear(2, 2), inputs=x, outputs=2)
+    everything = refreshed(model, loss)
+    assert everything.memory == 3 * 8 * (31**2 + 2**2 + 3**2 + 2**2)
+    limited = refreshed(model, loss, max_memory=1000)
+    assert limited.unfactored == ("0.weight", "0.bias")
+    assert limited.memory <= 1000
+
+
+def test_factors_are_estimated_every_few_steps() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    factors, generator = KroneckerFactors(refresh_every=3), torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(6):
+        factors.refresh(HessianOperator(Objective([loss]), model.parameters()), generator)
+        seen.append(factors._blocks[0])
+    assert seen[0] is seen[1] is seen[2] is not seen[3]
+    assert seen[3] is seen[5]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit() -> None:
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+    def run(network: nn.Module, state: dict[str, Any] | None, steps: int) -> SaddleFreeNewton:
+        optimizer = SaddleFreeNewton(network.parameters(), krylov_dim=3, preconditioner="kronecker")
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            optimizer.step(lambda: F.mse_loss(network(x), y))
+        return optimizer
+
+    first = run(model, None, 4)
+    other, state = copy.deepcopy(model), copy.deepcopy(first.state_dict())
+    for _ in range(4):
+        first.step(lambda: F.mse_loss(model(x), y))
+    run(other, state, 4)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_failed_estimate_keeps_what_there_was() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    factors, generator = KroneckerFactors(refresh_every=1), torch.Generator().manual_seed(0)
+
+    def refresh(objective: Callable[[], Tensor]) -> None:
+        factors.refresh(HessianOperator(Objective([objective]), model.parameters()), generator)
+
+    refresh(loss)
+    kept = factors._blocks[0]
+    with pytest.warns(UserWarning, match="not finite"):
+        refresh(lambda: loss() * float("nan"))
+
+    calls = iter([loss])
+
+    def breaking() -> Tensor:
+        return next(calls, unknown)()
+
+    def unknown() -> Tensor:
+        raise RuntimeError("no such layer")
+
+    with pytest.warns(UserWarning, match="no such layer"):
+        refresh(breaking)
+    assert factors._blocks[0] is kept
+
+
+def test_compiled_models_are_watched_as_written() -> None:
+    x = torch.randn(10, 3)
+    model = nn.Sequential(nn.Linear(3, 2))
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    factors = refreshed(model, lambda: F.mse_loss(compiled(x), torch.zeros(10, 2)))
+    assert factors.unfactored == ()
+    torch._dynamo.reset()
+
+
+def test_global_random_numbers_and_modules_are_left_alone() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    before = torch.get_rng_state()
+    refreshed(model, loss)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def _shared(size: int) -> tuple[list[Tensor], int]:
+    rank = dist.get_rank() if size > 1 else 0
+    torch.manual_seed(0)
+    x, y, model = torch.randn(8, 3, dtype=D), torch.randn(8, 2, dtype=D), nn.Linear(3, 2).double()
+    rows = slice(None) if size == 1 else slice(4 * rank, 4 * rank + 4)
+    mean = None if size == 1 else ProcessMean(Processes())
+    objective = Objective([lambda: F.mse_loss(model(x[rows]), y[rows])], reduce=mean)
+    factors, generator = KroneckerFactors(targets="given"), torch.Generator().manual_seed(0)
+    factors.refresh(HessianOperator(objective, model.parameters()), generator)
+    (block,) = factors._blocks
+    return [block.inputs, block.outputs], int(generator.get_state().sum())
+
+
+def test_ranks_share_one_estimate() -> None:
+    (first, state), (second, same) = on_ranks(2, _shared, 2)
+    alone, _ = _shared(1)
+    assert state == same
+    for mine, theirs in zip(first, second, strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close(first[0], alone[0])
+    torch.testing.assert_close(first[1], 2 * alone[1])  # gradients of each half's mean are twice as large
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "true"}, "targets is 'true'"),
+        ({"refresh_every": 0}, "refresh_every is 0"),
+        ({"damping": 0.0}, "damping is 0.0"),
+        ({"max_memory": -1}, "max_memory is -1"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KroneckerFactors(**options)
