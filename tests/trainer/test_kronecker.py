@@ -1,0 +1,71 @@
+"""Kronecker-factored coordinates where a Trainer drives: no module has to be handed over."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sfn import SaddleFreeNewton, SaddleFreeNewtonMixin, SFNStrategy, SwitchToSFN
+
+from .modules import make_trainer, regression_loader
+
+KRONECKER = partial(SaddleFreeNewton, krylov_dim=4, preconditioner="kronecker")
+
+
+class Fitting(LightningModule):
+    """A small regression with BatchNorm and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = next(iter(regression_loader()))[0].shape[1]
+        self.net = nn.Sequential(nn.Linear(width, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 1))
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        x, y = batch
+        loss = F.mse_loss(self.net(x), y.reshape(len(x), -1)[:, :1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Own(SaddleFreeNewtonMixin, Fitting):
+    def objective(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.mse_loss(self.net(x), y.reshape(len(x), -1)[:, :1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return KRONECKER(self.parameters())
+
+
+NOT_FACTORED = ("parameter 2", "parameter 3")  # BatchNorm's
+
+
+def test_the_switch_uses_them_on_an_unchanged_module() -> None:
+    callback = SwitchToSFN(switch_at_epoch=1, optimizer=KRONECKER)
+    trainer = make_trainer(4, callbacks=[callback])
+    trainer.fit(Fitting(), regression_loader())
+    optimizer = trainer.optimizers[0]
+    assert isinstance(optimizer, SaddleFreeNewton)
+    record = optimizer.last_step
+    assert record is not None
+    assert record.accepted
+    assert record.unfactored == NOT_FACTORED
+
+
+@pytest.mark.parametrize("strategy", ["sfn", "auto"])
+def test_strategy_and_mixin_use_them(strategy: str) -> None:
+    module = Own() if strategy == "auto" else Fitting()
+    trainer = make_trainer(3, strategy=SFNStrategy(optimizer=KRONECKER) if strategy == "sfn" else "auto")
+    trainer.fit(module, regression_loader())
+    optimizer = trainer.optimizers[0]
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(optimizer, SaddleFreeNewton)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.unfactored == NOT_FACTORED
