@@ -15,6 +15,7 @@ from lightning_sfn.newton.coordinates import make_preconditioner
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
+from lightning_sfn.newton.kronecker import KroneckerFactors
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
@@ -29,6 +30,7 @@ from lightning_sfn.newton.trust_region import trust_region as find_trust_region
 __all__ = ["Driver", "SaddleFreeNewton"]
 
 _DEFAULT_KRYLOV_DIM = 16
+_DEFAULT_IN_KRONECKER_COORDINATES = 4  # the factors know most of what further vectors would tell
 _SMALL_BUDGET = 2**24  # bytes of kept graphs that are not worth a further try
 _SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
 
@@ -51,7 +53,7 @@ class SaddleFreeNewton(Optimizer):
         params: Parameters or parameter groups; groups may differ in ``lr``.
         lr: Factor on each step. Newton steps have a natural length of 1.
         krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
-            16 (or the number of parameters, if smaller) when left out.
+            When left out, 4 in Kronecker-factored coordinates, 16 in others (or the number of parameters, if smaller).
         inner_steps: Steps m with one subspace and one Hessian, each with a fresh gradient.
         damping: ``"warm"`` (a few values around the last one), ``"grid"`` (the paper's 1e0 to 1e-5),
             ``"levenberg_marquardt"``, a positive number, or a `Damping`.
@@ -134,7 +136,10 @@ class SaddleFreeNewton(Optimizer):
         for group in self.param_groups:
             _check_range("lr", float(group["lr"]), minimum=0.0)
         self._parameters = FlatParameters.of_groups(self.param_groups)
-        self.krylov_dim = _resolve_krylov_dim(krylov_dim, self._parameters.size)
+        if preconditioner == "auto":
+            preconditioner = None if krylov_dim == "full" else "diagonal"
+        self.preconditioner = make_preconditioner(preconditioner)
+        self.krylov_dim = _resolve_krylov_dim(krylov_dim, self._parameters.size, self.preconditioner)
         self.inner_steps = inner_steps
         self.damping = make_damping(damping)
         self.trust_region = find_trust_region(trust_region)
@@ -142,9 +147,6 @@ class SaddleFreeNewton(Optimizer):
         self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
         self._processes, self._check_ranks = processes, check_ranks
         self.memory = StepMemory(previous_directions, secants=secants)
-        if preconditioner == "auto":
-            preconditioner = None if self.krylov_dim is None else "diagonal"
-        self.preconditioner = make_preconditioner(preconditioner)
         self.exploration = exploration
         self.hvp: ProductMethod = hvp
         self._budget = GraphBudget(graph_bytes)
@@ -553,10 +555,11 @@ class SaddleFreeNewton(Optimizer):
         self._expected = newton["expected"]
 
 
-def _resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> int | None:
+def _resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int, coordinates: Preconditioner) -> int | None:
     """The number of Lanczos vectors; ``None`` for the whole space."""
     if krylov_dim is None:
-        return min(_DEFAULT_KRYLOV_DIM, size)
+        factored = isinstance(coordinates, KroneckerFactors)
+        return min(_DEFAULT_IN_KRONECKER_COORDINATES if factored else _DEFAULT_KRYLOV_DIM, size)
     if krylov_dim == "full":
         return None
     if not isinstance(krylov_dim, int) or isinstance(krylov_dim, bool) or krylov_dim < 1:

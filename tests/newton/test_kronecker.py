@@ -339,3 +339,9 @@ def test_ranks_share_one_estimate() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KroneckerFactors(**options)
+
+
+def test_four_lanczos_vectors_are_enough_by_default() -> None:
+    model = nn.Linear(30, 2)
+    assert SaddleFreeNewton(model.parameters(), preconditioner="kronecker").krylov_dim == 4
+    assert SaddleFreeNewton(model.parameters()).krylov_dim == 16
