@@ -45,7 +45,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
     index over the run.
 
     Args:
-        every_n_epochs: Take a spectrum at the end of every n-th training epoch. The default, if neither is given, is
+        every_n_epochs: Take a spectrum at the end of every n-th training epoch, and at the end of the run. The default, if neither is given, is
             every epoch.
         every_n_steps: Take one after every n-th optimizer step instead, once all probe batches have been seen.
         krylov_dim: Lanczos vectors, each one Hessian-vector product; no more than there are parameters are used.
@@ -203,16 +203,17 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             self._take(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what the spectrum at the final parameters means."""
+        """Takes the spectrum at the final parameters, if there is none yet, and says what it means."""
         if self._failed or is_dry_run(trainer) or not len(self._batches) or trainer.global_step == 0:
             return
-        if self.history and self.pictures_every and (len(self.history) - 1) % self.pictures_every:
-            self._draw(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        place = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+        if self._probed_at != trainer.global_step:
+            self._take(trainer, pl_module, place)
+        if self._failed or self.last is None:
+            return
+        if self.pictures_every and (len(self.history) - 1) % self.pictures_every:
+            self._draw(trainer, place)
         try:
-            if self._probed_at != trainer.global_step:
-                self._take(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
-            if self._failed or self.last is None:
-                return
             self.verdict, _ = self._probe.verdict(trainer, pl_module, self._batches, self.last)
         except Exception as error:  # the user's step runs in it: anything can be raised
             self._give_up(trainer, error)
