@@ -45,8 +45,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
     index over the run.
 
     Args:
-        every_n_epochs: Take a spectrum at the end of every n-th training epoch, and at the end of the run. The default, if neither is given, is
-            every epoch.
+        every_n_epochs: Take a spectrum at the end of every n-th training epoch, and at the end of the run. The default,
+            if neither is given, is every epoch.
         every_n_steps: Take one after every n-th optimizer step instead, once all probe batches have been seen.
         krylov_dim: Lanczos vectors, each one Hessian-vector product; no more than there are parameters are used.
         num_batches: Training batches that the Hessian is averaged over, shared out over the devices.
