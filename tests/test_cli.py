@@ -140,7 +140,7 @@ def test_mistakes_in_a_recipe(command: Command, tmp_path: Path, old: str, new: s
         (("fit", "-c", "autoencoder", "--foo", "3"), "unrecognized arguments: --foo 3"),
         (("fit", "-c", "autoencoder", "--trainer.strategy", "foo"), "invalid strategy name"),
         (("fitt",), "invalid choice: 'fitt'"),
-        ((), 'expected "subcommand" to be one of {fit,validate,test,predict,spectrum}'),
+        ((), "a command is expected, one of fit, validate, test, predict, spectrum, reproduce"),
     ],
 )
 def test_mistakes_on_the_command_line(command: Command, words: tuple[str, ...], said: str) -> None:
