@@ -13,7 +13,7 @@ ARGS ?=
 # What `make bench` runs, in this order
 BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/tables.py
 
-.PHONY: help setup train test lint bench clean
+.PHONY: help setup train test lint docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,10 @@ lint: $(INSTALLED) ## check style and types
 test: lint ## check style and types, then run the tests
 	@echo "[test] pytest"
 	@$(BIN)/python -m pytest -q -n 2
+
+docs: $(INSTALLED) ## build the documentation into build/site; warnings are errors
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
 	@for script in $(BENCHMARKS); do echo "[bench] $$script"; $(BIN)/python "$$script"; done

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from lightning_sfn.experiments.text import CharacterText
 from lightning_sfn.newton import CurvatureError, ObjectiveError, Spectrum
 from lightning_sfn.newton.processes import ProcessError
 from lightning_sfn.trainer.inspection import InspectingTrainer
+from lightning_sfn.version import __version__
 
 __all__ = [
     "Autoencoder",
@@ -45,6 +47,7 @@ __all__ = [
     "SaddleFreeNewton",
     "SwitchToSFN",
     "TensorBoardLogger",
+    "__version__",
     "main",
     "run",
 ]
@@ -148,10 +151,18 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 2 for a mistake in the command line or the recipe, 1 for one found while running.
     """
+    # Lightning 2.6 asks torch 2.13 a deprecated question about every batch.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\). is deprecated", FutureWarning)
     try:
         _require_extras()
         arguments = list(sys.argv[1:] if args is None else args)
-        if arguments and arguments[0] in _OWN_COMMANDS:
+        if arguments == ["--version"]:
+            sys.stdout.write(f"lightning-sfn {__version__}\n")
+            return 0
+        if not arguments:
+            commands = ", ".join([*SFNCommand.subcommands(), *_OWN_COMMANDS])
+            raise UsageError(f"a command is expected, one of {commands}; each has its own --help.")
+        if arguments[0] in _OWN_COMMANDS:
             import_module(_OWN_COMMANDS[arguments[0]]).main(arguments[1:])
             return 0
         arguments = _with_recipes(arguments)
@@ -184,7 +195,8 @@ def run(arguments: list[str] | None) -> SFNCommand:
         The finished command, with its ``trainer``, ``model`` and ``datamodule``.
     """
     raising = {"exit_on_error": False}  # the default prints the whole usage before the error
-    epilog = f"Beside Lightning's subcommands: {', '.join(_OWN_COMMANDS)} (each has its own --help)."
+    own = ", ".join(_OWN_COMMANDS)
+    epilog = f"Beside Lightning's subcommands: {own} (each has its own --help). --version prints the version."
     parser_kwargs: dict[str, Any] = {
         **raising,
         "epilog": epilog,

@@ -17,6 +17,7 @@ from typing import Any
 __all__ = ["register_strategies"]
 
 _LIGHTNING = "pytorch_lightning.strategies"
+_OTHER_NAME = "lightning.pytorch.strategies"  # the same code, whose classes are others
 # Name: class, description, arguments.
 _STRATEGIES: dict[str, tuple[str, str, dict[str, str]]] = {
     "sfn": ("SFNStrategy", "Saddle-free Newton on one device", {}),
@@ -28,15 +29,16 @@ _STRATEGIES: dict[str, tuple[str, str, dict[str, str]]] = {
 
 def register_strategies() -> None:
     """Makes ``Trainer(strategy="sfn_ddp")`` and the like work, now or as soon as Lightning is imported."""
-    if _LIGHTNING in sys.modules:
-        _register(sys.modules[_LIGHTNING])
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    for name in (_LIGHTNING, _OTHER_NAME):
+        if name in sys.modules:
+            _register(sys.modules[name])
+        elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Waiting(name))
 
 
 def _register(strategies: ModuleType) -> None:
     for name, (kind, description, options) in _STRATEGIES.items():
-        make = partial(_make, kind)
+        make = partial(_make if strategies.__name__ == _LIGHTNING else _refuse, kind)
         strategies.StrategyRegistry.register(name, make, description=description, override=True, **options)
 
 
@@ -44,13 +46,22 @@ def _make(kind: str, **options: Any) -> Any:
     return getattr(importlib.import_module("lightning_sfn.trainer.strategies"), kind)(**options)
 
 
+def _refuse(kind: str, **_: Any) -> Any:
+    raise TypeError(
+        f"{kind} is for Trainers of pytorch_lightning, but this one is lightning.pytorch's: import Trainer from there."
+    )
+
+
 class _Waiting(MetaPathFinder):
     """Finds Lightning's strategies as anyone would, and registers ours once they have been executed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _LIGHTNING:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)

@@ -140,7 +140,7 @@ def test_mistakes_in_a_recipe(command: Command, tmp_path: Path, old: str, new: s
         (("fit", "-c", "autoencoder", "--foo", "3"), "unrecognized arguments: --foo 3"),
         (("fit", "-c", "autoencoder", "--trainer.strategy", "foo"), "invalid strategy name"),
         (("fitt",), "invalid choice: 'fitt'"),
-        ((), 'expected "subcommand" to be one of {fit,validate,test,predict,spectrum}'),
+        ((), "a command is expected, one of fit, validate, test, predict, spectrum, reproduce"),
     ],
 )
 def test_mistakes_on_the_command_line(command: Command, words: tuple[str, ...], said: str) -> None:
@@ -338,3 +338,14 @@ def test_the_papers_autoencoder_trains_at_a_smaller_size(command: Command) -> No
     small = ("--model.sizes=[100,30,15]", "--data.image_size=10", "--trainer.accelerator=cpu")
     status, _, err = command("fit", "-c", "fig4_autoencoder", "--trainer.fast_dev_run=1", *small)
     assert status == 0, err
+
+
+def test_without_a_command_all_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("fit", "validate", "test", "predict", "spectrum", "reproduce"))
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-sfn {cli.__version__}\n"

@@ -40,3 +40,7 @@ def test_version_is_single_sourced(pyproject: dict[str, Any]) -> None:
     assert pyproject["project"]["dynamic"] == ["version"]
     assert lightning_sfn.__version__ == __version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()

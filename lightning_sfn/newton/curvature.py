@@ -291,7 +291,8 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
     if marks() != before:
         raise ObjectiveError(
             "The closure called backward() itself, but it must only return the loss with its graph: remove "
-            "loss.backward() from it (a training loop that calls it by itself needs one of its own for this optimizer)."
+            "loss.backward() from it. A LightningModule cannot return this optimizer under automatic optimization: use "
+            "SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin."
         )
     return evaluation
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.density import SpectralDensity, spectral_density
-from lightning_sfn.newton.objective import Closure, Objective
+from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.reductions import norm
@@ -267,6 +267,7 @@ def hessian_spectrum(
     Raises:
         ValueError: ``krylov_dim`` is not between 1 and the number of parameters, another number is out of its range, or
             a name is unknown.
+        ObjectiveError: The loss depends on none of the parameters.
         CurvatureError: An operation has no second derivative.
 
     Example:
@@ -282,8 +283,18 @@ def hessian_spectrum(
             f"krylov_dim is {krylov_dim}, but a number from 1 to {parameters.size} (all parameters) is expected."
         )
     settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes)
-    operator = make_operator(Objective([closure]), parameters, curvature, hvp)
-    return spectrum_of(operator, settings, seed=seed, progress=progress)
+    objective = Objective([closure])
+    spectrum = spectrum_of(make_operator(objective, parameters, curvature, hvp), settings, seed=seed, progress=progress)
+    if spectrum.gradient_norm == 0 and not spectrum.eigenvalues.any():  # flat, or another model's parameters
+        _require_used(objective, parameters)
+    return spectrum
+
+
+def _require_used(objective: Objective, parameters: FlatParameters) -> None:
+    with torch.enable_grad():
+        gradient = torch.autograd.grad(objective.evaluate(0).loss, parameters.tensors, allow_unused=True)
+    if all(piece is None for piece in gradient):
+        raise ObjectiveError("The loss depends on none of the parameters: give those of the model that it comes from.")
 
 
 def spectrum_of(

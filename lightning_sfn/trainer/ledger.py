@@ -117,6 +117,7 @@ class Ledger:
         self.phase.taken += record.accepted
         self.phase.products += record.products
         self.phase.gradients = batch_gradients
+        self.report.last_step = (record.loss_before, record.loss_after)
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -101,6 +101,15 @@ class SaddleFreeNewtonMixin(LightningModule):
         self._restored: list[dict[str, Any]] = []
         self._newton_steps = 0
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuses modules of the other namespace, which no Trainer of either would take."""
+        super().__init_subclass__(**options)
+        if any(base.__module__.startswith("lightning.pytorch") for base in cls.__mro__):
+            raise MisconfigurationException(
+                f"{cls.__name__} mixes SaddleFreeNewtonMixin with a module of lightning.pytorch, but the mixin belongs "
+                "to pytorch_lightning: import LightningModule and Trainer from there (the code is the same)."
+            )
+
     def objective(self, batch: Any) -> Tensor:
         """The loss of a batch, with its graph; no ``backward``, no optimizer steps.
 

@@ -65,6 +65,8 @@ class SwitchReport:
         phases: One optimizer after the other, the first one first.
         last_speed: Improvement per second that the first optimizer still made over the checks before the last switch.
         checks: How many checks these were; 0 if the metric had not been seen twice.
+        last_step: The loss on its window before and after the last Newton step, which the metric may not know yet: what
+            an epoch logs is computed before the step at its end.
         spectrum_at_switch: Spectrum on the curvature batches of the first Newton step.
         spectrum_at_end: Spectrum on those of the last one, at the final parameters.
     """
@@ -74,6 +76,7 @@ class SwitchReport:
     phases: list[Phase] = field(default_factory=list)
     last_speed: float = 0.0
     checks: int = 0
+    last_step: tuple[float, float] | None = None
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
 
@@ -187,8 +190,8 @@ class SwitchReport:
                 f"{phase.gradients}",
                 f"{phase.products}",
                 f"{phase.seconds:.1f}",
-                f"{phase.before:.4f}",
-                f"{phase.after:.4f}",
+                _shown(phase.before),
+                _shown(phase.after),
                 f"{self.gain([phase]) / phase.seconds:.3g}" if phase.seconds > 0 else "",
             )
             for phase in self.phases
@@ -200,7 +203,15 @@ class SwitchReport:
         rows = [header, *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self._curvature(), self.verdict()])
+        return "\n".join(
+            [lines[0], "-" * len(lines[0]), *lines[1:], *self._last_step(), *self._curvature(), self.verdict()]
+        )
+
+    def _last_step(self) -> list[str]:
+        if self.last_step is None:
+            return []
+        before, after = self.last_step
+        return [f"last Newton step: loss {before:.6g} to {after:.6g} on its batches ({self.monitor} may be older)"]
 
     def _curvature(self) -> list[str]:
         at_switch, at_end = self.spectrum_at_switch, self.spectrum_at_end
@@ -224,6 +235,10 @@ class SwitchReport:
         spectra = {name: state[name] for name in ("spectrum_at_switch", "spectrum_at_end")}
         restored = {name: Spectrum(**kept) if kept else None for name, kept in spectra.items()}
         return cls(**(state | restored | {"phases": [Phase(**phase) for phase in state["phases"]]}))
+
+
+def _shown(metric: float) -> str:
+    return "-" if math.isnan(metric) else f"{metric:.4f}"  # not logged yet
 
 
 def _balance(spectrum: Spectrum) -> float:

@@ -14,6 +14,7 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
@@ -22,7 +23,7 @@ from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton,
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
 
 
-class _NewtonStrategy(Strategy):
+class _NewtonStrategy(NamesMisplacedOptions, Strategy):
     """What both strategies add to Lightning's: a Newton optimizer in the place of the module's."""
 
     _make_optimizer: OptimizerFactory

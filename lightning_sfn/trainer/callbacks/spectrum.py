@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
+from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import in_precision
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments
@@ -28,7 +29,7 @@ _SIGNED_LOG_UNIT = 1e-4  # eigenvalues below this are shown on a linear, above i
 _SCALARS = ("lambda_min", "lambda_max", "negative_fraction", "gradient_norm", "residual_max", "loss", "products")
 
 
-class HessianSpectrum(Callback):
+class HessianSpectrum(NamesMisplacedOptions, Callback):
     """Logs the Hessian's extreme eigenvalues on a fixed set of training batches, whatever the optimizer.
 
     The first ``num_batches`` training batches of the run (or your own) are kept, with fixed random numbers, and every
@@ -44,8 +45,8 @@ class HessianSpectrum(Callback):
     index over the run.
 
     Args:
-        every_n_epochs: Take a spectrum at the end of every n-th training epoch. The default, if neither is given, is
-            every epoch.
+        every_n_epochs: Take a spectrum at the end of every n-th training epoch, and at the end of the run. The default,
+            if neither is given, is every epoch.
         every_n_steps: Take one after every n-th optimizer step instead, once all probe batches have been seen.
         krylov_dim: Lanczos vectors, each one Hessian-vector product; no more than there are parameters are used.
         num_batches: Training batches that the Hessian is averaged over, shared out over the devices.
@@ -202,15 +203,18 @@ class HessianSpectrum(Callback):
             self._take(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what the spectrum at the final parameters means."""
+        """Takes the spectrum at the final parameters, if there is none yet, and says what it means."""
         if self._failed or is_dry_run(trainer) or not len(self._batches) or trainer.global_step == 0:
             return
-        if self.history and self.pictures_every and (len(self.history) - 1) % self.pictures_every:
-            self._draw(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        place = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+        if self._probed_at != trainer.global_step:
+            self._take(trainer, pl_module, place)
+        if self._failed or self.last is None:
+            return
+        if self.pictures_every and (len(self.history) - 1) % self.pictures_every:
+            self._draw(trainer, place)
         try:
-            current = self.last if self._probed_at == trainer.global_step else None
-            spectrum = current or self._probe.spectrum(trainer, pl_module, self._batches)
-            self.verdict, _ = self._probe.verdict(trainer, pl_module, self._batches, spectrum)
+            self.verdict, _ = self._probe.verdict(trainer, pl_module, self._batches, self.last)
         except Exception as error:  # the user's step runs in it: anything can be raised
             self._give_up(trainer, error)
             return

@@ -1,11 +1,12 @@
 """`SwitchToSFN`: sees that training has stalled, and goes on with saddle-free Newton."""
 
+import math
 from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.optimizer import Optimizer
 
@@ -19,6 +20,7 @@ from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
+from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.namespaces import join_namespace
 from lightning_sfn.trainer.plateau import PlateauWatch
 from lightning_sfn.trainer.replay import RecordedStep, own_containers
@@ -40,7 +42,7 @@ _GATE_DIM = 32  # Lanczos vectors of the probe that decides, where probe_dim say
 _TOLERATED_FAILURES = 3  # Newton steps that may fail in a row
 
 
-class SwitchToSFN(PlateauWatch):
+class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     """Watches a metric as `EarlyStopping` does; where that would stop, training goes on with saddle-free Newton.
 
     The module stays as it is (automatic optimization). Lightning's own closure delivers the gradient of each loader
@@ -213,6 +215,12 @@ class SwitchToSFN(PlateauWatch):
                     "SwitchToSFN has nothing to switch to: the strategy trains with saddle-free Newton from the start. "
                     "Use strategy='auto' or 'ddp' with the callback, or the strategy without it."
                 )
+            watching = [callback.monitor for callback in _callbacks(trainer) if isinstance(callback, SwitchToSFN)]
+            if len(watching) > 1:
+                raise MisconfigurationException(
+                    f"The Trainer has {len(watching)} SwitchToSFN callbacks (monitors {', '.join(watching)}), but "
+                    "there is one optimizer to replace: keep one of them."
+                )
             if not self.rules.forces:
                 require_metrics(trainer, type(self).__name__)
 
@@ -355,10 +363,12 @@ class SwitchToSFN(PlateauWatch):
         schedulers = self._take_over(trainer)
         self.switched_at_step = trainer.global_step
         self._ledger.begin(trainer, type(self.newton).__name__, newton=True)
+        value = self._ledger.phase.before
+        reached = "not known yet" if math.isnan(value) else f"at {value:.6g}"
         say(
             trainer,
-            f"SwitchToSFN: {self.monitor} {state} at {self._ledger.phase.before:.6g}; saddle-free Newton goes on from "
-            f"step {trainer.global_step}.{schedulers}",
+            f"SwitchToSFN: {self.monitor} {state} {reached}; saddle-free Newton goes on from step "
+            f"{trainer.global_step}.{schedulers}",
         )
         self.restart()
 
@@ -490,3 +500,7 @@ class SwitchToSFN(PlateauWatch):
         """Stores the first optimizer and its schedulers in Lightning's places, where any Trainer finds them."""
         if self.switched and self._handover is not None:
             self._handover.store(checkpoint)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set in a connector
