@@ -5,7 +5,7 @@
     python benchmarks/paper_autoencoder.py report
 
 FOLDER holds ``train*.parquet`` and ``test*.parquet`` of MNIST (read by pyarrow and pillow); where only torch,
-pytorch-lightning and torchmetrics are installed, give a tensor file that ``prepare --data FOLDER`` has written elsewhere.
+pytorch-lightning and torchmetrics are installed, give a tensor file that ``prepare --data FOLDER`` wrote elsewhere.
 Without CUDA a small version runs on the processor. See ``docs/paper_scale.md``.
 """
 
