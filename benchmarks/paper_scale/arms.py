@@ -1,5 +1,6 @@
 """Which arms there are, in which order, and what the search for rates makes of them."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ __all__ = ["START", "Arms"]
 START = "start"
 """The arm of first order from whose end SFN starts."""
 
+_LOG = logging.getLogger("paper_scale")
 _FIRST_ORDER = ("adam", "nesterov", "momentum")
 _TIMED_UPDATES = 200
 
@@ -93,7 +95,11 @@ class Arms:
             found = rows[-1]["train_error"] if rows else math.inf
             return found if math.isfinite(found) else math.inf
 
-        return min(self._candidates(name), key=error)
+        best = min(self._candidates(name), key=error)
+        rates = {schedule.rate for schedule in self._candidates(name)}
+        if len(rates) > 2 and best.rate in (min(rates), max(rates)):
+            _LOG.warning("%s: the best rate, %g, is at the edge of those that were searched.", name, best.rate)
+        return best
 
     def _first_order(self, arm: str, name: str, schedule: Schedule, seconds: float) -> Arm:
         def make() -> Method:

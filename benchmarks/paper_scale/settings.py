@@ -1,5 +1,6 @@
 """Sizes and budgets: the paper's, and small ones that a processor finishes in minutes."""
 
+import ast
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ class Settings:
         start_seconds: How much of its time SFN spends on that; 0 starts SFN from the initialization.
         search_seconds: Time of each setting in the search for rates.
         batch_size: Images in a mini-batch (Sutskever et al. 2013: 200).
-        rates: Learning rates of both kinds of momentum (from the set of Sutskever et al. 2013) that are searched.
+        rates: Learning rates of both kinds of momentum that are searched (Sutskever et al. 2013: 0.05 and lower).
         momenta: Where the momentum schedule ends, searched with the rates.
         adam_rates: Adam's learning rates that are searched; each decays linearly to 0.
         tail: Last updates, which have a momentum of at most 0.9.
@@ -57,9 +58,9 @@ class Settings:
     start_seconds: float = 30.0
     search_seconds: float = 15.0
     batch_size: int = 200
-    rates: tuple[float, ...] = (0.05, 0.01, 0.005, 0.001)
+    rates: tuple[float, ...] = (0.1, 0.05, 0.02, 0.01)
     momenta: tuple[float, ...] = (0.99, 0.995)
-    adam_rates: tuple[float, ...] = (3e-3, 1e-3, 3e-4)
+    adam_rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
     tail: int = 1000
     updates: int | None = None
     part: int = 10_000
@@ -109,8 +110,6 @@ class Settings:
         Raises:
             ValueError: There is no such setting.
         """
-        import ast
-
         changes: dict[str, Any] = {}
         for word in words:
             name, equals, text = word.partition("=")
@@ -135,6 +134,9 @@ SMALL = Settings(
     start_seconds=6.0,
     search_seconds=3.0,
     batch_size=100,
+    rates=(0.2, 0.1, 0.05, 0.02),
+    momenta=(0.95, 0.99),
+    adam_rates=(3e-2, 1e-2, 3e-3, 1e-3),
     tail=200,
     part=2500,
     graph_bytes=2**30,
