@@ -10,10 +10,12 @@ INSTALLED := $(VENV)/.installed
 
 # Extra arguments for `make train`, for example ARGS="--trainer.max_epochs 20"
 ARGS ?=
+# Where `make paper` finds MNIST
+DATA ?= sample
 # What `make bench` runs, in this order
 BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/tables.py
 
-.PHONY: help setup train test lint bench clean
+.PHONY: help setup train test lint paper bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +45,11 @@ lint: $(INSTALLED) ## check style and types
 test: lint ## check style and types, then run the tests
 	@echo "[test] pytest"
 	@$(BIN)/python -m pytest -q -n 2
+
+paper: $(INSTALLED) ## the paper's autoencoder at its own size, piece by piece; DATA=folder of MNIST parquet files (wants a GPU)
+	@status=3; while [ $$status -eq 3 ]; do status=0; $(BIN)/python benchmarks/paper_autoencoder.py run --data $(DATA) || status=$$?; done; exit $$status
+	@$(BIN)/python benchmarks/paper_autoencoder.py roofline --data $(DATA)
+	@$(BIN)/python benchmarks/paper_autoencoder.py report
 
 bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
 	@for script in $(BENCHMARKS); do echo "[bench] $$script"; $(BIN)/python "$$script"; done

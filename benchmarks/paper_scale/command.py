@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(subcommand=_prepare)
 
     report = commands.add_parser("report", help="tables, Figure 4 (a, b) and a summary from the results file")
+    report.add_argument("--output", type=Path, help="of the summary, as JSON; summary.json in the folder if left out")
     report.set_defaults(subcommand=_report)
     for command in (run, roofline, report):
         command.add_argument("--folder", type=Path, default=Path("runs/paper_autoencoder"), help="of results")
@@ -96,7 +97,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    print(write_report(options.folder / _RESULTS, options.folder))
+    print(write_report(options.folder / _RESULTS, options.folder, options.output))
     return 0
 
 

@@ -70,12 +70,13 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     return found
 
 
-def write_report(results: Path, folder: Path) -> str:
+def write_report(results: Path, folder: Path, output: Path | None = None) -> str:
     """Writes ``summary.json``, ``report.md`` and, where matplotlib is installed, ``figure4.png``.
 
     Args:
         results: The results file.
         folder: Where they go.
+        output: Where the summary goes instead.
 
     Returns:
         The report.
@@ -85,7 +86,9 @@ def write_report(results: Path, folder: Path) -> str:
     """
     header, rows = read(results)
     numbers = summary(rows)
-    write_atomically(folder / "summary.json", json.dumps(rounded({**header, "methods": numbers}), indent=1) + "\n")
+    write_atomically(
+        output or folder / "summary.json", json.dumps(rounded({**header, "methods": numbers}), indent=1) + "\n"
+    )
     text = "\n".join([*_tables(numbers), _roofline_table(folder / "roofline.json"), _measured(header)])
     picture = _draw(curves(rows), folder / "figure4.png")
     text += f"\n{picture}\n"
@@ -153,7 +156,7 @@ def _measured(header: Row) -> str:
 def _at(arm: list[Row], key: str, mark: float) -> float | None:
     """The error when a mark was reached: that of the last row before it, None if the arm ends or begins elsewhere."""
     before = [row for row in arm if row[key] <= mark]
-    return before[-1]["train_error"] if before and arm[-1][key] >= 0.95 * mark else None
+    return before[-1]["train_error"] if before and arm[-1][key] >= 0.9 * mark else None
 
 
 def _first_below(arm: list[Row], target: float) -> float | None:
