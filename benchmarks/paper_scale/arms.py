@@ -115,7 +115,15 @@ class Arms:
         def rule(point: Tensor) -> Rule:
             return Adam(point) if name == "adam" else Momentum(point, nesterov=name == "nesterov")
 
-        return FirstOrder(problem, rule, schedule, batch_size=self._settings.batch_size, seed=self._settings.seed)
+        settings = self._settings
+        return FirstOrder(
+            problem,
+            rule,
+            schedule,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            max_grad_norm=settings.max_grad_norm,
+        )
 
     def _planned(self, arm: str, name: str, seconds: float) -> int:
         """How many updates fit into some seconds: timed once for each arm, and kept in the results file."""

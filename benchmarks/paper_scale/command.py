@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from paper_scale.arms import Arms
 from paper_scale.images import load_images, prepare
 from paper_scale.pieces import Piece
+from paper_scale.recurrent import RecurrentTask, load_windows
 from paper_scale.report import write_report
 from paper_scale.results import Results
 from paper_scale.roofline import write_roofline
-from paper_scale.settings import METHODS, PAPER, SMALL, Settings
+from paper_scale.settings import METHODS, SCALES, TASKS, Settings
 from paper_scale.task import Task
 
 __all__ = ["WORK_LEFT", "main"]
@@ -38,7 +40,7 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
         return int(options.subcommand(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         _LOG.error("%s", error)
         return 2
 
@@ -57,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     roofline.set_defaults(subcommand=_roofline)
     for command in (run, roofline):
         command.add_argument("--data", default="sample", help="tensor file, folder of parquet files, or 'sample'")
+        command.add_argument(
+            "--task", choices=TASKS, default=TASKS[0], help="recurrent: Figure 4 (c), --data a text folder"
+        )
         command.add_argument("--scale", choices=("paper", "small"), help="paper on CUDA, small elsewhere, if left out")
         command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings")
         command.add_argument("--device", choices=("cuda", "cpu"), help="CUDA where there is any, if left out")
@@ -104,8 +109,10 @@ def _report(options: argparse.Namespace) -> int:
 def _task(options: argparse.Namespace) -> Task:
     device = _device(options.device)
     scale = options.scale or ("paper" if device.type == "cuda" else "small")
-    settings = Settings.changed({"paper": PAPER, "small": SMALL}[scale], options.set)
+    settings = Settings.changed(SCALES[options.task, scale], options.set)
     torch.backends.cuda.matmul.allow_tf32 = settings.matmul == "tf32"
+    if settings.task == "recurrent":
+        return RecurrentTask.on(device, load_windows(options.data, cases=settings.cases), settings)
     return Task.on(device, load_images(options.data, side=settings.side, cases=settings.cases), settings)
 
 

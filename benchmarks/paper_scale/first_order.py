@@ -162,6 +162,7 @@ class FirstOrder:
         schedule: Rates and momenta.
         batch_size: Images in a mini-batch; what is left over at the end of an epoch waits for the next.
         seed: Of the order of the images.
+        max_grad_norm: Gradients are clipped to this norm; not at all if None.
     """
 
     def __init__(
@@ -172,7 +173,9 @@ class FirstOrder:
         *,
         batch_size: int,
         seed: int,
+        max_grad_norm: float | None = None,
     ) -> None:
+        self._max_grad_norm = max_grad_norm
         self.problem, self.schedule, self.counts = problem, schedule, Counts()
         self._parameters = list(problem.model.parameters())
         self._point = _as_one(self._parameters)
@@ -212,6 +215,8 @@ class FirstOrder:
         self._rule.before(self._point, self._momentum)
         parts = torch.autograd.grad(self.problem.loss(images), self._parameters)
         gradient = torch.cat([part.flatten() for part in parts])
+        if self._max_grad_norm is not None:
+            gradient.mul_((self._max_grad_norm / gradient.norm()).clamp_max(1.0))
         self._rule.after(self._point, gradient, self._rate, self._momentum)
 
     def state_dict(self) -> dict[str, Any]:

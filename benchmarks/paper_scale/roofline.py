@@ -81,7 +81,12 @@ def write_roofline(task: Task, path: Path) -> dict[str, Any]:
 
     Returns:
         Its content.
+
+    Raises:
+        ValueError: The task is another one than the autoencoder, whose operations are counted here.
     """
+    if task.settings.task != "autoencoder":
+        raise ValueError(f"The roofline is that of the autoencoder, but the task is {task.settings.task!r}.")
     device = device_rates(task.device)
     _LOG.info("matrix rate %.3g FLOP/s, bandwidth %.3g B/s", device["flop_rate"], device["bandwidth"])
     parts = list(_parts(task))

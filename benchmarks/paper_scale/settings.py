@@ -4,7 +4,10 @@ import ast
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["METHODS", "PAPER", "SMALL", "Settings"]
+__all__ = ["METHODS", "SCALES", "TASKS", "Settings"]
+
+TASKS = ("autoencoder", "recurrent")
+"""What is trained: the networks of Figure 4 (a, b) and of Figure 4 (c, d)."""
 
 METHODS = ("sfn", "sfn_paper", "adam", "nesterov", "momentum", "lbfgs")
 """The methods in the order in which they run; those of first order are preceded by the search for their rates."""
@@ -15,6 +18,8 @@ class Settings:
     """What the numbers depend on.
 
     Attributes:
+        task: ``"autoencoder"``, or ``"recurrent"`` for that of Figure 4 (c): 120 tanh units that predict the next
+            character in windows of 50. Images are windows there.
         sizes: Layer widths from the pixels to the code.
         side: Height and width of the images.
         cases: Training images from the front of the data set; all if None.
@@ -27,6 +32,7 @@ class Settings:
         rates: Learning rates of both kinds of momentum that are searched (Sutskever et al. 2013: 0.05 and lower).
         momenta: Where the momentum schedule ends, searched with the rates.
         adam_rates: Adam's learning rates that are searched; each decays linearly to 0.
+        max_grad_norm: Gradients of first order are clipped to this norm; not at all if None.
         tail: Last updates, which have a momentum of at most 0.9.
         updates: Updates of first order in place of the time; for tests, where nothing may depend on a clock.
         part: Images in one part of a full batch (memory, not mathematics).
@@ -49,6 +55,7 @@ class Settings:
         matmul: ``"ieee"`` or ``"tf32"``: arithmetic of float32 matrix products on CUDA.
     """
 
+    task: str = "autoencoder"
     sizes: tuple[int, ...] = (784, 1000, 500, 250, 30)
     side: int = 28
     cases: int | None = None
@@ -61,6 +68,7 @@ class Settings:
     rates: tuple[float, ...] = (0.1, 0.05, 0.02, 0.01)
     momenta: tuple[float, ...] = (0.99, 0.995)
     adam_rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
+    max_grad_norm: float | None = None
     tail: int = 1000
     updates: int | None = None
     part: int = 10_000
@@ -72,7 +80,7 @@ class Settings:
     basis_dtype: str | None = None
     our_krylov_dim: int = 4
     previous_directions: int = 10
-    preconditioner: str = "kronecker"
+    preconditioner: str = "diagonal"
     curvature_share: float = 0.08
     trial_share: float = 0.10
     max_step_norm: float | None = None
@@ -94,7 +102,9 @@ class Settings:
             )
         if self.matmul not in ("ieee", "tf32"):
             raise ValueError(f"matmul is {self.matmul!r}, but 'ieee' or 'tf32' is expected.")
-        if self.sizes[0] != self.side**2:
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}, but one of {', '.join(TASKS)} is expected.")
+        if self.task == "autoencoder" and self.sizes[0] != self.side**2:
             raise ValueError(f"sizes begins with {self.sizes[0]}, but the images have {self.side**2} pixels.")
         if self.note_ratio <= 1:
             raise ValueError(f"note_ratio is {self.note_ratio:g}, but a factor above 1 is expected.")
@@ -124,9 +134,17 @@ class Settings:
         return replace(base, **changes)
 
 
-PAPER = Settings()
+_RECURRENT: dict[str, Any] = {
+    "task": "recurrent",
+    "batch_size": 100,
+    "rates": (1.0, 0.5, 0.2, 0.1),
+    "momenta": (0.9, 0.99),
+    "max_grad_norm": 1.0,
+    "curvature_share": 0.05,
+    "part": 2000,
+}
 
-SMALL = Settings(
+_SMALL = Settings(
     sizes=(196, 100, 50, 25, 12),
     side=14,
     cases=5000,
@@ -144,3 +162,11 @@ SMALL = Settings(
     probe_cases=1000,
     probe_dim=32,
 )
+
+SCALES = {
+    ("autoencoder", "paper"): Settings(),
+    ("autoencoder", "small"): _SMALL,
+    ("recurrent", "paper"): Settings(**_RECURRENT),
+    ("recurrent", "small"): replace(_SMALL, **{**_RECURRENT, "cases": 400, "part": 200, "batch_size": 20}),
+}
+"""The presets, by task and scale."""

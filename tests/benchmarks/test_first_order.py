@@ -1,5 +1,7 @@
 """Updates of first order against formulas and torch's optimizers, and the schedule against the published one."""
 
+import math
+
 import pytest
 import torch
 from paper_scale.first_order import Adam, Captured, FirstOrder, Momentum, Rule, Schedule
@@ -23,14 +25,14 @@ def test_momentum_is_that_of_sutskever(nesterov: bool) -> None:
         torch.testing.assert_close(point, theta, rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_epochs_are_those_of_a_plain_loop(task: Task, name: str) -> None:
+@pytest.mark.parametrize(("name", "max_grad_norm"), [("adam", None), ("sgd", None), ("sgd", 1.0)])
+def test_epochs_are_those_of_a_plain_loop(task: Task, name: str, max_grad_norm: float | None) -> None:
     schedule = Schedule(1e-2, 10, decays=name == "adam", momentum=0.0)
 
     def rule(point: Tensor) -> Rule:
         return Adam(point) if name == "adam" else Momentum(point, nesterov=False)
 
-    method = FirstOrder(task.problem(), rule, schedule, batch_size=50, seed=3)
+    method = FirstOrder(task.problem(), rule, schedule, batch_size=50, seed=3, max_grad_norm=max_grad_norm)
     while not method.finished:
         method.advance()
 
@@ -45,6 +47,7 @@ def test_epochs_are_those_of_a_plain_loop(task: Task, name: str) -> None:
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - update / 10) if name == "adam" else 1e-2
             optimizer.zero_grad()
             plain.loss(task.train[rows]).backward()
+            torch.nn.utils.clip_grad_norm_(plain.model.parameters(), max_grad_norm or math.inf)
             optimizer.step()
             update += 1
     assert method.counts.updates == 10

@@ -1,13 +1,15 @@
 """What is measured, against independent computations."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from paper_scale.recurrent import RecurrentTask, load_windows
 from paper_scale.task import Task
 from torch.nn import functional as F
 
-from lightning_sfn.experiments.metrics import SquaredError
+from lightning_sfn.experiments.metrics import BitsPerCharacter, SquaredError
 
 
 def test_errors_are_those_of_torchmetrics_and_torch(task: Task) -> None:
@@ -64,3 +66,18 @@ def test_every_problem_starts_from_the_same_point(task: Task) -> None:
 def test_too_few_images_are_refused(task: Task) -> None:
     with pytest.raises(ValueError, match="There are 20 training images, but one mini-batch has 50"):
         Task.on(torch.device("cpu"), {"train": task.train[:20], "test": task.test}, task.settings)
+
+
+def test_the_recurrent_network_is_measured_in_bits(tmp_path: Path, task: Task) -> None:
+    (tmp_path / "a.train.txt").write_text("to be or not to be\n" * 40)
+    (tmp_path / "a.test.txt").write_text("or not\n" * 30)
+    windows = load_windows(str(tmp_path))
+    assert windows["train"].shape == ((19 * 40 - 1) // 50, 51)
+    assert torch.equal(windows["train"][1:, 0], windows["train"][:-1, -1])
+    settings = replace(task.settings, task="recurrent", batch_size=4, part=4)
+    recurrent = RecurrentTask.on(torch.device("cpu"), windows, settings)
+    model = recurrent.problem().model
+    bits = BitsPerCharacter()
+    for window in recurrent.test:
+        bits.update(model.loss(window.long().unsqueeze(0)) * 50, 50)
+    assert recurrent.errors(model, recurrent.test)[0] == pytest.approx(float(bits.compute()), rel=1e-5)
