@@ -44,7 +44,7 @@ class Settings:
         basis_dtype: Of its basis; the parameters' if None.
         our_krylov_dim: Lanczos vectors of ours.
         previous_directions: Remembered steps of ours.
-        preconditioner: ``"kronecker"`` or ``"diagonal"``, of ours.
+        preconditioner: Coordinates of ours, by the name that `make_preconditioner` knows; the parameters' own if None.
         curvature_share: Share of the images, drawn anew for each step, that our products see.
         trial_share: Share that our trial losses see.
         max_step_norm: Bound on the length of each inner step; none if None.
@@ -80,7 +80,7 @@ class Settings:
     basis_dtype: str | None = None
     our_krylov_dim: int = 4
     previous_directions: int = 10
-    preconditioner: str = "diagonal"
+    preconditioner: str | None = "diagonal"
     curvature_share: float = 0.08
     trial_share: float = 0.10
     max_step_norm: float | None = None
