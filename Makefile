@@ -10,10 +10,12 @@ INSTALLED := $(VENV)/.installed
 
 # Extra arguments for `make train`, for example ARGS="--trainer.max_epochs 20"
 ARGS ?=
+# Where `make paper` finds MNIST
+DATA ?= sample
 # What `make bench` runs, in this order
 BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/tables.py
 
-.PHONY: help setup train test lint docs bench clean
+.PHONY: help setup train test lint docs bench clean paper
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +49,11 @@ test: lint ## check style and types, then run the tests
 docs: $(INSTALLED) ## build the documentation into build/site; warnings are errors
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+paper: $(INSTALLED) ## the paper's autoencoder at its own size, piece by piece; DATA=folder of MNIST parquet files (wants a GPU)
+	@status=3; while [ $$status -eq 3 ]; do status=0; $(BIN)/python benchmarks/paper_autoencoder.py run --data $(DATA) || status=$$?; done; exit $$status
+	@$(BIN)/python benchmarks/paper_autoencoder.py roofline --data $(DATA)
+	@$(BIN)/python benchmarks/paper_autoencoder.py report
 
 bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
 	@for script in $(BENCHMARKS); do echo "[bench] $$script"; $(BIN)/python "$$script"; done

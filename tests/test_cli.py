@@ -334,9 +334,10 @@ def test_the_papers_recipes_train(command: Command, name: str) -> None:
     assert status == 0, err
 
 
-def test_the_papers_autoencoder_trains_at_a_smaller_size(command: Command) -> None:
+@pytest.mark.parametrize("name", ["fig4_autoencoder", "autoencoder_paper"])
+def test_the_papers_autoencoder_trains_at_a_smaller_size(command: Command, name: str) -> None:
     small = ("--model.sizes=[100,30,15]", "--data.image_size=10", "--trainer.accelerator=cpu")
-    status, _, err = command("fit", "-c", "fig4_autoencoder", "--trainer.fast_dev_run=1", *small)
+    status, _, err = command("fit", "-c", name, "--trainer.fast_dev_run=1", *small)
     assert status == 0, err
 
 
