@@ -43,7 +43,7 @@ class KFAC:
         momentum: float = 0.9,
         average: float = 0.9,
         refresh: int = 3,
-        kl_clip: float | None = 0.1,
+        kl_clip: float | None = 1e-3,
     ) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
         ours = {id(p) for layer in self.layers for p in layer.parameters()}

@@ -120,8 +120,11 @@ OURS: dict[str, Method] = {"paper": paper, "default": default}
 METHODS = RIVALS | OURS
 
 SEARCHED: dict[str, list[dict[str, Any]]] = {
-    "sgd": _grid(lr=(0.01, 0.03, 0.1, 0.3, 1.0)),
-    "adam": _grid(lr=(3e-4, 1e-3, 3e-3, 1e-2)),
-    "kfac": _grid(lr=(0.1, 0.5), damping=(1e-3, 1e-2), share=(0.1, 1.0)),
+    "sgd": _grid(lr=(0.001, 0.003, 0.01, 0.03, 0.1, 1.0)),
+    "adam": _grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "kfac": [
+        *_grid(lr=(0.1, 0.3), damping=(1e-4, 1e-3, 1e-2, 1e-1), share=(0.1,)),
+        *_grid(lr=(0.3,), damping=(1e-3, 1e-2), share=(1.0,)),
+    ],
 }
 """Settings that are tried for each task, with a part of the race's seconds, from a start of its own."""
