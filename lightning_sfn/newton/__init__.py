@@ -13,6 +13,7 @@ from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
 from lightning_sfn.newton.fisher import FisherOperator
 from lightning_sfn.newton.gauss_newton import GaussNewtonOperator
 from lightning_sfn.newton.gradient_covariance import GradientCovarianceOperator
+from lightning_sfn.newton.kronecker import KroneckerFactors
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
@@ -36,6 +37,7 @@ __all__ = [
     "GridDamping",
     "HessianOperator",
     "IdentityPreconditioner",
+    "KroneckerFactors",
     "KrylovSubspace",
     "LevenbergMarquardt",
     "Objective",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.basis import BasisName, BasisStore, check_basis
+from lightning_sfn.newton.coordinates import make_preconditioner
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
@@ -18,7 +19,7 @@ from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.preconditioner import Preconditioner, make_preconditioner
+from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.shortage import is_out_of_memory
@@ -61,8 +62,8 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
-        preconditioner: ``"diagonal"`` (equilibration), ``None``, or a `Preconditioner`. The default is ``"diagonal"``,
-            and ``None`` for the exact method.
+        preconditioner: ``"diagonal"`` (equilibration), ``"kronecker"`` (see `KroneckerFactors`), ``None``, or a
+            `Preconditioner`. The default is ``"diagonal"``, and ``None`` for the exact method.
         secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
             same function, as full-batch closures give). Otherwise each costs one product.
         exploration: Share of a random vector and of the last most negative Ritz vector in the start vector, so that a
@@ -348,6 +349,7 @@ class SaddleFreeNewton(Optimizer):
             subspace_dim=len(space),
             products=operator.products,
             gradients=1,
+            unfactored=self.preconditioner.unfactored,
         )
         model = SubspaceModel(
             space, self.preconditioner, self.trust_region, self._learning_rates(parameters), self.max_step_norm

@@ -1,7 +1,7 @@
 """Preconditioners: a symmetric map D between the subspace's coordinates u and the parameters, ``theta = D u``.
 
 Lanczos then works with ``D H D`` from the start vector ``D g``, and a step in the subspace is ``D u``. A good D makes
-the spectrum of ``D H D`` flat, so that a few Krylov vectors see most of it. Kronecker factors fit the same interface.
+the spectrum of ``D H D`` flat, so that a few Krylov vectors see most of it. `kronecker` holds the strongest of them.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 
-__all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner", "make_preconditioner"]
+__all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner"]
 
 
 class Preconditioner(ABC):
@@ -29,6 +29,11 @@ class Preconditioner(ABC):
 
     def reset(self) -> None:  # noqa: B027
         """Forgets everything: the parameters are others now."""
+
+    @property
+    def unfactored(self) -> tuple[str, ...]:
+        """Names of parameters that a map by layers scales by one number, for want of a rule."""
+        return ()
 
     @abstractmethod
     def scale(self, vectors: Tensor) -> Tensor:
@@ -154,24 +159,3 @@ class DiagonalPreconditioner(Preconditioner):
         self._mean = state["mean"].clone() if "mean" in state else None
         self._refreshes = int(state.get("refreshes", 0))
         self._update()
-
-
-def make_preconditioner(preconditioner: "str | Preconditioner | None") -> Preconditioner:
-    """Makes a preconditioner from what users write.
-
-    Args:
-        preconditioner: ``None``, ``"diagonal"``, or a preconditioner.
-
-    Returns:
-        The preconditioner.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    if preconditioner is None:
-        return IdentityPreconditioner()
-    if isinstance(preconditioner, Preconditioner):
-        return preconditioner
-    if preconditioner == "diagonal":
-        return DiagonalPreconditioner()
-    raise ValueError(f"preconditioner is {preconditioner!r}, but None, 'diagonal' or a Preconditioner is expected.")

@@ -47,6 +47,7 @@ class StepRecord:
         gradients: Gradients spent.
         inner_steps: Inner steps that were taken.
         accepted: Whether the parameters were changed.
+        unfactored: Parameters for which `KroneckerFactors` has no rule.
     """
 
     loss_before: float
@@ -63,6 +64,7 @@ class StepRecord:
     gradients: int = 0
     inner_steps: int = 0
     accepted: bool = False
+    unfactored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

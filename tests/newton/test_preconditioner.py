@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton import DiagonalPreconditioner, HessianOperator, IdentityPreconditioner, Objective
-from lightning_sfn.newton.preconditioner import make_preconditioner
+from lightning_sfn.newton.coordinates import make_preconditioner
 
 from .cases import quadratic, symmetric
 

@@ -1,0 +1,314 @@
+"""`KroneckerFactors`: coordinates in which the curvature of each layer is about the identity.
+
+The map is ``D = (A + a)^(-1/2) x (S + s)^(-1/2)`` for each layer (see `kronecker_blocks`), so that ``D H D`` is flat as
+far as the factors tell, and a few Krylov vectors are left with what they do not tell: negative curvature above all.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.kronecker_blocks import Block, BlockRoots, Signature
+from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.preconditioner import Preconditioner
+from lightning_sfn.newton.processes import ProcessError
+from lightning_sfn.newton.sampled_targets import ElementwiseLosses
+from lightning_sfn.newton.weight_uses import Use, WatchingWeights
+
+__all__ = ["KroneckerFactors", "Targets"]
+
+Targets = Literal["sampled", "given"]
+"""Where output gradients come from: targets drawn from the model, or those of the data."""
+
+
+class KroneckerFactors(Preconditioner):
+    """Kronecker-factored coordinates (after Martens and Grosse 2015), from the data that products see.
+
+    Linear maps, convolutions (one and two spatial dimensions, ungrouped) and the recurrent layers ``nn.RNN``,
+    ``nn.LSTM`` and ``nn.GRU`` have two factors; embeddings have a diagonal for their rows; layer norms a diagonal.
+    Every other parameter is scaled by one number; so is a weight that is used in two ways (tied weights), one inside
+    ``nn.MultiheadAttention`` or a packed sequence, and layers over the memory limit. `unfactored` names them.
+
+    Factors come from targets drawn from the model where the loss is a cross entropy or squared error of
+    `torch.nn.functional` (or a module of it), else from the gradients of the loss as it is.
+
+    Args:
+        model: Gives the parameters' names for `unfactored`; not needed otherwise.
+        targets: ``"sampled"``, or ``"given"`` for gradients of the loss as it is in any case.
+        refresh_every: Steps between estimates.
+        damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
+        max_memory: Bytes for factors and roots; the layers that need most give way. No limit if left out.
+
+    Attributes:
+        memory: Bytes that factors and roots take now.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sfn import SaddleFreeNewton
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> optimizer = SaddleFreeNewton(model.parameters(), krylov_dim=4, preconditioner=KroneckerFactors(model))
+        >>> x, y = torch.randn(32, 3), torch.randn(32, 2)
+        >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
+        >>> optimizer.preconditioner.unfactored
+        ()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        targets: Targets = "sampled",
+        refresh_every: int = 3,
+        damping: float = 1e-3,
+        max_memory: int | None = None,
+    ) -> None:
+        """See the class."""
+        if targets not in ("sampled", "given"):
+            raise ValueError(f"targets is {targets!r}, but 'sampled' or 'given' is expected.")
+        if refresh_every < 1 or int(refresh_every) != refresh_every:
+            raise ValueError(f"refresh_every is {refresh_every}, but a whole number of at least 1 is expected.")
+        if not (math.isfinite(damping) and damping > 0):
+            raise ValueError(f"damping is {damping}, but a positive number is expected.")
+        if max_memory is not None and max_memory < 0:
+            raise ValueError(f"max_memory is {max_memory}, but a number of bytes or None is expected.")
+        self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        self.targets: Targets = targets
+        self.refresh_every, self.damping, self.max_memory = refresh_every, damping, max_memory
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the factors."""
+        self._blocks: list[Block] = []
+        self._roots: list[BlockRoots] = []
+        self._shapes: list[torch.Size] = []
+        self._age = 0
+        self._unfactored: tuple[str, ...] = ()
+
+    @property
+    def unfactored(self) -> tuple[str, ...]:
+        """Names of the parameters that are scaled by one number; known after the first step."""
+        return self._unfactored
+
+    @property
+    def memory(self) -> int:
+        """Bytes of factors, roots and their inverses."""
+        itemsize = self._blocks[0].outputs.element_size() if self._blocks else 0
+        return sum(Block.cost(block.signature, self._shapes, itemsize) for block in self._blocks)
+
+    # ------------------------------------------------------------------------------------------------ estimation
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+        """Estimates the factors anew, every few steps.
+
+        Args:
+            operator: The curvature of the coming step; the factors see its objective.
+            generator: Source of the sampled targets.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        if self._roots and self._age < self.refresh_every:
+            self._age += 1
+            return
+        parameters, objective = operator.parameters, operator.objective
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        blocks = self._estimated(objective, parameters, seed)
+        scale = max((block.magnitude for block in blocks), default=0.0)
+        if not (math.isfinite(scale) and scale > 0):
+            warnings.warn(
+                "The Kronecker factors are zero or not finite at the present parameters: those of an earlier step stay "
+                "in use.",
+                stacklevel=2,
+            )
+            return
+        self._shapes = list(parameters.shapes)
+        self._adopt(blocks)
+        self._age = 1
+        self._unfactored = tuple(
+            self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
+            for block in blocks
+            if block.signature[0] == "number"
+        )
+
+    def _adopt(self, blocks: list[Block]) -> None:
+        damping = self.damping * max(block.magnitude for block in blocks)
+        self._blocks, self._roots = blocks, [block.roots(damping) for block in blocks]
+
+    def _estimated(self, objective: Objective, parameters: FlatParameters, seed: int) -> list[Block]:
+        """The factors of all parameters, the mean over processes."""
+        observation: _Observation | None = None
+        failure: Exception | None = None
+        processes = objective.processes
+        rank = 0 if processes is None else processes.rank
+        try:
+            observation = _observe(objective, parameters, seed + rank, self.targets)
+        except Exception as error:
+            if processes is None:
+                raise
+            failure = error
+        signatures = set() if observation is None else set(observation.signatures)
+        if processes is not None:
+            reports = processes.collect(None if observation is None else sorted(signatures))
+            if failure is not None:
+                raise failure
+            if None in reports:
+                raise ProcessError(f"Rank {reports.index(None)} of {processes.size} could not estimate its factors.")
+            signatures = {tuple(signature) for report in reports for signature in report}
+        assert observation is not None
+        chosen = _resolve(signatures, parameters, self.max_memory)
+        blocks = [Block.zeros(signature, parameters.shapes, parameters.tensors[0].detach()) for signature in chosen]
+        for block in blocks:
+            observation.fill(block)
+        factors = [factor for block in blocks for factor in (block.inputs, block.outputs)]
+        means = objective.reduce(torch.cat([factor.reshape(-1) for factor in factors]))
+        sizes = [factor.numel() for factor in factors]
+        for factor, mean in zip(factors, torch.split(means, sizes), strict=True):
+            factor.copy_(mean.view_as(factor))
+        return blocks
+
+    # ------------------------------------------------------------------------------------------------ the map
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        """``D v``."""
+        return self._map(vectors, inverse=False)
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        """``D^-1 v``."""
+        return self._map(vectors, inverse=True)
+
+    def _map(self, vectors: Tensor, *, inverse: bool) -> Tensor:
+        if not self._roots:
+            return vectors
+        rows = vectors.reshape(-1, vectors.shape[-1])
+        sizes = [shape.numel() for shape in self._shapes]
+        split = torch.split(rows, sizes, dim=1)
+        pieces = [piece.reshape(-1, *shape) for piece, shape in zip(split, self._shapes, strict=True)]
+        for block in self._roots:
+            block.apply(pieces, inverse=inverse)
+        return torch.cat([piece.reshape(len(rows), -1) for piece in pieces], 1).view_as(vectors)
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The factors, and how many steps they have been in use."""
+        if not self._blocks:
+            return {}
+        blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
+        shapes = [list(shape) for shape in self._shapes]
+        return {"blocks": blocks, "shapes": shapes, "age": self._age, "unfactored": list(self.unfactored)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over factors."""
+        self.reset()
+        if "blocks" not in state:
+            return
+        self._shapes = [torch.Size(shape) for shape in state["shapes"]]
+        blocks = []
+        for (kind, weight, bias), inputs, outputs in state["blocks"]:
+            blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
+        self._adopt(blocks)
+        self._age, self._unfactored = int(state["age"]), tuple(state["unfactored"])
+
+
+class _Observation:
+    """Uses of weights with their output gradients, and the gradients of the parameters, over all parts."""
+
+    def __init__(self, parameters: FlatParameters) -> None:
+        self._index = {id(p): i for i, p in enumerate(parameters.tensors)}
+        self._uses: dict[Signature, list[tuple[Use, Tensor, float]]] = {}
+        self._squares: dict[int, Tensor] = {}
+
+    @property
+    def signatures(self) -> list[Signature]:
+        """What kinds of uses were seen."""
+        return list(self._uses)
+
+    def add(self, uses: list[Use], outputs: list[Tensor | None], gradients: list[Tensor | None], weight: float) -> None:
+        """Adds one part of the data with its share of the whole."""
+        for use, gradient in zip(uses, outputs, strict=True):
+            bias = -1 if use.bias is None else self._index.get(id(use.bias), -1)
+            if gradient is not None:
+                signature = (use.kind, self._index[id(use.weight)], bias)
+                self._uses.setdefault(signature, []).append((use, use.rows(gradient), weight))
+        for index, by_parameter in enumerate(gradients):
+            if by_parameter is not None:
+                square = by_parameter.detach().square().mean()
+                self._squares[index] = self._squares.get(index, torch.zeros_like(square)) + square
+
+    def fill(self, block: Block) -> None:
+        """Sums up what belongs to a block."""
+        kind, index, _ = block.signature
+        if kind == "number":
+            block.outputs += self._squares.get(index, torch.zeros_like(block.outputs))
+            return
+        uses = self._uses.get(block.signature, [])
+        total = sum(weight * len(rows) for _, rows, weight in uses)
+        for use, rows, weight in uses:
+            block.observe(use.inputs, rows, weight * len(rows) / total)
+
+
+def _observe(objective: Objective, parameters: FlatParameters, seed: int, targets: Targets) -> _Observation:
+    """Evaluates each part once and differentiates by the outputs of every linear map."""
+    generator = torch.Generator(parameters.device).manual_seed(seed)
+    observation = _Observation(parameters)
+    for index, weight in enumerate(objective.weights):
+        losses = ElementwiseLosses(generator) if targets == "sampled" else None
+        watching = WatchingWeights(parameters.tensors, losses)
+        with watching, _eager():
+            loss = objective.evaluate(index).loss
+        heads, seeds = _heads(loss, [] if losses is None else losses.elements, weight)
+        with torch.enable_grad():
+            inputs: list[Any] = [*(use.output for use in watching.uses), *parameters.tensors]
+            found = torch.autograd.grad(heads, inputs, seeds, allow_unused=True)
+        count = len(watching.uses)
+        observation.add(watching.uses, list(found[:count]), list(found[count:]), weight)
+    return observation
+
+
+def _heads(loss: Tensor, elements: list[Tensor], weight: float) -> tuple[list[Tensor], list[Tensor]]:
+    """What to differentiate, and with which factors.
+
+    An element with share w in the loss adds ``w`` times its squared gradient to the Fisher matrix, so it is
+    differentiated with the factor ``sqrt(w)``, however the loss was reduced. Without known elements the loss itself is
+    differentiated; then only the ratios between layers are right, and no more is needed.
+    """
+    known = [element for element in elements if element.requires_grad]
+    shares = torch.autograd.grad(loss, known, retain_graph=True, allow_unused=True) if known else ()
+    pairs = [(e, (s.abs() * weight).sqrt()) for e, s in zip(known, shares, strict=True) if s is not None]
+    if not pairs:
+        return [loss], [torch.full_like(loss, math.sqrt(weight))]
+    return [element for element, _ in pairs], [share for _, share in pairs]
+
+
+def _resolve(signatures: set[Signature], parameters: FlatParameters, max_memory: int | None) -> list[Signature]:
+    """One block for each parameter: as seen where it was seen in one way and fits, one number elsewhere."""
+    owners: dict[int, list[Signature]] = {}
+    for signature in signatures:
+        for index in {signature[1], signature[2]} - {-1}:
+            owners.setdefault(index, []).append(signature)
+    single = [s for s in signatures if all(len(owners[i]) == 1 for i in {s[1], s[2]} - {-1})]
+    itemsize = parameters.tensors[0].element_size()
+    costs = {signature: Block.cost(signature, parameters.shapes, itemsize) for signature in single}
+    kept, spent = [], 0
+    for signature in sorted(single, key=lambda s: (costs[s], s)):
+        if max_memory is None or spent + costs[signature] <= max_memory:
+            kept.append(signature)
+            spent += costs[signature]
+    covered = {index for signature in kept for index in signature[1:]}
+    numbers: list[Signature] = [("number", i, -1) for i in range(len(parameters.tensors)) if i not in covered]
+    return sorted([*kept, *numbers], key=lambda s: s[1])
+
+
+def _eager() -> Any:
+    """Compiled models run as written while their calls are watched."""
+    set_stance: Callable[[str], Any] = torch.compiler.set_stance
+    return set_stance("force_eager")

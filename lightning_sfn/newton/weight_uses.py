@@ -1,0 +1,159 @@
+"""Where weights are used in a loss: inputs and output gradients of every linear map, seen from outside the model.
+
+A torch function mode sees the calls that layers make, whoever makes them (modules, functional code, a replayed training
+step), so no hook is placed and no module has to be known.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_sfn.newton.sampled_targets import ElementwiseLosses
+from lightning_sfn.newton.unrolled import unrolled
+
+__all__ = ["Kind", "Use", "WatchingWeights"]
+
+Kind = Literal["dense", "embedding", "norm"]
+"""How a weight acts: as a matrix on vectors, as a table of rows, or element by element."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a weight.
+
+    Attributes:
+        kind: How the weight acts.
+        weight: The weight, the parameter itself.
+        bias: The bias that is added, if any.
+        inputs: What the weight acted on, a row for each place: ``(u, i)``, or indices ``(u,)`` for an embedding.
+        output: Where the gradient by the output is found.
+        channels: The dimension of the output that belongs to the weight's rows.
+    """
+
+    kind: Kind
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    output: GradientEdge
+    channels: int = -1
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """The gradient by the output as rows of shape ``(u, o)``, in the parameters' dtype."""
+        moved = gradient.movedim(self.channels, -1)
+        return moved.reshape(-1, moved.shape[-1]).to(self.weight.dtype)
+
+
+class WatchingWeights(TorchFunctionMode):
+    """Watches the calls of one evaluation of a loss.
+
+    Args:
+        parameters: The parameters whose uses count.
+        losses: What answers known loss functions, if targets are to be sampled.
+
+    Attributes:
+        uses: What was seen, in order.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], losses: ElementwiseLosses | None) -> None:
+        """See the class."""
+        super().__init__()
+        self._ids = {id(p) for p in parameters}
+        self._losses = losses
+        self.uses: list[Use] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answers one call of a torch function."""
+        kwargs = kwargs or {}
+        if func in _RULES:
+            seen = _RULES[func](*args, **kwargs)
+            output = func(*args, **kwargs)
+            self._note(seen, output)
+            return output
+        if self._losses is not None and (loss := self._losses.answer(func, args, kwargs)) is not None:
+            return loss
+        if not kwargs and (results := unrolled(func, args, self._linear)) is not None:
+            return results
+        return func(*args, **kwargs)
+
+    def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = F.linear(inputs, weight, bias)
+        self._note(_of_linear(inputs, weight, bias), output)
+        return output
+
+    def _note(self, seen: "_Seen | None", output: Any) -> None:
+        if seen is not None and id(seen.weight) in self._ids and isinstance(output, Tensor) and output.requires_grad:
+            inputs = seen.rows()
+            rows = inputs if seen.kind == "embedding" else inputs.to(seen.weight.dtype)
+            self.uses.append(Use(seen.kind, seen.weight, seen.bias, rows, get_gradient_edge(output), seen.channels))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    kind: Kind
+    weight: Tensor
+    bias: Tensor | None
+    rows: Callable[[], Tensor]
+    channels: int = -1
+
+
+def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Seen:
+    return _Seen("dense", weight, bias, lambda: input.detach().reshape(-1, input.shape[-1]))
+
+
+def _of_embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> _Seen:
+    return _Seen("embedding", weight, None, lambda: input.detach().reshape(-1))
+
+
+def _of_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> _Seen | None:
+    if weight is None or weight.dim() != 1:
+        return None
+    return _Seen(
+        "norm", weight, bias, lambda: F.layer_norm(input.detach(), normalized_shape, eps=eps).reshape(-1, len(weight))
+    )
+
+
+def _of_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> _Seen | None:
+    """The patches that a convolution multiplies with its weight (Grosse and Martens 2016)."""
+    spatial = weight.dim() - 2
+    if groups != 1 or isinstance(padding, str) or spatial not in (1, 2) or input.dim() != weight.dim():
+        return None
+    lengths = [_each(value, spatial) for value in (dilation, padding, stride)]
+    flat = spatial == 1  # as an image of height one
+
+    def rows() -> Tensor:
+        image = input.detach().unsqueeze(-2) if flat else input.detach()
+        kernel = (1, *weight.shape[2:]) if flat else tuple(weight.shape[2:])
+        fill = [(neutral, *value) if flat else value for neutral, value in zip((1, 0, 1), lengths, strict=True)]
+        patches = F.unfold(image, kernel, *fill)
+        return patches.movedim(1, -1).reshape(-1, patches.shape[1])
+
+    return _Seen("dense", weight, bias, rows, channels=1)
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * count if len(values) == 1 else values
+
+
+_RULES: dict[Callable[..., Any], Callable[..., _Seen | None]] = {
+    F.linear: _of_linear,
+    F.embedding: _of_embedding,
+    F.layer_norm: _of_layer_norm,
+    F.conv1d: _of_convolution,
+    F.conv2d: _of_convolution,
+}
