@@ -34,14 +34,6 @@ BASIS, LEADING = 64, 10
 _RIGHT = 1e-3  # relative error of an eigenvalue that counts as right
 
 
-class SummedSquares(nn.Module):
-    """The squared error summed over outputs, mean over cases."""
-
-    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
-        """The loss."""
-        return (output - targets).square().sum() / len(output)
-
-
 class Flattened(nn.Module):
     """A recurrent network with one row of logits for each predicted character."""
 
@@ -114,7 +106,7 @@ def cases(parts: int) -> list[Case]:
         Case(
             "autoencoder",
             autoencoder((100, 64, 32, 16, 8), nn.Tanh),
-            SummedSquares(),
+            nn.MSELoss(),
             [(x, x) for x in pixels.chunk(parts)],
         ),
         Case("MLP", perceptron, entropy, images),
