@@ -7,18 +7,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
 
 # Extra arguments for `make train`, for example ARGS="--trainer.max_epochs 20"
 ARGS ?=
 # Where `make paper` finds MNIST
 DATA ?= sample
 # What `make bench` runs, in this order
-BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/tables.py
+BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/race.py benchmarks/tables.py
 
-.PHONY: help setup train test lint docs bench clean paper
+.PHONY: help setup train test lint docs bench clean paper bench-peers
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) ## create .venv and install everything, pinned; redone only when the pins change
 
@@ -58,6 +59,16 @@ paper: $(INSTALLED) ## the paper's autoencoder at its own size, piece by piece; 
 bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
 	@for script in $(BENCHMARKS); do echo "[bench] $$script"; $(BIN)/python "$$script"; done
 
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt
+	@echo "[bench-peers] creating $(PEERS) and installing what is compared (minutes on the first run)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".[data]" -r benchmarks/peers.txt
+	@touch $@
+
+bench-peers: $(PEERS)/.installed ## compare products and spectra with other libraries, in an environment of their own
+	@echo "[bench-peers] benchmarks/peers.py"
+	@$(PEERS)/bin/python benchmarks/peers.py
+
 clean: ## remove .venv, caches and what runs left behind
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
+	@rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

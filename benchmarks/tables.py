@@ -9,6 +9,7 @@ exit status says whether they agree with the results.
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS
+from suite.methods import METHODS
+from suite.standings import KFAC_TARGET, TARGETS, Standing, standings
+from suite.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -210,6 +214,115 @@ def claims(name: str) -> str:
     return _rows(["claim", "measured", "verdict"], rows) + note + _measured(results, results["command"])
 
 
+def _standings(*, tuning: bool) -> tuple[list[Standing], dict[str, Any]]:
+    """The tasks of one half, at the budget with most runs."""
+    results = _load("race")
+    budgets = [run["seconds"] for run in results["runs"]]
+    runs = [run for run in results["runs"] if run["seconds"] == max(set(budgets), key=budgets.count)]
+    return standings(runs, {t.name: t.kind for t in TASKS.values() if t.tuning == tuning}), results
+
+
+def race(*, tuning: bool) -> str:
+    """Final losses of all methods on one half of the suite."""
+    rows, results = _standings(tuning=tuning)
+    methods = [m for m in METHODS if any(m in row.losses for row in rows)]
+    table = [
+        [row.task, row.kind, str(len(next(iter(row.losses.values())))), f"{row.start:.4g}"]
+        + [_spread(row.losses.get(m), m == min(row.losses, key=row.median)) for m in methods]
+        for row in rows
+    ]
+    seconds = results["runs"][0]["seconds"]
+    note = f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold.\n"
+    return _rows(["task", "kind", "seeds", "start", *methods], table) + note + _measured(results, _RACE)
+
+
+def targets(*, tuning: bool) -> str:
+    """Our best method against the targets."""
+    rows, _ = _standings(tuning=tuning)
+    table = []
+    for row in rows:
+        ours = _champion(row)
+        rival, ratio = row.against(ours)
+        met, met_kfac = row.reached(ours)
+        wanted = f"<= {TARGETS['escape']}" if row.kind == "escape" else f">= {TARGETS[row.kind]}"
+        what = "loss / Adam's" if row.kind == "escape" else f"decrease / that of {rival}"
+        kfac = f"{row.against_kfac(ours):.2f} ({_yes(met_kfac)})"
+        table.append([row.task, ours, what, f"{ratio:.2f}", wanted, _yes(met), kfac])
+    header = ["task", "method", "what", "measured", "target", "reached", f"decrease / K-FAC's (target {KFAC_TARGET})"]
+    return _rows(header, table)
+
+
+def _champion(row: Standing) -> str:
+    """The method that the targets speak of: the recipe, else the default."""
+    return "recipe" if "recipe" in row.losses else "default"
+
+
+def _spread(losses: list[float] | None, best: bool) -> str:
+    if losses is None:
+        return ""
+    middle = f"**{statistics.median(losses):.4g}**" if best else f"{statistics.median(losses):.4g}"
+    return middle if len(losses) == 1 else f"{middle} ({min(losses):.4g} to {max(losses):.4g})"
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "no"
+
+
+def searched() -> str:
+    """The settings that the search chose for each task."""
+    runs = _load("race")["runs"]
+    names = [m for m in METHODS if any(run["method"] == m and run["settings"] for run in runs)]
+    chosen = {(run["task"], run["method"]): run["settings"] for run in runs}
+    rows = [
+        [task] + [", ".join(f"{key} {value:g}" for key, value in chosen.get((task, m), {}).items()) for m in names]
+        for task in TASKS
+        if any((task, m) in chosen for m in names)
+    ]
+    return _rows(["task", *names], rows)
+
+
+def suite() -> str:
+    """What the tasks are."""
+    header = ["task", "kind", "half", "network", "data", "cases", "before the race"]
+    rows = []
+    for task in TASKS.values():
+        phase = task.phase
+        before = f"{'Adam' if phase.optimizer == 'adam' else 'SGD'} {phase.lr:g}, {phase.epochs} epochs"
+        before += " (decayed)" if phase.decay else ""
+        half = "tuning" if task.tuning else "held out"
+        rows.append([task.name, task.kind, half, task.what, task.data, str(task.cases), before])
+    return _rows(header, rows)
+
+
+def peers() -> str:
+    """Hessian-vector products in gradients, beside the peers'."""
+    results = _load("peers")
+    names = list(results["products"][0]["ratios"])
+    rows = [
+        [row["case"], str(row["micro_batches"]), *(f"{row['ratios'][name]:.2f}" for name in names)]
+        for row in results["products"]
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in results["peers"].items())
+    return _rows(["network", "micro-batches", *names], rows) + f"\n{versions}.\n" + _measured(results, _PEERS)
+
+
+def peer_spectra() -> str:
+    """Ten leading eigenvalues and the smallest one, beside the peers'."""
+    rows = [
+        [
+            row["method"],
+            "" if row["products"] is None else str(row["products"]),
+            f"{row['gradients']:.0f}",
+            f"{row['largest_right_in_order']} of 10",
+            "" if row["smallest_error"] is None else f"{row['smallest_error']:.0e}",
+        ]
+        for row in _load("peers")["spectra"]
+    ]
+    return _rows(["method", "products", "cost in gradients", "largest right in order", "smallest: error"], rows)
+
+
+_RACE, _PEERS = "python benchmarks/race.py", "make bench-peers"
+
 TABLES: dict[str, Callable[[], str]] = {
     "escape": escape,
     "stall": stall,
@@ -218,6 +331,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "basis": basis,
     "scale": scale,
     "paper": paper,
+    "suite": suite,
+    "race_tuning": partial(race, tuning=True),
+    "race_held_out": partial(race, tuning=False),
+    "targets_tuning": partial(targets, tuning=True),
+    "targets_held_out": partial(targets, tuning=False),
+    "searched": searched,
+    "peers": peers,
+    "peer_spectra": peer_spectra,
 }
 TABLES |= {name: partial(claims, name) for name in FIGURES}
 

@@ -1,0 +1,183 @@
+"""Every method on every task of the suite, each with the same seconds from the same start.
+
+    python benchmarks/race.py [--seeds 5] [--seconds 15] [--tasks NAME ...] [--methods NAME ...] [--data FOLDER]
+
+Seconds are those of one thread of this process, evaluations of the full training loss left out. A step that ends after
+the budget does not count. The settings of SGD, Adam and K-FAC are searched for each task first, on a seed that does not
+race, with a third of the budget for each setting. Every result is written at once to `benchmarks/results/race.json`
+(searches: `race_search.json`), and what is there is not run again, so the race can be interrupted and continued.
+Tasks whose data set is not there are left out. `--quick` is a rehearsal on tiny tasks.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from suite.methods import METHODS, SEARCHED
+from suite.tasks import STARTS, TASKS, Problem, Task
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+from lightning_sfn.experiments.conditions import conditions
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SEARCH_SEED = 1000
+_QUICK_SECONDS = 0.2
+_POINTS = 12  # of a loss curve
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where and for how long methods race.
+
+    Attributes:
+        seconds: Budget of one run.
+        data: Folder of the data sets that are not embedded.
+        results: Folder of the results files.
+        starts: Folder of the starts.
+    """
+
+    seconds: float
+    data: Path = DATA
+    results: Path = record.RESULTS
+    starts: Path = STARTS
+
+    def load(self, name: str) -> list[dict[str, Any]]:
+        """The runs of a results file."""
+        path = self.results / f"{name}.json"
+        return list(json.loads(path.read_text())["runs"]) if path.exists() else []
+
+    def append(self, name: str, run: dict[str, Any]) -> None:
+        """Adds a run to a results file, with the date and versions it ran under."""
+        where = {key: conditions()[key] for key in ("date", "lightning_sfn", "processor")}
+        record.write(name, {"runs": [*self.load(name), run | where]}, folder=self.results)
+
+
+def main() -> None:
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help="all by default")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0")
+    parser.add_argument("--seconds", type=float, default=15.0, help="processor time of each run")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10 and ptb")
+    parser.add_argument("--quick", action="store_true", help="tiny tasks and budgets, results thrown away")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if not options.quick:
+        race(Course(options.seconds, options.data), options.tasks, options.methods, options.seeds)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        course = Course(_QUICK_SECONDS, options.data, Path(folder), Path(folder))
+        race(course, options.tasks, options.methods, 1, tiny=True)
+
+
+def race(course: Course, tasks: list[str], methods: list[str], seeds: int, *, tiny: bool = False) -> int:
+    """Runs what is missing, all tasks with the first seed first; returns how many tasks could not run."""
+    done = {_key(run) for run in course.load("race")}
+    jobs = [(seed, task, method) for seed in range(seeds) for task in tasks for method in methods]
+    absent: dict[str, str] = {}
+    with tqdm([job for job in jobs if (*job, course.seconds) not in done], desc="race") as bar:
+        for seed, name, method in bar:
+            bar.set_postfix_str(f"{name}, {method}, seed {seed}")
+            task = TASKS[name].tiny() if tiny else TASKS[name]
+            if name in absent:
+                continue
+            try:
+                settings = search(course, task, method)
+                run = measure(course, task, method, seed, settings, course.seconds)
+            except FileNotFoundError as error:
+                absent[name] = str(error)
+                continue
+            course.append("race", run)
+    for name, reason in absent.items():
+        print(f"{name} was left out. {reason}", file=sys.stderr)
+    return len(absent)
+
+
+def search(course: Course, task: Task, method: str) -> dict[str, Any]:
+    """The settings that reach the lowest loss in a third of the budget, on a seed that does not race."""
+    candidates = SEARCHED.get(method, [{}])
+    if len(candidates) == 1:
+        return candidates[0]
+    known = {json.dumps(run["settings"]): run for run in course.load("race_search") if _same(run, task, method)}
+    for settings in candidates:
+        if json.dumps(settings) not in known:
+            run = measure(course, task, method, SEARCH_SEED, settings, course.seconds / 3)
+            course.append("race_search", run)
+            known[json.dumps(settings)] = run
+    return min(candidates, key=lambda s: _or_infinity(known[json.dumps(s)]["final"]))
+
+
+def measure(
+    course: Course, task: Task, method: str, seed: int, settings: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """One run: its start, its end, and the curve between."""
+    problem = task.start(seed, course.data, course.starts)
+    torch.manual_seed(seed)
+    before = _loss(problem)
+    curve, steps, spent, error = [[0.0, before]], 0, 0.0, None
+    due = seconds / _POINTS
+    origin = end = parameters_to_vector(problem.model.parameters()).detach().clone()
+    stepping = METHODS[method](problem, **settings)
+    while spent < seconds:
+        begun = time.process_time()
+        try:
+            next(stepping)
+        except (FloatingPointError, torch.linalg.LinAlgError) as failure:  # it diverged: that is its result
+            error = str(failure)
+            break
+        spent += time.process_time() - begun
+        if spent > seconds:
+            break
+        steps += 1
+        end = parameters_to_vector(problem.model.parameters()).detach().clone()
+        if spent >= due:
+            curve.append([spent, _loss(problem)])
+            due = (math.floor(spent * _POINTS / seconds) + 1) * seconds / _POINTS
+    vector_to_parameters(end, problem.model.parameters())
+    final = None if error else _loss(problem)
+    return {
+        "task": task.name,
+        "method": method,
+        "seed": seed,
+        "seconds": seconds,
+        "settings": settings,
+        "start": before,
+        "final": final,
+        "steps": steps,
+        "moved": float((end - origin).norm()),
+        "curve": curve,
+        "error": error,
+    }
+
+
+def _loss(problem: Problem) -> float | None:
+    """The full training loss; None where it is not finite."""
+    with torch.no_grad():
+        loss = float(problem.loss())
+    return loss if math.isfinite(loss) else None
+
+
+def _or_infinity(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def _key(run: dict[str, Any]) -> tuple[int, str, str, float]:
+    return run["seed"], run["task"], run["method"], run["seconds"]
+
+
+def _same(run: dict[str, Any], task: Task, method: str) -> bool:
+    return bool(run["task"] == task.name and run["method"] == method)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The benchmark suite at equal seconds: tasks, methods and their rivals."""

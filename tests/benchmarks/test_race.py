@@ -1,0 +1,81 @@
+"""The race end to end on tiny tasks: searched, measured, resumed, and its clock."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import race
+import torch
+from suite import methods
+from suite.tasks import TASKS, Problem
+
+
+def test_a_race_runs_is_resumed_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
+    names, runners = ["mnist escape", "shakespeare tanh"], ["adam", "lbfgs"]
+    assert race.race(course, names, runners[:1], 1, tiny=True) == 0
+    assert race.race(course, names, runners, 2, tiny=True) == 0
+    runs = course.load("race")
+    assert len({race._key(run) for run in runs}) == len(runs) == 8
+    searched = course.load("race_search")
+    assert len(searched) == 2 * len(methods.SEARCHED["adam"])
+    for run in runs:
+        assert run["curve"][0] == [0.0, run["start"]]
+    chosen = {run["task"]: run["settings"] for run in runs if run["method"] == "adam"}
+    for name in names:
+        best = min((r for r in searched if r["task"] == name), key=lambda r: r["final"])
+        assert chosen[name] == best["settings"]
+    monkeypatch.setattr(race, "measure", lambda *_: pytest.fail("a finished run was repeated"))
+    race.race(course, names, runners, 2, tiny=True)
+
+
+def test_an_unfinished_write_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
+    course.append("race", {"task": "a"})
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        course.append("race", {"task": "b"})
+    assert [run["task"] for run in course.load("race")] == ["a"]
+
+
+def test_a_step_that_ends_too_late_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(race.time, "process_time", lambda: clock[0])
+
+    def slow(problem: Problem) -> Iterator[None]:
+        for _ in range(10):
+            with torch.no_grad():
+                problem.model[0].weight.add_(1.0)
+            clock[0] += 0.4
+            yield
+
+    monkeypatch.setitem(methods.METHODS, "slow", slow)
+    task = TASKS["mnist escape"].tiny()
+    start = task.start(0, tmp_path, tmp_path)
+    run = race.measure(race.Course(1.0, tmp_path, tmp_path, tmp_path), task, "slow", 0, {}, 1.0)
+    with torch.no_grad():
+        start.model[0].weight.add_(2.0)
+    assert run["steps"] == 2
+    assert run["final"] == pytest.approx(float(start.loss().detach()))
+
+
+def test_a_method_that_diverges_is_recorded_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(problem: Problem) -> Iterator[None]:
+        with torch.no_grad():
+            problem.model[0].weight.fill_(torch.nan)
+        yield
+        raise FloatingPointError("gone")
+
+    monkeypatch.setitem(methods.METHODS, "diverging", diverging)
+    course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
+    race.race(course, ["mnist escape"], ["diverging"], 1, tiny=True)
+    (run,) = json.loads((tmp_path / "race.json").read_text())["runs"]
+    assert run["final"] is None
+    assert run["error"] == "gone"
+
+
+def test_tasks_without_data_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
+    assert race.race(course, ["cifar escape"], ["lbfgs"], 1) == 1
+    assert "cifar escape was left out" in capsys.readouterr().err
