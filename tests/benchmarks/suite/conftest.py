@@ -3,6 +3,6 @@
 import sys
 from pathlib import Path
 
-FOLDER = str(Path(__file__).parents[2] / "benchmarks")
+FOLDER = str(Path(__file__).parents[3] / "benchmarks")
 if FOLDER not in sys.path:
     sys.path.insert(0, FOLDER)
