@@ -62,7 +62,8 @@ bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt
 	@echo "[bench-peers] creating $(PEERS) and installing what is compared (minutes on the first run)"
 	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".[data]" -r benchmarks/peers.txt
+	@$(PEERS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".[data]" scipy
+	@$(PEERS)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
 	@touch $@
 
 bench-peers: $(PEERS)/.installed ## compare products and spectra with other libraries, in an environment of their own
