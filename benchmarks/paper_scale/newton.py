@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_sfn.experiments.plateau import Problem
 from lightning_sfn.newton import Objective, SaddleFreeNewton
+from lightning_sfn.newton.coordinates import make_preconditioner
 from lightning_sfn.newton.curvature import gradient_of
-from lightning_sfn.newton.preconditioner import make_preconditioner
 from paper_scale.memory import require_room
 from paper_scale.method import Counts
 from paper_scale.settings import Settings

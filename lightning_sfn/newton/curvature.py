@@ -291,8 +291,8 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
     if marks() != before:
         raise ObjectiveError(
             "The closure called backward() itself, but it must only return the loss with its graph: remove "
-            "loss.backward() from it. A LightningModule cannot return this optimizer under automatic optimization: use "
-            "SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin."
+            "loss.backward() from it (a training loop that calls it by itself, as automatic optimization does, needs "
+            "SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin)."
         )
     return evaluation
 

@@ -57,7 +57,7 @@ def test_a_spectrum_takes_no_options_of_steps() -> None:
 
 
 def test_the_optimizer_of_an_ordinary_module_names_the_ways_to_use_it() -> None:
-    with pytest.raises(ObjectiveError, match="use SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin"):
+    with pytest.raises(ObjectiveError, match="needs SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin"):
         fit(Regression(SaddleFreeNewton))
 
 
