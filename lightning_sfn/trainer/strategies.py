@@ -145,12 +145,13 @@ class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
     Args:
         optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
             ``class_path`` and ``init_args`` in YAML.
-        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
-        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` weights accumulated batches alike, ``"samples"`` by their cases.
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         options: Options of Lightning's `SingleDeviceStrategy`.
 
     Raises:
@@ -199,14 +200,15 @@ class SFNDDPStrategy(_NewtonStrategy, DDPStrategy):
     out. ``sfn_ddp_spawn`` and ``sfn_ddp_fork`` start processes as Lightning's strategies of these names do.
 
     Args:
-        optimizer: Makes the optimizer from parameter groups, as in `SFNStrategy`.
-        gradient_batches: Loader batches, of each process, that the gradient is accumulated over, or ``"epoch"``.
+        optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
+            ``class_path`` and ``init_args`` in YAML.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
-        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases; they differ where
-            batches do in size.
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         options: Options of Lightning's `DDPStrategy`: ``timeout``, ``find_unused_parameters``, ``static_graph``, ...
 
     Raises:

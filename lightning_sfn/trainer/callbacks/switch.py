@@ -87,13 +87,13 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         momentum: ``"keep"`` or ``"reset"``: what becomes of the first optimizer's state on return.
         schedulers: Whether its learning rate schedulers ``"rest"`` while SFN trains and go on where they were, or
             ``"step"`` on (schedules that end with the training).
-        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. The
-            window's batches are kept on the device until then.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases (see `WindowedNewton`).
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         probe_dim: Lanczos vectors of the spectra at the switch and at the end, for the report; 0 for none.
 
     Attributes:
