@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Reduction, check_reduction
+from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.replay import RecordedStep, own_containers
 from lightning_sfn.trainer.support import require_differentiable
 from lightning_sfn.trainer.takeover import log_step
-from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SaddleFreeNewtonMixin"]
 

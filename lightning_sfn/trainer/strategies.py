@@ -14,11 +14,13 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Reduction, check_reduction
+from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
-from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
 

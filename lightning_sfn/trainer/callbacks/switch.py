@@ -17,6 +17,7 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Reduction, check_reduction
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
@@ -34,7 +35,7 @@ from lightning_sfn.trainer.support import (
     require_second_derivatives,
 )
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_metrics, log_step, make_newton
-from lightning_sfn.trainer.window import Reduction, WindowedNewton, check_reduction
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SwitchToSFN"]
 
