@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 
 # Extra arguments for `make train`, for example ARGS="--trainer.max_epochs 20"
 ARGS ?=
@@ -16,7 +18,7 @@ DATA ?= sample
 # What `make bench` runs, in this order
 BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/race.py benchmarks/tables.py
 
-.PHONY: help setup train test lint docs bench clean paper bench-peers
+.PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +49,30 @@ test: lint ## check style and types, then run the tests
 	@echo "[test] pytest"
 	@$(BIN)/python -m pytest -q -n 2
 
+coverage: $(INSTALLED) ## run the tests and show which lines and branches of the package they miss; under 95 % is an error
+	@$(BIN)/python -m pytest -q -n 2 --cov --cov-report=term
+
+$(OLDEST)/.installed: pyproject.toml
+	@echo "[oldest] creating $(OLDEST) with every lower bound of pyproject.toml (minutes on the first run)"
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@grep -oE '"[a-z-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/"//; s/\[.*\]//; s/>=/==/' > $(OLDEST)/bounds.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c $(OLDEST)/bounds.txt -e ".[all,test]"
+	@touch $@
+
+oldest: $(OLDEST)/.installed ## run the tests with the oldest supported torch and pytorch-lightning
+	@echo "[oldest] pytest"
+	@$(OLDEST)/bin/python -m pytest -q -n 2
+
+$(NEWEST)/.installed: pyproject.toml
+	@echo "[newest] creating $(NEWEST) without pins (minutes on the first run)"
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -e ".[all,test]"
+	@touch $@
+
+newest: $(NEWEST)/.installed ## run the tests with the newest supported torch and pytorch-lightning; `make clean` forgets which
+	@echo "[newest] pytest"
+	@$(NEWEST)/bin/python -m pytest -q -n 2
+
 docs: $(INSTALLED) ## build the documentation into build/site; warnings are errors
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -71,5 +97,5 @@ bench-peers: $(PEERS)/.installed ## compare products and spectra with other libr
 	@$(PEERS)/bin/python benchmarks/peers.py
 
 clean: ## remove .venv, caches and what runs left behind
-	@rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
+	@rm -rf $(VENV) $(PEERS) $(OLDEST) $(NEWEST) .coverage .coverage.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

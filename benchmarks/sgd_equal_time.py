@@ -15,7 +15,8 @@ from pathlib import Path
 import record
 import torch
 
-from lightning_sfn.experiments.figure3 import FIGURE, newton_run, sgd_run
+from lightning_sfn.experiments.figure3 import FIGURE
+from lightning_sfn.experiments.figure3_runs import newton_run, sgd_run
 
 HIDDEN = 50
 

@@ -137,7 +137,7 @@ def test_mistakes_in_a_recipe(command: Command, tmp_path: Path, old: str, new: s
     ("words", "said"),
     [
         (("fit", "-c", "autoencodr"), "There is no recipe 'autoencodr'"),
-        (("fit", "-c", "autoencoder", "--foo", "3"), "unrecognized arguments: --foo 3"),
+        (("fit", "-c", "autoencoder", "--foo", "3"), "nrecognized arguments: --foo 3"),
         (("fit", "-c", "autoencoder", "--trainer.strategy", "foo"), "invalid strategy name"),
         (("fitt",), "invalid choice: 'fitt'"),
         ((), "a command is expected, one of fit, validate, test, predict, spectrum, reproduce"),

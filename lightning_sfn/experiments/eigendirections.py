@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_sfn.experiments.critical_points import find_critical_point
 from lightning_sfn.experiments.figure import COLOURS, NOT_REPRODUCED, REPRODUCED, Context, Verdict, new_canvas
-from lightning_sfn.experiments.figure3 import CLASSES, load
+from lightning_sfn.experiments.figure3_runs import CLASSES, load
 from lightning_sfn.experiments.perceptron import Perceptron
 from lightning_sfn.experiments.runner import Job, Result
 from lightning_sfn.newton import FisherOperator, FlatParameters, GradientCovarianceOperator, HessianOperator, Objective

@@ -21,7 +21,7 @@ from lightning_sfn.experiments.figure import (
     new_canvas,
     verdict_of,
 )
-from lightning_sfn.experiments.figure3 import CLASSES, load
+from lightning_sfn.experiments.figure3_runs import CLASSES, load
 from lightning_sfn.experiments.perceptron import Perceptron
 from lightning_sfn.experiments.runner import Job, Result
 from lightning_sfn.experiments.search import draw_number

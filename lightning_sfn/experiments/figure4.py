@@ -55,7 +55,21 @@ def verdicts(result: Result) -> list[Verdict]:
 
 def rows(result: Result) -> list[Result]:
     """One row for each arm of each seed."""
-    return autoencoder.rows(result["autoencoder"]) + recurrent.rows(result["recurrent"]["runs"])
+    return [
+        {
+            "experiment": experiment,
+            "seed": run["seed"],
+            "arm": name,
+            "first": arm["metric"][0],
+            "last": arm["metric"][-1],
+            "best": min(arm["metric"]),
+            "seconds": arm["seconds"][-1],
+            "epochs_or_steps": arm["epochs"][-1],
+        }
+        for experiment, runs in (("autoencoder", result["autoencoder"]), ("recurrent", result["recurrent"]["runs"]))
+        for run in runs
+        for name, arm in run["arms"].items()
+    ]
 
 
 CAPTION = (

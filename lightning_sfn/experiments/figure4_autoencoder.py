@@ -247,21 +247,3 @@ def verdicts(runs: list[Result]) -> list[Verdict]:
 def _depth(spectrum: Result) -> float:
     """Size of the most negative eigenvalue; below the error bound of the lowest Ritz value nothing is known of it."""
     return max(-float(spectrum["lambda_min"]), float(spectrum["residuals"][0]))
-
-
-def rows(runs: list[Result]) -> list[Result]:
-    """One row for each arm of each seed."""
-    return [
-        {
-            "experiment": "autoencoder",
-            "seed": run["seed"],
-            "arm": name,
-            "first": arm["metric"][0],
-            "last": arm["metric"][-1],
-            "best": min(arm["metric"]),
-            "seconds": arm["seconds"][-1],
-            "epochs_or_steps": arm["epochs"][-1],
-        }
-        for run in runs
-        for name, arm in run["arms"].items()
-    ]

@@ -272,21 +272,3 @@ def verdicts(runs: list[Result]) -> list[Verdict]:
             "difference of the negative shares of the Ritz values, SGD at its plateau",
         ),
     ]
-
-
-def rows(runs: list[Result]) -> list[Result]:
-    """One row for each arm of each seed."""
-    return [
-        {
-            "experiment": "recurrent",
-            "seed": run["seed"],
-            "arm": name,
-            "first": arm["metric"][0],
-            "last": arm["metric"][-1],
-            "best": min(arm["metric"]),
-            "seconds": arm["seconds"][-1],
-            "epochs_or_steps": arm["epochs"][-1],
-        }
-        for run in runs
-        for name, arm in run["arms"].items()
-    ]

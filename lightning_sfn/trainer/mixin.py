@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Reduction, check_reduction
+from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.replay import RecordedStep, own_containers
 from lightning_sfn.trainer.support import require_differentiable
 from lightning_sfn.trainer.takeover import log_step
-from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SaddleFreeNewtonMixin"]
 
@@ -41,12 +43,13 @@ class SaddleFreeNewtonMixin(LightningModule):
 
     Args:
         args: Arguments of the next class.
-        gradient_batches: Loader batches that are accumulated before a step, or ``"epoch"``.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
-        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases.
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         max_grad_norm: Clips gradients to this norm, in place of the optimizers' own bound.
         max_step_norm: Clips steps to this norm, in place of the optimizers' own bound.
         scheduler_monitor: The metric that `ReduceLROnPlateau` schedulers watch; Lightning drops a scheduler's own

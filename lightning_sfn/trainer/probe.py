@@ -20,10 +20,10 @@ from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
+from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.replay import RecordedStep, processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
-from lightning_sfn.trainer.window import cases_of
 
 __all__ = ["Probe", "ProbeBatches", "step_arguments"]
 

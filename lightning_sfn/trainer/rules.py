@@ -1,21 +1,24 @@
 """The rules of the switch and of the way back, apart from the plateau itself."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from lightning_sfn.newton.outlook import Outlook
+from lightning_sfn.trainer.handover import SchedulerRule
 from lightning_sfn.trainer.progress import Progress
 
-__all__ = ["ReturnRule", "SwitchRules"]
+__all__ = ["MomentumRule", "ReturnRule", "SwitchRules"]
 
 ReturnRule = Literal["slower_per_second", "slower_per_epoch"]
+MomentumRule = Literal["keep", "reset"]
 
 
 @dataclass(frozen=True)
 class SwitchRules:
-    """When a plateau may switch, what switches without one, and when training goes back to the first optimizer.
+    """When a plateau may switch, what switches without one, when training goes back, and what comes back then.
 
     Attributes:
         min_epochs: Training epochs before the first switch.
@@ -23,6 +26,10 @@ class SwitchRules:
         switch_at_epoch: Epoch (from 0) before which to switch for the first time, whatever the metric does.
         switch_at_step: Optimizer steps after which to do so.
         return_when: ``"slower_per_second"`` or ``"slower_per_epoch"``, a number of Newton steps, or ``None`` (never).
+        require_negative_curvature: Whether a plateau switches only where a probe of the curvature speaks for it.
+        min_predicted_decrease: Share of the loss that a step must promise for that, if no eigenvalue is negative.
+        momentum: ``"keep"`` or ``"reset"``: what becomes of the first optimizer's state on return.
+        schedulers: Whether its schedulers ``"rest"`` meanwhile or ``"step"`` on.
 
     Raises:
         MisconfigurationException: A value is out of range.
@@ -33,13 +40,20 @@ class SwitchRules:
     switch_at_epoch: int | None = None
     switch_at_step: int | None = None
     return_when: ReturnRule | int | None = None
+    require_negative_curvature: bool = False
+    min_predicted_decrease: float = 0.05
+    momentum: MomentumRule = "keep"
+    schedulers: SchedulerRule = "rest"
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name in ("min_epochs", "min_steps", "switch_at_epoch", "switch_at_step"):
+        for name in ("min_epochs", "min_steps", "switch_at_epoch", "switch_at_step", "min_predicted_decrease"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise MisconfigurationException(f"{name} is {value}, but a number of zero or more is expected.")
+        for name, choices in (("momentum", get_args(MomentumRule)), ("schedulers", get_args(SchedulerRule))):
+            if getattr(self, name) not in choices:
+                raise MisconfigurationException(f"{name} is {getattr(self, name)!r}, but one of {choices} is expected.")
         known = self.return_when in ("slower_per_second", "slower_per_epoch", None)
         count = isinstance(self.return_when, int) and not isinstance(self.return_when, bool) and self.return_when > 0
         if not (known or count):
@@ -71,6 +85,14 @@ class SwitchRules:
         batches = trainer.fit_loop.epoch_loop.batch_progress
         epochs = trainer.current_epoch + batches.is_last_batch  # counted only after the hooks at its end
         return not self.forces and epochs >= self.min_epochs and trainer.global_step >= self.min_steps
+
+    def approves(self, found: Outlook) -> bool:
+        """Whether a probe of the curvature speaks for a switch.
+
+        Args:
+            found: What the probe found.
+        """
+        return found.has_negative_curvature or found.predicted_decrease > self.min_predicted_decrease * abs(found.loss)
 
     def reason_to_return(self, newton: Progress, first_speed: dict[str, float], plateau: bool) -> str | None:
         """Why training should go back to the first optimizer after a check, if it should.

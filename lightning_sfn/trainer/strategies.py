@@ -14,11 +14,13 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Reduction, check_reduction
+from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
-from lightning_sfn.trainer.window import DataBudgets, Reduction, WindowedNewton, check_reduction
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
 
@@ -145,12 +147,13 @@ class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
     Args:
         optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
             ``class_path`` and ``init_args`` in YAML.
-        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
-        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` weights accumulated batches alike, ``"samples"`` by their cases.
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         options: Options of Lightning's `SingleDeviceStrategy`.
 
     Raises:
@@ -199,14 +202,15 @@ class SFNDDPStrategy(_NewtonStrategy, DDPStrategy):
     out. ``sfn_ddp_spawn`` and ``sfn_ddp_fork`` start processes as Lightning's strategies of these names do.
 
     Args:
-        optimizer: Makes the optimizer from parameter groups, as in `SFNStrategy`.
-        gradient_batches: Loader batches, of each process, that the gradient is accumulated over, or ``"epoch"``.
+        optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
+            ``class_path`` and ``init_args`` in YAML.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
-        adaptive: Whether both shares double where steps achieve little and halve where they do well.
+        adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases; they differ where
-            batches do in size.
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         options: Options of Lightning's `DDPStrategy`: ``timeout``, ``find_unused_parameters``, ``static_graph``, ...
 
     Raises:

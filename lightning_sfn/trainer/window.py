@@ -8,17 +8,13 @@ whole window, and shrink again where they do well.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.data import extract_batch_size
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sfn.newton.objective import Objective
@@ -27,79 +23,13 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Batches, BatchWeights, Reduction, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
-from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
 from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, evaluate, is_mixed, processes_of
 
-__all__ = ["DataBudgets", "Reduction", "WindowedNewton", "cases_of", "check_reduction"]
-
-Reduction = Literal["mean", "samples"]
-"""How batches of several processes are averaged: each process counts alike (as in DDP), or each case."""
+__all__ = ["WindowedNewton"]
 
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
-
-
-class _Weights(NamedTuple):
-    """Weights of a few batches.
-
-    Attributes:
-        own: Of each batch, in cases.
-        totals: Sum of each over all processes.
-        mean: Mean number of cases in a batch, over all processes; NaN if one of them saw a number that is not finite.
-        even: Whether the plain mean of the batches is the mean over their cases.
-    """
-
-    own: list[float]
-    totals: list[float]
-    mean: float
-    even: bool
-
-
-@dataclass
-class _Window:
-    """What has been collected since the last step."""
-
-    steps: list[RecordedStep] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # of each step, in cases
-    totals: list[float] = field(default_factory=list)  # sum of these weights over all processes
-    gradient: Tensor | None = None  # sum over batches of weight times gradient
-    loss: float = 0.0  # likewise
-    even: bool = True  # whether this gradient, of Lightning's making, is that of the objective
-
-    def collect(self, steps: Sequence[RecordedStep], weights: _Weights) -> None:
-        """Adds batches."""
-        self.steps.extend(steps)
-        self.weights.extend(weights.own)
-        self.totals.extend(weights.totals)
-        self.even &= weights.even
-
-    def add(self, steps: Sequence[RecordedStep], weights: _Weights, loss: float, gradient: Tensor) -> None:
-        """Adds batches with their mean loss and gradient."""
-        self.collect(steps, weights)
-        cases = weights.mean * len(steps)
-        self.gradient = gradient * cases if self.gradient is None else self.gradient.add_(gradient, alpha=cases)
-        self.loss += loss * cases
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """The window with its batches, for checkpoints; ``None`` if they are not plain data."""
-        steps = pack_steps(self.steps)
-        if steps is None:
-            return None
-        kept = {name: getattr(self, name) for name in ("weights", "totals", "gradient", "loss", "even")}
-        return {"steps": steps, **kept}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> "_Window":
-        """The window that `state_dict` gave."""
-        gradient = state["gradient"]
-        return cls(
-            unpack_steps(state["steps"], device),
-            list(state["weights"]),
-            list(state["totals"]),
-            None if gradient is None else gradient.to(device).clone(),
-            state["loss"],
-            state["even"],
-        )
 
 
 class WindowedNewton:
@@ -151,8 +81,8 @@ class WindowedNewton:
         self._by_cases = reduction == "samples"
         self._processes = optimizer.processes = processes_of(trainer)
         self._recorder = StepRecorder(trainer, module.device)
-        self._window = _Window()
-        self._held: _Window | None = None
+        self._window = Batches()
+        self._held: Batches | None = None
         self._isolation: Isolation | None = None
         self.steps_taken = 0
         self.batch_gradients = 0
@@ -206,7 +136,7 @@ class WindowedNewton:
                 self._window.collect(recorded, weights)
         if not self._window.steps or not self._complete():
             return None
-        window, self._window = self._window, _Window()
+        window, self._window = self._window, Batches()
         return self._objective(window, range(len(window.steps)))
 
     def note_gradient(self) -> None:
@@ -218,7 +148,7 @@ class WindowedNewton:
         self._step_on_window()
 
     def _step_on_window(self) -> None:
-        window, self._window = self._window, _Window()
+        window, self._window = self._window, Batches()
         if not window.steps:
             return
         if self._budgets.hold:
@@ -228,7 +158,7 @@ class WindowedNewton:
     def detach(self) -> None:
         """Gives Lightning's `training_step` back, and the memory that held the window."""
         self._recorder.detach()
-        self._window, self._held, self.last_curvature = _Window(), None, None
+        self._window, self._held, self.last_curvature = Batches(), None, None
 
     def _collect(self, recorded: list[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
@@ -246,7 +176,7 @@ class WindowedNewton:
             self._leave_out(recorded)
             return
         if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
-            self._window = _Window()  # layers were frozen or freed: the gradients so far are of another function
+            self._window = Batches()  # layers were frozen or freed: the gradients so far are of another function
         self._window.add(recorded, weights, loss, gradient)
 
     def _leave_out(self, recorded: Sequence[RecordedStep]) -> None:
@@ -258,7 +188,7 @@ class WindowedNewton:
             )
             self._warned = True
 
-    def _weigh(self, recorded: Sequence[RecordedStep], *, finite: bool = True) -> _Weights:
+    def _weigh(self, recorded: Sequence[RecordedStep], *, finite: bool = True) -> BatchWeights:
         """Weights of some batches. A process that saw a number that is not finite tells all others by a NaN."""
         cases = [cases_of(step) if finite else math.nan for step in recorded]
         totals, squares = self._sum([*cases, *(size**2 for size in cases)]).view(2, -1)
@@ -266,11 +196,11 @@ class WindowedNewton:
         mean = float(totals.sum()) / batches
         if self._by_cases:
             even = batches * float(squares.sum()) == float(totals.sum()) ** 2
-            return _Weights(cases, totals.tolist(), mean, even)
+            return BatchWeights(cases, totals.tolist(), mean, even)
         # Gradients are averaged over processes and batches without weights.
-        return _Weights([mean] * len(cases), [mean * self._count] * len(cases), mean, True)
+        return BatchWeights([mean] * len(cases), [mean * self._count] * len(cases), mean, True)
 
-    def _loss_and_gradient(self, window: _Window) -> tuple[float, Tensor] | None:
+    def _loss_and_gradient(self, window: Batches) -> tuple[float, Tensor] | None:
         """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""
         if not window.even:
             return None
@@ -287,7 +217,7 @@ class WindowedNewton:
         budget = self._budgets.gradient_batches
         return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
 
-    def _newton_step(self, window: _Window, loss_and_gradient: tuple[float, Tensor] | None) -> None:
+    def _newton_step(self, window: Batches, loss_and_gradient: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
         self._adapt(loss_and_gradient[0] if loss_and_gradient is not None else None)
         generator = torch.Generator().manual_seed(self.steps_taken)
@@ -363,9 +293,9 @@ class WindowedNewton:
         alone = self._trainer.world_size == 1  # the weights of a stored window are those of one process
         window, held = (state["window"], state["held"]) if alone else (None, None)
         if window is not None:
-            self._window = _Window.from_state(window, self._module.device)
+            self._window = Batches.from_state(window, self._module.device)
         if held is not None:
-            self._held = _Window.from_state(held, self._module.device)
+            self._held = Batches.from_state(held, self._module.device)
         missing = state["waiting"] if window is None else 0
         if missing or (state["holds"] and held is None):
             rank_zero_warn(
@@ -389,7 +319,7 @@ class WindowedNewton:
             finally:
                 self._isolation = None
 
-    def _objective(self, window: _Window, indices: Sequence[int]) -> Objective:
+    def _objective(self, window: Batches, indices: Sequence[int]) -> Objective:
         """The mean loss of some of a window's batches, by replay."""
         return Objective(
             [self._closure(window.steps[index]) for index in indices],
@@ -434,7 +364,7 @@ class WindowedNewton:
         own = torch.tensor(numbers, dtype=torch.float64)
         return own if self._processes is None else self._processes.sum(own)
 
-    def _mean(self, indices: Sequence[int], window: _Window) -> ProcessMean | None:
+    def _mean(self, indices: Sequence[int], window: Batches) -> ProcessMean | None:
         """The mean over processes that goes with some batches of a window."""
         if self._processes is None:
             return None
@@ -442,35 +372,7 @@ class WindowedNewton:
         return ProcessMean(self._processes, share)
 
 
-def check_reduction(reduction: str) -> None:
-    """Checks the name of a reduction.
-
-    Args:
-        reduction: ``"mean"`` or ``"samples"``.
-
-    Raises:
-        MisconfigurationException: It is neither.
-    """
-    if reduction not in get_args(Reduction):
-        raise MisconfigurationException(f"reduction is {reduction!r}, but 'mean' or 'samples' is expected.")
-
-
 def _is_survivable(error: Exception, trainer: Trainer) -> bool:
     """Whether training can go on without this step, on all processes alike."""
     # Numbers are averaged over processes, and all of them raise where one is not finite; memory runs out on one alone.
     return isinstance(error, FloatingPointError) or (is_out_of_memory(error) and trainer.world_size == 1)
-
-
-def cases_of(step: RecordedStep) -> float:
-    """Number of cases in a recorded batch; 1 where Lightning cannot tell.
-
-    Args:
-        step: The recorded step.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            size = extract_batch_size(step.args[0] if step.args else next(iter(step.kwargs.values())))
-        except (MisconfigurationException, StopIteration):
-            return 1.0
-    return float(size) if math.isfinite(size) and size > 0 else 1.0

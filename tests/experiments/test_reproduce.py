@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from scipy import stats
 
 from lightning_sfn import cli
-from lightning_sfn.experiments import figure1, figure3, figure4, figure4_autoencoder, figure4_recurrent
+from lightning_sfn.experiments import figure1, figure3_runs, figure4, figure4_autoencoder, figure4_recurrent
 from lightning_sfn.experiments.critical_points import find_critical_point
 from lightning_sfn.experiments.eigendirections import METHODS, closed_form, steps_along_eigenvectors
 from lightning_sfn.experiments.figure import Sources, judge
@@ -134,7 +134,7 @@ TINY: dict[str, Any] = {
     "fig1": figure1.Settings(
         image_size=3, cases=30, hidden=2, epochs=2, trajectory_points=2, uniform_points=2, bound=1e-2, max_steps=4
     ),
-    "fig3": figure3.Settings(
+    "fig3": figure3_runs.Settings(
         hidden=(2, 3), image_size=3, cases=40, newton_epochs=2, sgd_epochs=3, draws=2, part=25, probes=2
     ),
     "fig4": figure4.Settings(

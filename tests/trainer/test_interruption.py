@@ -85,9 +85,9 @@ def test_a_window_of_one_process_is_not_resumed_on_several() -> None:
 
     class Moving(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            driver = callback._driver
-            if driver is None or driver.idle:
+            if callback._phase is None or callback._phase.driver.idle:
                 return
+            driver = callback._phase.driver
             state = driver.state_dict()
             assert state["window"] is not None
             driver._window = type(driver._window)()

@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sfn.trainer.window import DataBudgets
+from lightning_sfn.trainer.budgets import DataBudgets
 
 from .modules import (
     Fitting,

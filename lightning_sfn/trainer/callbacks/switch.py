@@ -11,21 +11,21 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
-from lightning_sfn.newton.outlook import outlook_of
-from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
-from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
+from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.batches import Reduction, check_reduction
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.namespaces import join_namespace
+from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.plateau import PlateauWatch
 from lightning_sfn.trainer.replay import RecordedStep, own_containers
 from lightning_sfn.trainer.report import SwitchReport, say
-from lightning_sfn.trainer.rules import ReturnRule, SwitchRules
+from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
 from lightning_sfn.trainer.support import (
     is_dry_run,
     require_metrics,
@@ -34,7 +34,7 @@ from lightning_sfn.trainer.support import (
     require_second_derivatives,
 )
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_metrics, log_step, make_newton
-from lightning_sfn.trainer.window import Reduction, WindowedNewton, check_reduction
+from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SwitchToSFN"]
 
@@ -87,19 +87,18 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         momentum: ``"keep"`` or ``"reset"``: what becomes of the first optimizer's state on return.
         schedulers: Whether its learning rate schedulers ``"rest"`` while SFN trains and go on where they were, or
             ``"step"`` on (schedules that end with the training).
-        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. The
-            window's batches are kept on the device until then.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
+            ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
         hold: Keep the first whole window and take a step on it for each later loader batch (small data).
-        reduction: ``"mean"`` averages over processes as DDP does, ``"samples"`` over all cases (see `WindowedNewton`).
+        reduction: ``"mean"`` weights all batches alike, as Lightning and DDP do; ``"samples"`` by their cases.
         probe_dim: Lanczos vectors of the spectra at the switch and at the end, for the report; 0 for none.
 
     Attributes:
         switched: Whether SFN is training now.
         switched_at_step: `global_step` of the last switch; ``None`` before.
-        newton: The optimizer in use; ``None`` while the first one trains.
 
     Raises:
         MisconfigurationException: An argument is out of its range.
@@ -130,7 +129,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         require_negative_curvature: bool = False,
         min_predicted_decrease: float = 0.05,
         return_when: ReturnRule | int | None = None,
-        momentum: Literal["keep", "reset"] = "keep",
+        momentum: MomentumRule = "keep",
         schedulers: SchedulerRule = "rest",
         gradient_batches: int | Literal["epoch"] = "epoch",
         curvature_fraction: float = 0.1,
@@ -141,15 +140,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         probe_dim: int = 32,
     ) -> None:
         """See the class."""
-        for name, value, choices in (
-            ("momentum", momentum, ("keep", "reset")),
-            ("schedulers", schedulers, ("rest", "step")),
-        ):
-            if value not in choices:
-                raise MisconfigurationException(f"{name} is {value!r}, but one of {choices} is expected.")
-        for name, number in (("probe_dim", probe_dim), ("min_predicted_decrease", min_predicted_decrease)):
-            if number < 0:
-                raise MisconfigurationException(f"{name} is {number}, but a number of zero or more is expected.")
+        if probe_dim < 0:
+            raise MisconfigurationException(f"probe_dim is {probe_dim}, but a number of zero or more is expected.")
         if not callable(optimizer):
             raise MisconfigurationException(
                 f"optimizer is an object of class {type(optimizer).__name__}, but something that makes one from "
@@ -168,23 +160,31 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             check_on_train_epoch_end=check_on_train_epoch_end,
             check_every_n_steps=check_every_n_steps,
         )
-        self.rules = SwitchRules(min_epochs, min_steps, switch_at_epoch, switch_at_step, return_when)
+        self.rules = SwitchRules(
+            min_epochs,
+            min_steps,
+            switch_at_epoch,
+            switch_at_step,
+            return_when,
+            require_negative_curvature,
+            min_predicted_decrease,
+            momentum,
+            schedulers,
+        )
         self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
         check_reduction(reduction)
         self._reduction: Reduction = reduction
         self._make_optimizer = optimizer
-        self._promise = min_predicted_decrease if require_negative_curvature else None
-        self._momentum, self._schedulers, self._probe_dim = momentum, schedulers, probe_dim
+        self._probe_dim = probe_dim
         self._reset()
 
     def _reset(self) -> None:
         self.restart()
         self.switched = False
         self.switched_at_step: int | None = None
-        self.newton: SaddleFreeNewton | None = None
         self._trainer: Trainer | None = None
         self._handover: Handover | None = None
-        self._driver: WindowedNewton | None = None  # collects batches for a probe while the first optimizer trains
+        self._phase: NewtonPhase | None = None  # collects batches for a probe while the first optimizer trains
         self._ledger = Ledger(self.monitor, 1 if self.mode == "max" else -1, self.patience)
         self._restored: dict[str, Any] | None = None
         self._unlogged: StepRecord | None = None
@@ -193,6 +193,11 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._stalled = self._approved = self._given_up = False
         self._return_reason: str | None = None
         self._failures = 0
+
+    @property
+    def newton(self) -> SaddleFreeNewton | None:
+        """The optimizer in use; ``None`` while the first one trains."""
+        return None if self._phase is None else self._phase.newton
 
     @property
     def report(self) -> SwitchReport | None:
@@ -210,17 +215,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._reset()
             self._trainer = trainer
             require_replayable(trainer, pl_module, type(self).__name__)
-            if type(trainer.strategy).__name__ in ("SFNStrategy", "SFNDDPStrategy"):
-                raise MisconfigurationException(
-                    "SwitchToSFN has nothing to switch to: the strategy trains with saddle-free Newton from the start. "
-                    "Use strategy='auto' or 'ddp' with the callback, or the strategy without it."
-                )
-            watching = [callback.monitor for callback in _callbacks(trainer) if isinstance(callback, SwitchToSFN)]
-            if len(watching) > 1:
-                raise MisconfigurationException(
-                    f"The Trainer has {len(watching)} SwitchToSFN callbacks (monitors {', '.join(watching)}), but "
-                    "there is one optimizer to replace: keep one of them."
-                )
+            _require_one_switch(trainer)
             if not self.rules.forces:
                 require_metrics(trainer, type(self).__name__)
 
@@ -232,14 +227,16 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the optimizer that a switch would make; goes on where a resumed run was."""
         require_one_optimizer(trainer, type(self).__name__)
-        self._handover = Handover(trainer, self._schedulers)
+        self._handover = Handover(trainer, self.rules.schedulers)
         self._make_newton()
         self._ledger.start(trainer, type(trainer.optimizers[0]).__name__)
         restored, self._restored = self._restored, None
         if restored is not None and restored["window"] is not None:
-            self._drive(trainer, pl_module, restored)
+            phase = self._begin(trainer, pl_module)
+            phase.restore(restored)
             if restored["newton"] is not None:
-                self._take_over(trainer)
+                phase.take_over(trainer, self._handover)
+                self.switched = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switches, or returns, before the first batch of an accumulation window."""
@@ -250,15 +247,15 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         if batch_idx % trainer.accumulate_grad_batches or is_dry_run(trainer):
             return
         if self.switched:
-            if self._return_reason is not None and self._driver is not None and self._driver.idle:
+            if self._return_reason is not None and self._phase is not None and self._phase.driver.idle:
                 self._return(trainer)
-        elif self._driver is None and not self._given_up:
+        elif self._phase is None and not self._given_up:
             forced = self.switched_at_step is None and self.rules.is_forced(trainer)
-            if forced or (self._stalled and (self._promise is None or self._approved)):
+            if forced or (self._stalled and (self._approved or not self.rules.require_negative_curvature)):
                 self._switch(trainer, pl_module, "is" if forced else "has stalled")
             elif self._stalled:
                 say(trainer, f"SwitchToSFN: {self.monitor} has stalled; the next window tells whether SFN would help.")
-                self._drive(trainer, pl_module, None)
+                self._begin(trainer, pl_module)
             self._stalled = self._approved = False
 
     def on_train_batch_end(
@@ -281,13 +278,13 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
-        if trainer.gradient_clip_val and self.switched and self._driver is not None:
-            self._driver.note_gradient()
+        if trainer.gradient_clip_val and self.switched and self._phase is not None:
+            self._phase.driver.note_gradient()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
-        if self.switched and self._driver is not None:
-            self._driver.end_epoch()
+        if self.switched and self._phase is not None:
+            self._phase.driver.end_epoch()
             self._log_step(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -307,10 +304,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
-        if self._driver is not None:
-            self._driver.detach()
-        if self.newton is not None:
-            self.newton.attach(None)
+        if self._phase is not None:
+            self._phase.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes our hands off the Trainer, which calls no teardown after an exception."""
@@ -326,19 +321,15 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             reason = self.rules.reason_to_return(self._ledger.progress, self._ledger.first_speed, plateau)
             if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
                 self._return_reason = reason or "another process found it too slow"
-        elif plateau and self._driver is None:
+        elif plateau and self._phase is None:
             self._stalled = self.switched_at_step is not None or self.rules.allows_first(trainer)
 
     def _watch(self, trainer: Trainer) -> None:
         """Probes the curvature where a window has been collected for it; lets the switch happen if it promises much."""
-        objective = None if self._driver is None else self._driver.watch()
-        if objective is None or self._driver is None or self.newton is None:
+        found = None if self._phase is None else self._phase.outlook(self._probe_dim or _GATE_DIM)
+        if found is None:
             return
-        parameters = FlatParameters.of_groups(self.newton.param_groups)
-        with self._driver.session():
-            found = outlook_of(self.newton.operator(objective, parameters), self._probe_dim or _GATE_DIM)
-        promised = found.predicted_decrease > (self._promise or 0.0) * abs(found.loss)
-        approved = trainer.strategy.reduce_boolean_decision(found.has_negative_curvature or promised, all=False)
+        approved = trainer.strategy.reduce_boolean_decision(self.rules.approves(found), all=False)
         text = (
             f"smallest Ritz value {found.lambda_min:.3g} (error {found.residual:.1g}), predicted decrease "
             f"{found.predicted_decrease:.3g} of {found.loss:.4g}"
@@ -359,8 +350,9 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._given_up = True
             rank_zero_warn("SwitchToSFN does not switch: the parameters are not finite any more.")
             return
-        self._drive(trainer, module, None)
-        schedulers = self._take_over(trainer)
+        assert self._handover is not None
+        schedulers = self._begin(trainer, module).take_over(trainer, self._handover)
+        self.switched = True
         self.switched_at_step = trainer.global_step
         self._ledger.begin(trainer, type(self.newton).__name__, newton=True)
         value = self._ledger.phase.before
@@ -375,7 +367,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def _return(self, trainer: Trainer) -> None:
         """Lets the first optimizer train again."""
         assert self._handover is not None
-        schedulers = self._handover.back(reset=self._momentum == "reset")
+        schedulers = self._handover.back(reset=self.rules.momentum == "reset")
         self._release()
         self.switched = False
         name = type(self._handover.base).__name__
@@ -389,14 +381,14 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         assert self._handover is not None
         return make_newton(self._make_optimizer, self._handover.base, type(self).__name__)
 
-    def _drive(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
+    def _begin(self, trainer: Trainer, module: LightningModule) -> NewtonPhase:
         """Makes a Newton optimizer and what collects its data."""
         assert self._handover is not None
-        self.newton = self._make_newton()
-        self._driver = WindowedNewton(
+        newton = self._make_newton()
+        driver = WindowedNewton(
             trainer,
             module,
-            self.newton,
+            newton,
             self.budgets,
             weight_decay=coupled_decay(self._handover.base),
             reduction=self._reduction,
@@ -404,33 +396,14 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             on_step=self._after_newton_step,
             on_failure=self._after_failure,
         )
-        if state is None:
-            return
-        self._driver.load_state_dict(state["window"])
-        if state["newton"] is not None:
-            try:
-                self.newton.load_state_dict(state["newton"])
-            except ValueError as error:
-                rank_zero_warn(f"SwitchToSFN begins with a new optimizer: {error}")
-
-    def _take_over(self, trainer: Trainer) -> str:
-        """Puts the Newton optimizer in the first one's place; says what became of the schedulers."""
-        assert self._handover is not None
-        assert self.newton is not None
-        if trainer.gradient_clip_val and self.newton.max_grad_norm is None:
-            if trainer.gradient_clip_algorithm == "value":
-                say(trainer, "SwitchToSFN: clipping by value does not apply to Newton steps; max_grad_norm would.")
-            else:
-                self.newton.max_grad_norm = float(trainer.gradient_clip_val)
-        self.newton.attach(self._driver)
-        self.switched = True
-        return self._handover.to(self.newton)
+        self._phase = NewtonPhase(newton, driver)
+        return self._phase
 
     def _release(self) -> None:
         """Gives up the Newton optimizer with the memory that it and its window hold."""
-        if self._driver is not None:
-            self._driver.detach()
-        self._driver, self.newton, self._failures = None, None, 0
+        if self._phase is not None:
+            self._phase.release()
+        self._phase, self._failures = None, 0
 
     # ------------------------------------------------------------------------------------------------ Newton's steps
 
@@ -439,9 +412,9 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._ledger.report.spectrum_at_switch = self._probe()
 
     def _after_newton_step(self, record: StepRecord) -> None:
-        assert self._driver is not None
+        assert self._phase is not None
         self._unlogged, self._failures = record, 0
-        self._ledger.count_step(record, self._driver.batch_gradients)
+        self._ledger.count_step(record, self._phase.driver.batch_gradients)
         steps = self._ledger.phase.steps
         if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:
             self._return_reason = f"{steps} Newton steps were asked for"
@@ -454,18 +427,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._return_reason = "memory does not suffice" if is_out_of_memory(error) else "Newton steps keep failing"
 
     def _probe(self) -> Spectrum | None:
-        """The spectrum on the curvature batches of the last Newton step, at the present parameters."""
-        if self._probe_dim == 0 or self._driver is None or self._driver.last_curvature is None or self.newton is None:
-            return None
-        parameters = FlatParameters.of_groups(self.newton.param_groups)
-        try:
-            with self._driver.session():
-                operator = self.newton.operator(self._driver.last_curvature, parameters)
-                return spectrum_of(operator, SpectrumSettings(self._probe_dim))
-        except Exception as error:
-            if self._driver.last_curvature.is_shared or not is_out_of_memory(error):
-                raise
-            return None  # the report does without it; the step itself has ways to save memory
+        return self._phase.spectrum(self._probe_dim) if self._phase is not None and self._probe_dim else None
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -482,7 +444,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             "failures": self._failures,
             "ledger": self._ledger.state_dict(),
             "newton": self.newton.state_dict() if self.newton is not None and self.switched else None,
-            "window": None if self._driver is None else self._driver.state_dict(),
+            "window": None if self._phase is None else self._phase.driver.state_dict(),
             "random": RandomState.capture(device).state_dict() if alone else None,
         }
 
@@ -502,5 +464,17 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._handover.store(checkpoint)
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set in a connector
+def _require_one_switch(trainer: Trainer) -> None:
+    """Checks that the Trainer has an optimizer to replace, and that nothing else replaces it."""
+    if type(trainer.strategy).__name__ in ("SFNStrategy", "SFNDDPStrategy"):
+        raise MisconfigurationException(
+            "SwitchToSFN has nothing to switch to: the strategy trains with saddle-free Newton from the start. "
+            "Use strategy='auto' or 'ddp' with the callback, or the strategy without it."
+        )
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in a connector
+    watching = [callback.monitor for callback in callbacks if isinstance(callback, SwitchToSFN)]
+    if len(watching) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has {len(watching)} SwitchToSFN callbacks (monitors {', '.join(watching)}), but "
+            "there is one optimizer to replace: keep one of them."
+        )

@@ -1,0 +1,108 @@
+"""A phase of saddle-free Newton in a run that another optimizer began: fed, probed, put in charge and given up."""
+
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from pytorch_lightning import Trainer
+
+from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.outlook import Outlook, outlook_of
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.shortage import is_out_of_memory
+from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
+from lightning_sfn.trainer.handover import Handover
+from lightning_sfn.trainer.report import say
+from lightning_sfn.trainer.window import WindowedNewton
+
+__all__ = ["NewtonPhase"]
+
+
+class NewtonPhase:
+    """A Newton optimizer over a run's own parameters, with what feeds it.
+
+    Its window may fill while the first optimizer still trains, to be probed (`outlook`); from `take_over` on it trains.
+
+    Args:
+        newton: The optimizer.
+        driver: What feeds it.
+    """
+
+    def __init__(self, newton: SaddleFreeNewton, driver: WindowedNewton) -> None:
+        """See the class."""
+        self.newton, self.driver = newton, driver
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where another phase was when a checkpoint was written.
+
+        Args:
+            state: ``"window"``, the state of its driver, and ``"newton"``, that of its optimizer if it trained.
+        """
+        self.driver.load_state_dict(state["window"])
+        if state["newton"] is not None:
+            try:
+                self.newton.load_state_dict(state["newton"])
+            except ValueError as error:
+                rank_zero_warn(f"SwitchToSFN begins with a new optimizer: {error}")
+
+    def take_over(self, trainer: Trainer, handover: Handover) -> str:
+        """Puts the Newton optimizer in the first one's place.
+
+        Args:
+            trainer: The Trainer, whose clipping by norm the optimizer takes over if it has none of its own.
+            handover: Knows the first optimizer.
+
+        Returns:
+            What became of the schedulers, as a sentence to append; empty if there are none.
+        """
+        if trainer.gradient_clip_val and self.newton.max_grad_norm is None:
+            if trainer.gradient_clip_algorithm == "value":
+                say(trainer, "SwitchToSFN: clipping by value does not apply to Newton steps; max_grad_norm would.")
+            else:
+                self.newton.max_grad_norm = float(trainer.gradient_clip_val)
+        self.newton.attach(self.driver)
+        return handover.to(self.newton)
+
+    def outlook(self, krylov_dim: int) -> Outlook | None:
+        """Collects the batches of a step of the first optimizer; probes the curvature where they complete a window.
+
+        Args:
+            krylov_dim: Lanczos vectors of the probe.
+
+        Returns:
+            What a Newton step promises on that window; ``None`` while it fills.
+        """
+        objective = self.driver.watch()
+        if objective is None:
+            return None
+        with self.driver.session():
+            return outlook_of(self._operator(objective), krylov_dim)
+
+    def spectrum(self, krylov_dim: int) -> Spectrum | None:
+        """The spectrum on the curvature batches of the last Newton step, at the present parameters.
+
+        Args:
+            krylov_dim: Lanczos vectors.
+
+        Returns:
+            The spectrum; ``None`` before the first step, and where memory does not suffice.
+        """
+        objective = self.driver.last_curvature
+        if objective is None:
+            return None
+        try:
+            with self.driver.session():
+                return spectrum_of(self._operator(objective), SpectrumSettings(krylov_dim))
+        except Exception as error:
+            if objective.is_shared or not is_out_of_memory(error):
+                raise
+            return None  # the report does without it; the step itself has ways to save memory
+
+    def release(self) -> None:
+        """Takes our hands off the Trainer, and gives up the memory of the window; the optimizer's state stays."""
+        self.driver.detach()
+        self.newton.attach(None)
+
+    def _operator(self, objective: Objective) -> CurvatureOperator:
+        return self.newton.operator(objective, FlatParameters.of_groups(self.newton.param_groups))
