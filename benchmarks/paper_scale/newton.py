@@ -152,7 +152,8 @@ def our_newton(problem: Problem, settings: Settings) -> Newton:
     """
     optimizer = SaddleFreeNewton(
         problem.model.parameters(),
-        krylov_dim=min(settings.our_krylov_dim, problem.parameters.size),
+        krylov_dim=settings.our_krylov_dim,
+        inner_steps=settings.our_inner_steps,
         previous_directions=settings.previous_directions,
         preconditioner=make_preconditioner(settings.preconditioner),
         graph_bytes=settings.graph_bytes,

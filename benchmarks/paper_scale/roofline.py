@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sfn.experiments.conditions import conditions, rounded
 from lightning_sfn.experiments.runner import write_atomically
-from lightning_sfn.newton import HessianOperator, Objective
+from lightning_sfn.newton import HessianOperator, KroneckerFactors, Objective
 from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.coordinates import make_preconditioner
 from lightning_sfn.newton.curvature import gradient_of
 from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.krylov import lanczos
@@ -31,7 +32,7 @@ __all__ = ["Part", "layer_sizes", "write_roofline"]
 _LOG = logging.getLogger("paper_scale")
 _GRID = 6  # dampings of the paper's grid
 _OUR_TRIALS = 4  # trial losses of an inner step, as measured on small networks
-_OUR_INNER_STEPS = 2
+_OUR_LARGEST_K = 4  # where the optimizer chooses k, as long as it sees much negative curvature
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def _parts(task: Task) -> list[Part]:
     activations = 4 * cases * sum(b for _, b in layer_sizes(settings))
     k = min(settings.krylov_dim, n)
     whole = problem.objective()
-    ours = settings.curvature_share, settings.trial_share
-    grads = {"sfn_paper": settings.inner_steps, "sfn": _OUR_INNER_STEPS + ours[1] * _OUR_INNER_STEPS}
+    ours, inner = (settings.curvature_share, settings.trial_share), settings.our_inner_steps
+    grads = {"sfn_paper": settings.inner_steps, "sfn": inner * (1 + ours[1])}
     device = task.device
     gradient = _timed(lambda: gradient_of(whole, flat), device)
     value = _timed(lambda: _without_graph(whole), device)
@@ -146,8 +147,8 @@ def _parts(task: Task) -> list[Part]:
     update = _timed(first.advance, device) / first.updates_per_epoch
     first_layer = settings.sizes[0] * settings.sizes[1]
     gradient_flops = (6 * weights - 2 * first_layer) * cases
-    trials = {"sfn_paper": _GRID * settings.inner_steps, "sfn": _OUR_TRIALS * _OUR_INNER_STEPS * ours[1]}
-    our_k = settings.our_krylov_dim
+    trials = {"sfn_paper": _GRID * settings.inner_steps, "sfn": _OUR_TRIALS * inner * ours[1]}
+    our_k = settings.our_krylov_dim or _OUR_LARGEST_K
     return [
         Part("first-order update", update, gradient_flops * settings.batch_size / cases, 8 * vector, {}),
         Part("gradient on all images", gradient, gradient_flops, 4 * activations + 3 * vector, grads),
@@ -165,8 +166,41 @@ def _parts(task: Task) -> list[Part]:
         }),
         Part(f"{_GRID} steps from {k} vectors", lift, 2 * _GRID * k * n, k * vector, {
             "sfn_paper": settings.inner_steps,
-            "sfn": _OUR_INNER_STEPS * (our_k + settings.previous_directions) / k,
+            "sfn": inner * (our_k + settings.previous_directions) / k,
         }),
+        *_kronecker_work(task, layer_sizes(settings), our_k),
+    ]  # fmt: skip
+
+
+def _kronecker_work(task: Task, layers: list[tuple[int, int]], our_k: int) -> list[Part]:
+    """The factors of all layers with their roots, and the map of one vector; nothing in other coordinates."""
+    settings, problem = task.settings, task.problem()
+    coordinates = make_preconditioner(settings.preconditioner)
+    if not isinstance(coordinates, KroneckerFactors):
+        return []
+    count = max(1, round(settings.curvature_share * len(task.train)))
+    objective = problem.objective(torch.arange(count))
+    operator = HessianOperator(objective, problem.parameters, retention="recompute")
+    generator = torch.Generator(task.device).manual_seed(0)
+
+    def estimate() -> None:
+        coordinates.reset()  # or it would wait for its turn
+        coordinates.refresh(operator, generator)
+
+    vector = torch.randn(problem.parameters.size, device=task.device)
+    estimation = _timed(estimate, task.device)
+    mapping = _timed(lambda: coordinates.scale(vector), task.device)
+    operator.close()
+    # Two moments and about 9 m^3 for the eigenvectors of each factor and 4 m^3 for its two roots.
+    moments = sum(2 * count * ((a + 1) ** 2 + b**2) for a, b in layers)
+    roots = sum(13 * ((a + 1) ** 3 + b**3) for a, b in layers)
+    maps = sum(2 * (a + 1) * b * (a + 1 + b) for a, b in layers)
+    used = {"sfn": 2 * our_k + 2 * settings.previous_directions + _OUR_TRIALS + 2.0}
+    return [
+        Part("Kronecker factors and roots", estimation, moments + roots, coordinates.memory, {
+            "sfn": 1 / coordinates.refresh_every,
+        }),
+        Part("Kronecker map of one vector", mapping, maps, coordinates.memory / 3 + 2 * vector.nbytes, used),
     ]  # fmt: skip
 
 

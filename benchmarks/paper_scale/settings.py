@@ -78,9 +78,10 @@ class Settings:
     krylov_dim: int = 500
     inner_steps: int = 5
     basis_dtype: str | None = None
-    our_krylov_dim: int = 4
+    our_krylov_dim: int | None = None
+    our_inner_steps: int = 1
     previous_directions: int = 10
-    preconditioner: str | None = "diagonal"
+    preconditioner: str | None = "kronecker"
     curvature_share: float = 0.08
     trial_share: float = 0.10
     max_step_norm: float | None = None

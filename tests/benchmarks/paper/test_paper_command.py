@@ -16,7 +16,7 @@ from paper_scale.report import summary
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SMALL = ["sizes=(49,12,4)", "side=7", "cases=150", "updates=6", "start_seconds=1", "seconds=1.2", "batch_size=50"]
 SMALL += ["rates=(0.05,)", "momenta=(0.9,)", "adam_rates=(0.003,)", "krylov_dim=5", "probe_cases=50", "probe_dim=4"]
-SMALL += ["preconditioner=diagonal", "part=100"]
+SMALL += ["part=100"]
 
 
 @pytest.fixture
