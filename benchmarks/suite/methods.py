@@ -108,7 +108,7 @@ def recipe(problem: Problem) -> Iterator[None]:
     """SFN in Kronecker-factored coordinates: gradient on all data, products and trials on small fresh parts."""
     parameters = list(problem.model.parameters())
     optimizer = SaddleFreeNewton(
-        parameters, krylov_dim=4, previous_directions=10, preconditioner=KroneckerFactors(problem.model)
+        parameters, inner_steps=1, previous_directions=10, preconditioner=KroneckerFactors(problem.model)
     )
     while True:
         curved, judged = problem.some(_CURVATURE_SHARE), problem.some(_TRIAL_SHARE)

@@ -43,6 +43,7 @@ class KroneckerFactors(Preconditioner):
         model: Gives the parameters' names for `unfactored`; not needed otherwise.
         targets: ``"sampled"``, or ``"given"`` for gradients of the loss as it is in any case.
         refresh_every: Steps between estimates.
+        average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1.
         damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
         max_memory: Bytes for factors and roots; the layers that need most give way. No limit if left out.
 
@@ -69,7 +70,8 @@ class KroneckerFactors(Preconditioner):
         *,
         targets: Targets = "sampled",
         refresh_every: int = 3,
-        damping: float = 1e-3,
+        average: float = 0.8,
+        damping: float = 1e-4,
         max_memory: int | None = None,
     ) -> None:
         """See the class."""
@@ -77,13 +79,15 @@ class KroneckerFactors(Preconditioner):
             raise ValueError(f"targets is {targets!r}, but 'sampled' or 'given' is expected.")
         if refresh_every < 1 or int(refresh_every) != refresh_every:
             raise ValueError(f"refresh_every is {refresh_every}, but a whole number of at least 1 is expected.")
+        if not 0 <= average < 1:
+            raise ValueError(f"average is {average}, but a number from 0 to less than 1 is expected.")
         if not (math.isfinite(damping) and damping > 0):
             raise ValueError(f"damping is {damping}, but a positive number is expected.")
         if max_memory is not None and max_memory < 0:
             raise ValueError(f"max_memory is {max_memory}, but a number of bytes or None is expected.")
         self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
         self.targets: Targets = targets
-        self.refresh_every, self.damping, self.max_memory = refresh_every, damping, max_memory
+        self.refresh_every, self.average, self.damping, self.max_memory = refresh_every, average, damping, max_memory
         self.reset()
 
     def reset(self) -> None:
@@ -136,12 +140,21 @@ class KroneckerFactors(Preconditioner):
             _warn("are zero or not finite at the present parameters")
             return
         self._shapes = list(parameters.shapes)
-        self._adopt(blocks)
+        self._adopt(self._averaged(blocks))
         self._unfactored = tuple(
             self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
             if block.signature[0] == "number"
         )
+
+    def _averaged(self, blocks: list[Block]) -> list[Block]:
+        """The moving average of the factors, where they are about the same uses of the weights as before."""
+        if [block.signature for block in blocks] != [block.signature for block in self._blocks]:
+            return blocks
+        for block, before in zip(blocks, self._blocks, strict=True):
+            block.inputs.lerp_(before.inputs, self.average)
+            block.outputs.lerp_(before.outputs, self.average)
+        return blocks
 
     def _adopt(self, blocks: list[Block]) -> None:
         damping = self.damping * max(block.magnitude for block in blocks)

@@ -31,6 +31,7 @@ __all__ = ["Driver", "SaddleFreeNewton"]
 
 _DEFAULT_KRYLOV_DIM = 16
 _DEFAULT_IN_KRONECKER_COORDINATES = 4  # the factors know most of what further vectors would tell
+_BENT = 0.1  # negative curvature, in largest positive ones, from which further Lanczos vectors pay
 _SMALL_BUDGET = 2**24  # bytes of kept graphs that are not worth a further try
 _SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
 
@@ -53,7 +54,8 @@ class SaddleFreeNewton(Optimizer):
         params: Parameters or parameter groups; groups may differ in ``lr``.
         lr: Factor on each step. Newton steps have a natural length of 1.
         krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
-            When left out, 4 in Kronecker-factored coordinates, 16 in others (or the number of parameters, if smaller).
+            When left out, 16, or fewer if there are fewer parameters; in Kronecker-factored coordinates 4 as long as
+            the subspace shows negative curvature of at least a tenth of its largest curvature, else 1.
         inner_steps: Steps m with one subspace and one Hessian, each with a fresh gradient.
         damping: ``"warm"`` (a few values around the last one), ``"grid"`` (the paper's 1e0 to 1e-5),
             ``"levenberg_marquardt"``, a positive number, or a `Damping`.
@@ -139,6 +141,8 @@ class SaddleFreeNewton(Optimizer):
         if preconditioner == "auto":
             preconditioner = None if krylov_dim == "full" else "diagonal"
         self.preconditioner = make_preconditioner(preconditioner)
+        self._chooses_dim = krylov_dim is None and isinstance(self.preconditioner, KroneckerFactors)
+        self._bent = True  # whether the last subspace showed much negative curvature
         self.krylov_dim = _resolve_krylov_dim(krylov_dim, self._parameters.size, self.preconditioner)
         self.inner_steps = inner_steps
         self.damping = make_damping(damping)
@@ -324,7 +328,7 @@ class SaddleFreeNewton(Optimizer):
             space = build_subspace(
                 operator,
                 clip(gradient, self.max_grad_norm),
-                krylov_dim=self.krylov_dim,
+                krylov_dim=1 if self._chooses_dim and not self._bent else self.krylov_dim,
                 preconditioner=self.preconditioner,
                 memory=self.memory,
                 seed=self._start_seed(parameters),
@@ -341,6 +345,7 @@ class SaddleFreeNewton(Optimizer):
             )
         lowest, highest = (self.preconditioner.scale(space.ritz_vector(index)) for index in (0, -1))
         self._escape = lowest
+        self._bent = bool(space.eigenvalues[0] < -_BENT * space.eigenvalues[-1])
         record = StepRecord(
             loss_before=loss,
             loss_after=loss,
@@ -424,7 +429,7 @@ class SaddleFreeNewton(Optimizer):
         if [id(p) for p in parameters.tensors] != [id(p) for p in self._parameters.tensors]:
             self.memory.clear()
             self.preconditioner.reset()
-            self._escape = None
+            self._escape, self._bent = None, True
         self._parameters = parameters
         return parameters
 
@@ -521,6 +526,7 @@ class SaddleFreeNewton(Optimizer):
             "memory": whole.state_dict(),
             "preconditioner": self.preconditioner.state_dict(),
             "escape": self._escape,
+            "bent": self._bent,
             "generator": self._generator.get_state(),
             "layout": [list(shape) for shape in self._parameters.layout],
             "expected": self._expected,
@@ -551,6 +557,7 @@ class SaddleFreeNewton(Optimizer):
         self.memory = self.memory.mapped(self._store().local)
         self.preconditioner.load_state_dict(_to_device(newton["preconditioner"], device))
         self._escape = _to_device(newton["escape"], device)
+        self._bent = newton["bent"]
         self._generator.set_state(newton["generator"].cpu())
         self._expected = newton["expected"]
 

@@ -278,13 +278,24 @@ def _krylov_space(
     if seed is not None:
         start = start + seed
     own = preconditioner.on_parts(store, len(gradient))
-    directions = [
-        Direction(own.unscale(d.vector), None if d.product is None else own.scale(d.product)) for d in memory.directions
-    ]
+    directions = _in_coordinates(memory.directions, own)
     space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions, store=store)
     if not bool(reached.all()):
         space.basis.mul_(reached.to(space.basis.device))
     return space
+
+
+def _in_coordinates(directions: Sequence[Direction], coordinates: Preconditioner) -> list[Direction]:
+    """Remembered steps in the preconditioner's coordinates, all by one application of each map."""
+    if not directions:
+        return []
+    vectors = coordinates.unscale(torch.stack([d.vector for d in directions]))
+    known = [d.product for d in directions if d.product is not None]
+    products = iter(coordinates.scale(torch.stack(known)) if known else ())
+    return [
+        Direction(vector, None if d.product is None else next(products))
+        for vector, d in zip(vectors, directions, strict=True)
+    ]
 
 
 def take_inner_step(
