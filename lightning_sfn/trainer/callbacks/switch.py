@@ -15,8 +15,7 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.batches import Reduction, check_reduction
-from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
@@ -171,9 +170,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             momentum,
             schedulers,
         )
-        self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
-        check_reduction(reduction)
-        self._reduction: Reduction = reduction
+        self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._make_optimizer = optimizer
         self._probe_dim = probe_dim
         self._reset()
@@ -391,7 +388,6 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             newton,
             self.budgets,
             weight_decay=coupled_decay(self._handover.base),
-            reduction=self._reduction,
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
             on_failure=self._after_failure,
