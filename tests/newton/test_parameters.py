@@ -103,3 +103,15 @@ def test_sparse_gradients_are_refused() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"sparse=False"):
         FlatParameters(embedding.parameters()).gradients()
+
+
+def test_learning_rates_are_one_number_or_one_for_each_parameter() -> None:
+    """A frozen parameter's rate does not count."""
+    weight, bias = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))
+    frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    flat = FlatParameters([weight, bias, frozen])
+    same = [{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": 0.5}, {"params": [frozen], "lr": 9.0}]
+    assert flat.learning_rates(same) == 0.5
+    own = flat.learning_rates([{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": torch.tensor(2.0)}])
+    assert isinstance(own, torch.Tensor)
+    assert own.tolist() == [0.5, 0.5, 0.5, 0.5, 2.0]
