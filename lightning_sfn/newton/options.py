@@ -57,8 +57,8 @@ def require_positive_or_none(name: str, value: float | None) -> None:
     Raises:
         ValueError: The value is neither.
     """
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} is {value}, but a positive number or None is expected.")
+    if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        raise ValueError(f"{name} is {value!r}, but a positive number or None is expected.")
 
 
 def resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int, coordinates: Preconditioner) -> int | None:

@@ -33,6 +33,11 @@ class FlatParameters:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         """See the class."""
+        if isinstance(parameters, torch.nn.Module):
+            raise ValueError(
+                f"The parameters were given as a module ({type(parameters).__name__}), but tensors are expected: pass "
+                "its parameters(), as in model.parameters()."
+            )
         self.tensors: tuple[Tensor, ...] = tuple({id(p): p for p in parameters if p.requires_grad}.values())
         if not self.tensors:
             raise ValueError(

@@ -217,6 +217,13 @@ class SaddleFreeNewtonMixin(LightningModule):
 
     def _prepare(self) -> None:
         trainer, who = self.trainer, type(self).__name__
+        own = type(self)
+        if (own.objective, own.objectives) == (SaddleFreeNewtonMixin.objective, SaddleFreeNewtonMixin.objectives):
+            replaced = own.training_step is not SaddleFreeNewtonMixin.training_step
+            raise MisconfigurationException(
+                f"{who} defines no objective(batch) that returns the loss: "
+                + ("rename its training_step, which takes the place of the mixin's." if replaced else "define it.")
+            )
         require_differentiable(trainer, self, who)
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(

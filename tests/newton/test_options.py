@@ -39,9 +39,9 @@ def test_bounds_may_be_left_out(value: float | None) -> None:
     require_positive_or_none("max_step_norm", value)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, "1"])
 def test_bounds_that_are_not_positive_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^max_step_norm is {value}, but a positive number or None is expected\.$"):
+    with pytest.raises(ValueError, match=rf"^max_step_norm is {value!r}, but a positive number or None is expected\.$"):
         require_positive_or_none("max_step_norm", value)
 
 
