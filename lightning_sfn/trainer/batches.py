@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
-from lightning_sfn.trainer.replay import RecordedStep
+from lightning_sfn.trainer.recording import RecordedStep
 
 __all__ = ["BatchWeights", "Batches", "cases_of"]
 

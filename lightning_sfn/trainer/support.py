@@ -14,7 +14,9 @@ from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.shortage import is_out_of_memory
-from lightning_sfn.trainer.replay import Isolation, RecordedStep, evaluate
+from lightning_sfn.trainer.isolation import Isolation
+from lightning_sfn.trainer.recording import RecordedStep
+from lightning_sfn.trainer.replay import evaluate
 
 __all__ = [
     "is_dry_run",

@@ -25,7 +25,9 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
-from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, evaluate, is_mixed, processes_of
+from lightning_sfn.trainer.isolation import Isolation, is_mixed
+from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
+from lightning_sfn.trainer.replay import evaluate, processes_of
 
 __all__ = ["WindowedNewton"]
 

@@ -22,7 +22,7 @@ from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.namespaces import join_namespace
 from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.plateau import PlateauWatch
-from lightning_sfn.trainer.replay import RecordedStep, own_containers
+from lightning_sfn.trainer.recording import RecordedStep, own_containers
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
 from lightning_sfn.trainer.support import (
