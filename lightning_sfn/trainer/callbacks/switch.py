@@ -1,7 +1,6 @@
 """`SwitchToSFN`: sees that training has stalled, and goes on with saddle-free Newton."""
 
 import math
-from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
@@ -22,16 +21,10 @@ from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.namespaces import join_namespace
 from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.plateau import PlateauWatch
-from lightning_sfn.trainer.recording import RecordedStep, own_containers
+from lightning_sfn.trainer.rehearsal import Rehearsal
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
-from lightning_sfn.trainer.support import (
-    is_dry_run,
-    require_metrics,
-    require_one_optimizer,
-    require_replayable,
-    require_second_derivatives,
-)
+from lightning_sfn.trainer.support import is_dry_run, require_metrics, require_one_optimizer, require_replayable
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_metrics, log_step, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
@@ -185,8 +178,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._ledger = Ledger(self.monitor, 1 if self.mode == "max" else -1, self.patience)
         self._restored: dict[str, Any] | None = None
         self._unlogged: StepRecord | None = None
-        self._rehearsal: RecordedStep | None = None
-        self._rehearsed = False
+        self._rehearsal = Rehearsal()
         self._stalled = self._approved = self._given_up = False
         self._return_reason: str | None = None
         self._failures = 0
@@ -237,10 +229,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switches, or returns, before the first batch of an accumulation window."""
-        if not self._rehearsed:
-            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
-            state = RandomState.capture(pl_module.device)
-            self._rehearsal = RecordedStep(own_containers(tuple(arguments.values())), {}, state, None)
+        self._rehearsal.note(trainer, pl_module, batch, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches or is_dry_run(trainer):
             return
         if self.switched:
@@ -259,9 +248,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts and logs; rehearses a replay after the first batch; decides where a probe's window is complete."""
-        if self._rehearsal is not None and outputs:
-            require_second_derivatives(trainer, pl_module, self._make_newton(), self._rehearsal, type(self).__name__)
-            self._rehearsal, self._rehearsed = None, True
+        if outputs:
+            self._rehearsal.hold(trainer, pl_module, self._make_newton, type(self).__name__)
         if not self.switched:
             self._ledger.count_batch(trainer)
             self._watch(trainer)
