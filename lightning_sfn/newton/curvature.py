@@ -14,6 +14,7 @@ from lightning_sfn.newton.diagnosis import explain, require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.objective import Evaluation, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 __all__ = ["CurvatureOperator", "HessianOperator", "gradient_of"]
 
@@ -133,7 +134,8 @@ class HessianOperator(CurvatureOperator):
 
     def _build(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and gradient of one part, the gradient with its graph."""
-        loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
+        with FastSecondDerivatives():
+            loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
         require_double_backward(loss)
         try:
             gradient = torch.autograd.grad(
@@ -144,7 +146,7 @@ class HessianOperator(CurvatureOperator):
         return loss.detach(), gradient
 
     def _matvec(self, vector: Tensor) -> Tensor:
-        total = torch.zeros_like(vector)
+        total: Tensor | None = None
         directions = self.parameters.unflatten(vector)
         for index, weight in enumerate(self.objective.weights):
             gradient = self._graphs.get(index)[1]
@@ -162,8 +164,8 @@ class HessianOperator(CurvatureOperator):
                 )
             except RuntimeError as error:
                 raise explain(error) from error
-            total.add_(self.parameters.flatten(product), alpha=weight)
-        return total
+            total = self.parameters.accumulate(total, product, weight)
+        return torch.zeros_like(vector) if total is None else total
 
     @property
     def batch(self) -> int:

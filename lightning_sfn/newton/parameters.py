@@ -119,6 +119,28 @@ class FlatParameters:
                 pieces.append(tensor.detach().reshape(-1))
         return torch.cat(pieces)
 
+    def accumulate(self, total: Tensor | None, tensors: Sequence[Tensor | None], weight: float) -> Tensor:
+        """Adds tensors shaped like the parameters to a vector, with as few passes over memory as that takes.
+
+        Args:
+            total: A vector of shape ``(n,)``, changed in place; ``None`` for the first of several.
+            tensors: One tensor for each parameter; ``None`` stands for zeros.
+            weight: Factor on the tensors.
+
+        Returns:
+            The sum, shape ``(n,)``.
+
+        Raises:
+            ValueError: A tensor is sparse.
+        """
+        if total is None:
+            first = self.flatten(tensors)
+            return first if weight == 1.0 else first.mul_(weight)
+        for tensor, piece in zip(tensors, self.unflatten(total), strict=True):
+            if tensor is not None:
+                piece.add_(tensor.detach(), alpha=weight)
+        return total
+
     def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Views of a vector of shape ``(n,)``, shaped like the parameters."""
         pieces = torch.split(vector, list(self.sizes))
