@@ -176,7 +176,7 @@ def after() -> dict[str, Any]:
     places = [
         (WindowedNewton, "_newton_step", "remainder"),
         (SaddleFreeNewton, "_outer_step", "subspace algebra"),
-        (krylov, "_orthogonalise", "reorthogonalisation"),
+        (krylov, "fill_basis", "reorthogonalisation"),
         (krylov._Extension, "add", "reorthogonalisation"),
         (HessianOperator, "_matvec", "Hessian-vector products"),
         (HessianOperator, "_build", "Hessian-vector products"),

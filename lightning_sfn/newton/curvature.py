@@ -52,6 +52,18 @@ class CurvatureOperator(ABC):
         """
         return self.objective.reduce(self.local_matvec(vector))
 
+    def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
+        """`matvec`, perhaps in memory that is there already: fresh memory for large vectors costs time to map.
+
+        Args:
+            vector: Shape ``(n,)``.
+            room: Shape ``(n,)``; its content is lost.
+
+        Returns:
+            The product, in ``room`` or elsewhere.
+        """
+        return self.matvec(vector)
+
     def local_matvec(self, vector: Tensor) -> Tensor:
         """This process' share of the product, before the mean over processes; NaN where it fails on one of several."""
         self.products += 1
@@ -131,6 +143,7 @@ class HessianOperator(CurvatureOperator):
         self._budget = budget or GraphBudget()
         self._graphs = GraphStore(self._build, objective.sizes, retention, self._budget, self.parameters.tensors)
         self._batchable = True
+        self._room: Tensor | None = None  # memory for the next product
 
     def _build(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and gradient of one part, the gradient with its graph."""
@@ -144,6 +157,14 @@ class HessianOperator(CurvatureOperator):
         except RuntimeError as error:
             raise explain(error) from error
         return loss.detach(), gradient
+
+    def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
+        """See the base class."""
+        self._room = room
+        try:
+            return self.matvec(vector)
+        finally:
+            self._room = None
 
     def _matvec(self, vector: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -164,7 +185,7 @@ class HessianOperator(CurvatureOperator):
                 )
             except RuntimeError as error:
                 raise explain(error) from error
-            total = self.parameters.accumulate(total, product, weight)
+            total = self.parameters.accumulate(total, product, weight, self._room)
         return torch.zeros_like(vector) if total is None else total
 
     @property
