@@ -175,7 +175,7 @@ def after() -> dict[str, Any]:
     places = [
         (WindowedNewton, "_newton_step", "remainder"),
         (optimizer, "take_outer_step", "subspace algebra"),
-        (krylov, "_orthogonalise", "reorthogonalisation"),
+        (krylov, "fill_basis", "reorthogonalisation"),
         (krylov._Extension, "add", "reorthogonalisation"),
         (HessianOperator, "_matvec", "Hessian-vector products"),
         (HessianOperator, "_build", "Hessian-vector products"),

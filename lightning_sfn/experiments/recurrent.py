@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sfn.experiments.metrics import BitsPerCharacter
+from lightning_sfn.newton.recurrence import tanh_recurrence
 
 __all__ = ["CharacterRNN"]
 
@@ -65,14 +66,10 @@ class CharacterRNN(pl.LightningModule):
         Returns:
             Logits of shape (batch, time, vocabulary_size).
         """
-        # Written out instead of nn.RNN: cuDNN's kernel has no second derivative.
-        inputs = self.input(characters) + self.bias
-        hidden = torch.zeros_like(inputs[:, 0])
-        states = []
-        for step in inputs.unbind(dim=1):
-            hidden = torch.tanh(step + hidden @ self.recurrent.T)
-            states.append(hidden)
-        logits: Tensor = self.output(torch.stack(states, dim=1))
+        # Not nn.RNN: cuDNN's kernel has no second derivative, and this one's is twice as fast as autograd's.
+        inputs = self.input(characters.T) + self.bias
+        states = tanh_recurrence(inputs, torch.zeros_like(inputs[0]), self.recurrent)
+        logits: Tensor = self.output(states).transpose(0, 1)
         return logits
 
     def loss(self, windows: Tensor) -> Tensor:
@@ -89,8 +86,8 @@ class CharacterRNN(pl.LightningModule):
                 f"CharacterRNN has vocabulary_size={self.vocabulary_size}, but the text has at least "
                 f"{int(windows.max()) + 1} different characters: set model.vocabulary_size to their number."
             )
-        logits = self(windows[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        logits = self(windows[:, :-1]).transpose(0, 1)  # as they lie in memory
+        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].T.flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of a batch; log its epoch mean in nats and in bits."""

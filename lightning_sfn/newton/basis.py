@@ -103,6 +103,12 @@ class BasisStore:
         basis[row].copy_(part)
         return basis[row] if basis.dtype == part.dtype and basis.device == part.device else part
 
+    def keep_divided(self, basis: Tensor, row: int, part: Tensor, divisor: Tensor) -> Tensor:
+        """Puts a part divided by a number (a tensor without dimensions) into a row of a basis, and returns that."""
+        if basis.dtype == part.dtype and basis.device == part.device:
+            return torch.div(part, divisor.to(part.dtype), out=basis[row])
+        return self.keep(basis, row, part / divisor.to(part.dtype))
+
     def local(self, vector: Tensor) -> Tensor:
         """The part of a whole vector of shape ``(n,)``."""
         owners = self._owners
@@ -138,7 +144,16 @@ class BasisStore:
 
     def dot(self, x: Tensor, y: Tensor) -> float:
         """Inner product of two vectors given by their parts."""
-        return float(self._sum(reductions.dot(x, y)))
+        return float(self.inner(x, y))
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner product of two vectors given by their parts, left on the device."""
+        return self._sum(reductions.dot(x, y))
+
+    def length(self, x: Tensor) -> Tensor:
+        """Norm of a vector given by its parts, left on the device; right within `reductions.SAFE_NORMS`."""
+        own = reductions.plain_norm(x)
+        return own if self._owners is None else self._sum(own.square()).sqrt()
 
     def norm(self, x: Tensor) -> float:
         """Norm of a vector given by its parts."""
@@ -167,6 +182,11 @@ class BasisStore:
             total = term if total is None else total.add_(term)
         assert total is not None
         return total
+
+    def subtract(self, part: Tensor, coefficients: Tensor, basis: Tensor) -> None:
+        """Subtracts a linear combination of the rows of a basis from a part, in place."""
+        for rows, block in self._blocks(basis, part.dtype, part.device):
+            reductions.subtract(part, coefficients[rows], block)
 
     def _blocks(self, basis: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """The rows in a dtype and on a device: all at once if they are so already, else a few at a time."""

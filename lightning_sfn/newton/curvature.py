@@ -5,15 +5,18 @@ retained gradient graphs. `GaussNewtonOperator` and `FiniteDifferenceOperator` s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_sfn.newton.diagnosis import explain, require_double_backward
-from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
+from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention, root_of
 from lightning_sfn.newton.objective import Evaluation, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 __all__ = ["CurvatureOperator", "HessianOperator", "gradient_of"]
 
@@ -50,6 +53,18 @@ class CurvatureOperator(ABC):
             CurvatureError: An operation of the model has no second derivative.
         """
         return self.objective.reduce(self.local_matvec(vector))
+
+    def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
+        """`matvec`, perhaps in memory that is there already: fresh memory for large vectors costs time to map.
+
+        Args:
+            vector: Shape ``(n,)``.
+            room: Shape ``(n,)``; its content is lost.
+
+        Returns:
+            The product, in ``room`` or elsewhere.
+        """
+        return self.matvec(vector)
 
     def local_matvec(self, vector: Tensor) -> Tensor:
         """This process' share of the product, before the mean over processes; NaN where it fails on one of several."""
@@ -100,6 +115,30 @@ class CurvatureOperator(ABC):
         """Gives back what the operator holds; call it before the parameters are changed."""
 
 
+@dataclass(frozen=True)
+class _GradientGraph:
+    """Loss and gradient of one part.
+
+    Attributes:
+        loss: The loss, without its graph.
+        roots: Where the graph of the gradient by each parameter begins; ``None`` where it has none.
+        gradient: The values, as long as they are at hand: as large as the parameters, and products need none of them.
+    """
+
+    loss: Tensor
+    roots: tuple[GradientEdge | None, ...]
+    gradient: tuple[Tensor, ...] | None
+
+    def slimmed(self) -> "_GradientGraph":
+        """What is worth keeping."""
+        return replace(self, gradient=None)
+
+    def towards(self, directions: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Tensor]]:
+        """The roots with their directions; a loss that is linear in a parameter has none there: its rows are zero."""
+        both = [(root, d) for root, d in zip(self.roots, directions, strict=True) if root is not None]
+        return [root for root, _ in both], [d for _, d in both]
+
+
 class HessianOperator(CurvatureOperator):
     """The exact Hessian of an objective by double backward.
 
@@ -128,12 +167,16 @@ class HessianOperator(CurvatureOperator):
         """See the class."""
         super().__init__(objective, parameters)
         self._budget = budget or GraphBudget()
-        self._graphs = GraphStore(self._build, objective.sizes, retention, self._budget, self.parameters.tensors)
+        self._graphs = GraphStore(
+            self._build, objective.sizes, retention, self._budget, self.parameters.tensors, _GradientGraph.slimmed
+        )
         self._batchable = True
+        self._room: Tensor | None = None  # memory for the next product
 
-    def _build(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _build(self, index: int) -> _GradientGraph:
         """Loss and gradient of one part, the gradient with its graph."""
-        loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
+        with FastSecondDerivatives():
+            loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
         require_double_backward(loss)
         try:
             gradient = torch.autograd.grad(
@@ -141,29 +184,31 @@ class HessianOperator(CurvatureOperator):
             )
         except RuntimeError as error:
             raise explain(error) from error
-        return loss.detach(), gradient
+        return _GradientGraph(loss.detach(), tuple(map(root_of, gradient)), tuple(g.detach() for g in gradient))
+
+    def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
+        """See the base class."""
+        self._room = room
+        try:
+            return self.matvec(vector)
+        finally:
+            self._room = None
 
     def _matvec(self, vector: Tensor) -> Tensor:
-        total = torch.zeros_like(vector)
+        total: Tensor | None = None
         directions = self.parameters.unflatten(vector)
         for index, weight in enumerate(self.objective.weights):
-            gradient = self._graphs.get(index)[1]
-            # A loss that is linear in some parameters gives gradients without a graph: their rows of H are zero.
-            curved = [(g, d) for g, d in zip(gradient, directions, strict=True) if g.requires_grad]
-            if not curved:
+            roots, along = self._graphs.get(index).towards(directions)
+            if not roots:
                 continue
             try:
                 product = torch.autograd.grad(
-                    [g for g, _ in curved],
-                    self.parameters.tensors,
-                    grad_outputs=[d for _, d in curved],
-                    retain_graph=True,
-                    allow_unused=True,
+                    roots, self.parameters.tensors, grad_outputs=along, retain_graph=True, allow_unused=True
                 )
             except RuntimeError as error:
                 raise explain(error) from error
-            total.add_(self.parameters.flatten(product), alpha=weight)
-        return total
+            total = self.parameters.accumulate(total, product, weight, self._room)
+        return torch.zeros_like(vector) if total is None else total
 
     @property
     def batch(self) -> int:
@@ -189,14 +234,13 @@ class HessianOperator(CurvatureOperator):
         directions = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parameters.shapes, strict=True)]
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
-            gradient = self._graphs.get(index)[1]
-            curved = [(g, d) for g, d in zip(gradient, directions, strict=True) if g.requires_grad]
-            if not curved:
+            roots, along = self._graphs.get(index).towards(directions)
+            if not roots:
                 continue
             product = torch.autograd.grad(
-                [g for g, _ in curved],
+                roots,
                 tensors,
-                grad_outputs=[d for _, d in curved],
+                grad_outputs=along,
                 retain_graph=True,
                 allow_unused=True,
                 is_grads_batched=True,
@@ -210,8 +254,16 @@ class HessianOperator(CurvatureOperator):
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """Loss and gradient, read off the graphs that the products use as well."""
-        parts = ((weight, *self._graphs.get(index)) for index, weight in enumerate(self.objective.weights))
-        return _average(self.objective, self.parameters, parts)
+
+        def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor, ...]]]:
+            for index, weight in enumerate(self.objective.weights):
+                graph = self._graphs.get(index)
+                if graph.gradient is None:  # a product came first, and the values were let go
+                    graph = self._build(index)
+                assert graph.gradient is not None
+                yield weight, graph.loss, graph.gradient
+
+        return _average(self.objective, self.parameters, parts())
 
     def close(self) -> None:
         """Drops the retained graphs."""

@@ -12,6 +12,7 @@ from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.jacobian import OutputJacobian
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 __all__ = ["GaussNewtonOperator"]
 
@@ -56,7 +57,8 @@ class GaussNewtonOperator(CurvatureOperator):
         )
 
     def _build(self, index: int) -> _OutputGraph:
-        evaluation = evaluate_without_backward(self.objective, index, self.parameters)
+        with FastSecondDerivatives():
+            evaluation = evaluate_without_backward(self.objective, index, self.parameters)
         output = evaluation.output
         if not isinstance(output, Tensor) or not output.requires_grad or not evaluation.loss.requires_grad:
             raise ObjectiveError(

@@ -9,13 +9,19 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["GraphBudget", "GraphStore", "Retention"]
+__all__ = ["GraphBudget", "GraphStore", "Retention", "root_of"]
 
 Retention = Literal["auto", "retain", "recompute"]
 """``"retain"`` keeps every graph, ``"recompute"`` none, ``"auto"`` as many as the budget allows."""
 
 Graph = TypeVar("Graph")
+
+
+def root_of(tensor: Tensor) -> GradientEdge | None:
+    """Where backward passes from a tensor begin, without the memory of its values; ``None`` if it has no graph."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 class GraphBudget:
@@ -78,6 +84,7 @@ class GraphStore(Generic[Graph]):
         retention: Which graphs to keep.
         budget: The byte budget that ``"auto"`` keeps to.
         excluded: Tensors that exist anyway (the parameters) and do not count.
+        slimmed: What of a new graph is kept; all of it if left out.
     """
 
     def __init__(
@@ -87,9 +94,10 @@ class GraphStore(Generic[Graph]):
         retention: Retention,
         budget: GraphBudget,
         excluded: Sequence[Tensor],
+        slimmed: Callable[[Graph], Graph] = lambda graph: graph,
     ) -> None:
         """See the class."""
-        self._build = build
+        self._build, self._slimmed = build, slimmed
         if retention == "auto" and budget.bytes_per_size is None:
             budget.measure(lambda: build(0), sizes[0], excluded)
         self._keep = budget.affordable(sizes) if retention == "auto" else [retention == "retain"] * len(sizes)
@@ -101,7 +109,7 @@ class GraphStore(Generic[Graph]):
             return self._kept[index]
         graph = self._build(index)
         if self._keep[index]:
-            self._kept[index] = graph
+            self._kept[index] = self._slimmed(graph)
         return graph
 
     @property

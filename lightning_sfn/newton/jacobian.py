@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.diagnosis import explain
+from lightning_sfn.newton.graphs import root_of
 
 __all__ = ["OutputJacobian"]
 
@@ -29,9 +30,10 @@ class OutputJacobian:
         self._tensors = tensors
         self._cotangent = torch.zeros_like(output, requires_grad=True)
         try:
-            self._pullback = torch.autograd.grad(
+            pullback = torch.autograd.grad(
                 output, tensors, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
             )
+            self._roots = tuple(map(root_of, pullback))  # the values are zeros, as many as there are parameters
         except RuntimeError as error:
             raise explain(error) from error
 
@@ -41,12 +43,12 @@ class OutputJacobian:
         Args:
             directions: v, shaped like the parameters.
         """
-        curved = [(p, d) for p, d in zip(self._pullback, directions, strict=True) if p.requires_grad]
+        curved = [(root, d) for root, d in zip(self._roots, directions, strict=True) if root is not None]
         if not curved:
             return None
         try:
             (image,) = torch.autograd.grad(
-                [p for p, _ in curved], self._cotangent, [d for _, d in curved], retain_graph=True
+                [root for root, _ in curved], self._cotangent, [d for _, d in curved], retain_graph=True
             )
         except RuntimeError as error:
             raise explain(error) from error

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.unattended import SECOND_PASS, Steps, is_invariant, unattended_steps
 
-__all__ = ["Direction", "KrylovSubspace", "append", "lanczos", "lanczos_step", "random_unit"]
+__all__ = ["Counted", "Direction", "KrylovSubspace", "append", "fill_basis", "lanczos", "lanczos_step", "random_unit"]
 
-_SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
 _ROUNDING = 10  # units of rounding of the largest eigenvalue that products and projections are off by
 _NEW_INFORMATION = 0.05  # an added direction with less than this outside the basis would be mostly rounding error
 
@@ -152,26 +152,105 @@ def lanczos(
     projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
     length = float(norm(start))
     first = store.local(start / length) if length > 0 else random_unit(basis[:0], generator, store, start)
+    counted = Counted(lambda part: matvec(store.whole(part, size)))
     recent = [store.keep(basis, 0, first)]
-    coupling, leftover = 0.0, first
-
-    def product(part: Tensor) -> Tensor:
-        return matvec(store.whole(part, size))
-
-    for j in range(steps):
-        leftover, coupling = lanczos_step(product, basis, projected, j, store, recent)
-        if not math.isfinite(float(projected[j, j])):
-            return KrylovSubspace(
-                basis[:steps], torch.full((steps, steps), math.nan, dtype=torch.float64), 0.0, steps, j + 1, store, size
-            )
-        if j + 1 < steps:
-            recent = [append(basis, projected, j + 1, leftover, coupling, generator, store, start), recent[0]]
+    finite, leftover, coupling = fill_basis(counted, basis, projected, steps, recent, generator, store, start)
+    if finite < steps:
+        nothing = torch.full((steps, steps), math.nan, dtype=torch.float64)
+        return KrylovSubspace(basis[:steps], nothing, 0.0, steps, counted.calls, store, size)
     space = _Extension(basis, projected, steps, coupling, leftover, store)
     for direction in directions:
-        space.add(direction, product)
+        space.add(direction, counted)
     used = space.used
-    products = steps + space.products
-    return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, products, store, size)
+    return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, counted.calls, store, size)
+
+
+class Counted:
+    """An operator that counts its products."""
+
+    def __init__(self, matvec: Callable[[Tensor], Tensor]) -> None:
+        self._matvec = matvec
+        self.calls = 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The product with a vector of shape ``(n,)``."""
+        self.calls += 1
+        return self._matvec(vector)
+
+
+def fill_basis(
+    matvec: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    projected: Tensor,
+    steps: int,
+    recent: list[Tensor],
+    generator: torch.Generator,
+    store: BasisStore | None = None,
+    like: Tensor | None = None,
+) -> tuple[int, Tensor, float]:
+    """Takes Lanczos steps from the first row of a basis until it has ``steps`` rows.
+
+    The steps leave their numbers on the device; the host looks at them once, or once more for each step at which
+    something comes up (see `unattended_steps`).
+
+    Args:
+        matvec: The symmetric operator on parts of vectors.
+        basis: The basis, of which row 0 is in use; filled in place.
+        projected: The projected operator; filled in place.
+        steps: Number of steps, one for each row.
+        recent: The first row in full precision.
+        generator: Source of random vectors.
+        store: How the basis is kept; whole if left out.
+        like: A whole vector, where the basis holds parts.
+
+    Returns:
+        The number of steps, fewer than wanted where the next product was not finite; what the last product has outside
+        the basis, shape ``(n,)``; and the norm of that (see `lanczos_step`).
+    """
+    store = store or BasisStore()
+    j, coupling, leftover = 0, 0.0, recent[0]
+    while j < steps:
+        scale = float(projected[: j + 1, : j + 1].abs().max())
+        found = unattended_steps(matvec, basis, j, steps, scale, coupling, store, recent)
+        count = min(found.sound + 1, len(found))
+        before, (leftover, coupling) = coupling, _settled(found, count, matvec, basis, projected, store)
+        j += count
+        if math.isnan(coupling):
+            return j - 1, leftover, float(found.couplings[count - 2]) if count > 1 else before
+        if j < steps:
+            new = append(basis, projected, j, leftover, coupling, generator, store, like)
+            recent = [new, basis[j - 1].to(new)]
+    return steps, leftover, coupling
+
+
+def _settled(
+    found: Steps, count: int, matvec: Callable[[Tensor], Tensor], basis: Tensor, projected: Tensor, store: BasisStore
+) -> tuple[Tensor, float]:
+    """Takes over sound steps and the one after them, with a second look at that.
+
+    Returns:
+        The leftover of the last of these steps, and its norm; NaN where the product was not finite.
+    """
+    found.fill(projected, count)
+    last = found.first + count - 1
+    leftover, coupling = found.leftover, float(found.couplings[count - 1])
+    if found.sound == len(found):
+        return leftover, coupling
+    if not math.isfinite(float(found.diagonal[count - 1])):
+        if count < len(found):
+            matvec(basis[last].to(leftover))  # again, so that the first bad product is the last one
+        return leftover, math.nan
+    if count < len(found):  # heard of too late: the steps since went on from a bad vector
+        recent = [basis[j].to(leftover) for j in range(last, max(last - 2, -1), -1)]
+        return lanczos_step(matvec, basis, projected, last, store, recent)
+    leftover, coupling = _orthogonalise(leftover, basis[: last + 1], store)
+    return leftover, _unless_rounding(coupling, projected, last, leftover.dtype)
+
+
+def _unless_rounding(coupling: float, projected: Tensor, j: int, dtype: torch.dtype) -> float:
+    """The coupling behind basis vector j, or 0 where it is rounding error alone."""
+    scale = max(float(projected[: j + 1, : j + 1].abs().max()), coupling)
+    return 0.0 if is_invariant(coupling, scale, dtype) else coupling
 
 
 def lanczos_step(
@@ -209,9 +288,7 @@ def lanczos_step(
         leftover -= store.combine(above, basis[:j])
     leftover, coupling = _orthogonalise(leftover, basis[: j + 1], store)
     projected[j, j] = diagonal
-    scale = max(float(projected[: j + 1, : j + 1].abs().max()), coupling)
-    invariant = coupling <= 4 * torch.finfo(vector.dtype).eps * scale
-    return leftover, 0.0 if invariant else coupling
+    return leftover, _unless_rounding(coupling, projected, j, vector.dtype)
 
 
 def append(
@@ -303,7 +380,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor, store: BasisStore) -> tuple[Te
     for _ in range(3):
         vector = vector - store.combine(store.project(basis, vector), basis)
         after = store.norm(vector)
-        if after > _SECOND_PASS * before:
+        if after > SECOND_PASS * before:
             break
         before = after
     return vector, after

@@ -114,14 +114,15 @@ class FlatParameters:
         pattern = torch.int32 if self.dtype == torch.float32 else torch.int64
         return sum(int(p.detach().contiguous().view(pattern).sum(dtype=torch.int64)) for p in self.tensors)
 
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """Lays tensors shaped like the parameters end to end.
 
         Args:
             tensors: One tensor for each parameter; ``None`` stands for zeros.
+            out: Where the result goes, shape ``(n,)``; a new vector if left out.
 
         Returns:
-            A new vector of shape ``(n,)``.
+            The vector of shape ``(n,)``.
 
         Raises:
             ValueError: A tensor is sparse.
@@ -137,7 +138,32 @@ class FlatParameters:
                 )
             else:
                 pieces.append(tensor.detach().reshape(-1))
-        return torch.cat(pieces)
+        return torch.cat(pieces) if out is None else torch.cat(pieces, out=out)
+
+    def accumulate(
+        self, total: Tensor | None, tensors: Sequence[Tensor | None], weight: float, out: Tensor | None = None
+    ) -> Tensor:
+        """Adds tensors shaped like the parameters to a vector, with as few passes over memory as that takes.
+
+        Args:
+            total: A vector of shape ``(n,)``, changed in place; ``None`` for the first of several.
+            tensors: One tensor for each parameter; ``None`` stands for zeros.
+            weight: Factor on the tensors.
+            out: Where the first of several goes; a new vector if left out.
+
+        Returns:
+            The sum, shape ``(n,)``.
+
+        Raises:
+            ValueError: A tensor is sparse.
+        """
+        if total is None:
+            first = self.flatten(tensors, out)
+            return first if weight == 1.0 else first.mul_(weight)
+        for tensor, piece in zip(tensors, self.unflatten(total), strict=True):
+            if tensor is not None:
+                piece.add_(tensor.detach(), alpha=weight)
+        return total
 
     def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Views of a vector of shape ``(n,)``, shaped like the parameters."""

@@ -56,7 +56,8 @@ class Processes:
         on_gpu_only = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu_only else None
         self._failure: Exception | None = None
-        self._sum_of_contribution: Tensor | None = None
+        self._contributions = 0
+        self._first_bad: Tensor | None = None  # number of the first contribution that was not finite; infinite if none
 
     # ------------------------------------------------------------------------------------------------ collectives
 
@@ -160,7 +161,11 @@ class Processes:
 
     def contribute(self, tensor: Tensor) -> Tensor:
         """Notes whether what this process puts into a reduction is finite, so that a NaN can be traced to it."""
-        self._sum_of_contribution = tensor.sum()  # read when it is asked for: no wait for the device here
+        finite = torch.isfinite(tensor.sum().double())  # read when it is asked for: no wait for the device here
+        self._contributions += 1
+        none = torch.full_like(finite, math.inf, dtype=torch.float64)
+        before = none if self._first_bad is None else self._first_bad.to(finite.device)
+        self._first_bad = torch.where(finite, before, before.clamp_max(self._contributions))
         return tensor
 
     def require_sound(self, *, blame_nan: bool = True) -> None:
@@ -175,15 +180,17 @@ class Processes:
             Exception: This process' own failure.
         """
         failure, self._failure = self._failure, None
-        own = self._sum_of_contribution
-        finite = own is None or math.isfinite(float(own))
-        reports = self.collect((None if failure is None else f"{type(failure).__name__}: {failure}", finite))
+        # After a NaN of one process all of them go on with NaN: to blame is whose was the first.
+        first_bad = math.inf if self._first_bad is None else float(self._first_bad)
+        self._first_bad = None
+        reports = self.collect((None if failure is None else f"{type(failure).__name__}: {failure}", first_bad))
         if failure is not None:
             raise failure
         for rank, (message, _) in enumerate(reports):
             if message is not None:
                 raise ProcessError(f"Rank {rank} of {self.size} failed in the middle of a step: {message}")
-        culprits = [rank for rank, (_, finite) in enumerate(reports) if not finite]
+        earliest = min(first for _, first in reports)
+        culprits = [rank for rank, (_, first) in enumerate(reports) if first == earliest < math.inf]
         if blame_nan and 0 < len(culprits) < self.size:
             names = " and ".join(f"rank {rank}" for rank in culprits)
             raise ContributionError(
@@ -211,7 +218,7 @@ class Processes:
 
     def release(self) -> None:
         """Drops what was noted during a step."""
-        self._failure, self._sum_of_contribution = None, None
+        self._failure, self._first_bad = None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
         """The same processes: a copy of an optimizer runs in them too."""

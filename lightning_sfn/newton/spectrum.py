@@ -317,13 +317,12 @@ def spectrum_of(
     """
     size = operator.parameters.size
     at_most = settings.most_products(size)
-    nonfinite = 0
+    nonfinite, image = 0, torch.empty(size, dtype=operator.parameters.dtype, device=operator.parameters.device)
 
     def matvec(vector: Tensor) -> Tensor:
-        nonlocal nonfinite
-        image = operator.matvec(vector)
+        nonlocal image
+        image = operator.matvec_into(vector, image)
         operator.objective.require_sound(image, far=True)  # an evaluation that failed is no number to count
-        nonfinite = nonfinite or _count_nonfinite(image)
         if progress is not None:
             progress(operator.products, at_most)
         return image
@@ -344,10 +343,12 @@ def spectrum_of(
                     max_products=settings.most_ritz_products(size),
                     generator=generator,
                 )
+                nonfinite = _count_nonfinite(image)  # Lanczos ends with the first such product
             if settings.density_probes and not nonfinite:
                 density = spectral_density(
                     matvec, gradient, settings.krylov_dim, settings.density_probes, generator=generator
                 )
+                nonfinite = _count_nonfinite(image)
         finally:
             operator.close()
     return Spectrum(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.krylov import KrylovSubspace, append, lanczos_step, random_unit
+from lightning_sfn.newton.krylov import Counted, KrylovSubspace, append, fill_basis, lanczos_step, random_unit
 from lightning_sfn.newton.reductions import norm
 
 __all__ = ["Ends", "RitzValues", "extreme_ritz_values"]
@@ -100,28 +100,26 @@ def extreme_ritz_values(
     projected = torch.zeros(capacity, capacity, dtype=torch.float64)
     length = float(norm(start))
     basis[0] = start / length if length > 0 else random_unit(basis[:0], generator)
-    space, j, products, first = KrylovSubspace(basis[:0], projected[:0, :0], 0.0, 0, 0), 0, 0, None
+    counted = Counted(matvec)
+    j, leftover, coupling = fill_basis(counted, basis, projected, capacity, [basis[0]], generator)
+    first = space = KrylovSubspace(basis[:j], projected[:j, :j].clone(), coupling, j, counted.calls)
+    finite = j == capacity
     while True:
-        leftover, coupling = lanczos_step(matvec, basis, projected, j)
-        products += 1
-        finite = math.isfinite(float(projected[j, j]) + coupling)
-        if finite:  # else the last space stays: right after a restart the kept vectors alone are none
-            j += 1
-            space = KrylovSubspace(basis[:j], projected[:j, :j].clone(), coupling, j, products)
+        converged = finite and ends.converged(space)
         full = j == capacity
-        if first is None and (full or not finite):
-            first = space
-        if first is not None:
-            converged = finite and ends.converged(space)
-            stuck = full and (coupling == 0.0 or capacity <= ends.smallest + ends.largest)
-            out_of_means = stuck or products >= max_products
-            if converged or out_of_means or not finite:
-                return _combined(first, space, ends, products, converged)
+        stuck = full and (coupling == 0.0 or capacity <= ends.smallest + ends.largest)
+        if converged or stuck or not finite or counted.calls >= max_products:
+            return _combined(first, space, ends, counted.calls, converged)
         if full:
             j = _restart(space, projected, ends)
             basis[j] = leftover / coupling
         else:
             append(basis, projected, j, leftover, coupling, generator)
+        leftover, coupling = lanczos_step(counted, basis, projected, j)
+        finite = math.isfinite(float(projected[j, j]) + coupling)
+        if finite:  # else the last space stays: right after a restart the kept vectors alone are none
+            j += 1
+            space = KrylovSubspace(basis[:j], projected[:j, :j].clone(), coupling, j, counted.calls)
 
 
 def _combined(first: KrylovSubspace, last: KrylovSubspace, ends: Ends, products: int, converged: bool) -> RitzValues:

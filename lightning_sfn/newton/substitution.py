@@ -1,0 +1,122 @@
+"""Which operations of a model are evaluated by functions with a better second derivative, seen from outside the model.
+
+A torch function mode sees the calls that layers make, whoever makes them, so no model has to be changed. What is put in
+place computes the same function with exact derivatives; only their cost differs, and that cuDNN's recurrent kernel,
+which has no second derivative, is not used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_sfn.newton.activations import sigmoid, tanh
+from lightning_sfn.newton.convolution import Geometry, convolution
+from lightning_sfn.newton.recurrence import tanh_recurrence
+
+__all__ = ["FastSecondDerivatives"]
+
+
+class FastSecondDerivatives(TorchFunctionMode):
+    """While it is active, convolutions, tanh, sigmoid and `torch.nn.RNN` of tanh units have fast second derivatives.
+
+    Left alone are calls under autocast, under functorch transforms, and where somebody else's hooks on saved tensors
+    are active: activation checkpointing evaluates a second time later, and must then see the same operations.
+    """
+
+    def __init__(self) -> None:
+        """See the class."""
+        super().__init__()
+        self._hooks = _saved_tensor_hooks()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answers one call of a torch function."""
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is not None and self._may(args):
+            result = rule(*args, **kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
+
+    def _may(self, args: Any) -> bool:
+        first = args[0] if args else None
+        return (
+            isinstance(first, Tensor)
+            and first.is_floating_point()
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(first.device.type)
+            and not torch._C._are_functorch_transforms_active()
+            and _saved_tensor_hooks() == self._hooks
+        )
+
+
+def _saved_tensor_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _tanh(input: Tensor, **others: Any) -> Tensor | None:
+    return tanh(input) if input.requires_grad and not others else None
+
+
+def _sigmoid(input: Tensor, **others: Any) -> Tensor | None:
+    return sigmoid(input) if input.requires_grad and not others else None
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    spatial = weight.dim() - 2
+    if isinstance(padding, str) or input.dim() != weight.dim() or not (input.requires_grad or weight.requires_grad):
+        return None
+    geometry = Geometry(_each(stride, spatial), _each(padding, spatial), _each(dilation, spatial), groups)
+    return convolution(input, weight, bias, geometry)
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * count if len(values) == 1 else values
+
+
+def _rnn_tanh(*args: Any) -> tuple[Tensor, Tensor] | None:
+    """`torch.nn.RNN`: layers one upon another, each in one direction or both; ``None`` for packed sequences."""
+    if len(args) != 9 or not isinstance(args[2], (list, tuple)):
+        return None
+    inputs, starts, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
+    if dropout and train and layers > 1:
+        return None  # the masks would be others than those of an evaluation without a product
+    directions, for_each = 2 if bidirectional else 1, 4 if has_biases else 2
+    sequence = inputs.transpose(0, 1) if batch_first else inputs
+    finals = []
+    for layer in range(layers):
+        outputs = []
+        for backwards in range(directions):
+            index = layer * directions + backwards
+            w_ih, w_hh, *biases = weights[for_each * index : for_each * (index + 1)]
+            given = F.linear(sequence, w_ih, sum(biases[1:], biases[0]) if biases else None)
+            states = tanh_recurrence(given.flip(0) if backwards else given, starts[index], w_hh)
+            finals.append(states[-1])
+            outputs.append(states.flip(0) if backwards else states)
+        sequence = torch.cat(outputs, -1) if bidirectional else outputs[0]
+    return sequence.transpose(0, 1) if batch_first else sequence, torch.stack(finals)
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.tanh: _tanh,
+    Tensor.tanh: _tanh,
+    torch.sigmoid: _sigmoid,
+    Tensor.sigmoid: _sigmoid,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    torch.rnn_tanh: _rnn_tanh,
+}

@@ -1,0 +1,179 @@
+"""What is put in place of a model's operations computes the same derivatives, of every order."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_sfn.newton import HessianOperator, Objective
+from lightning_sfn.newton.activations import sigmoid, tanh
+from lightning_sfn.newton.convolution import Geometry, convolution
+from lightning_sfn.newton.dense import dense_matrix
+from lightning_sfn.newton.substitution import FastSecondDerivatives
+
+from .cases import assert_close
+
+
+def graph_nodes(tensor: Tensor) -> set[str]:
+    names, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            names.add(type(node).__name__)
+            todo += [following for following, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(tanh, torch.tanh), (sigmoid, torch.sigmoid)])
+def test_activations(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.autograd.gradcheck(ours, [x])
+    assert torch.autograd.gradgradcheck(ours, [x])
+    third = []
+    for function in (ours, theirs):
+        (gradient,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x, create_graph=True)
+        third.append(torch.autograd.grad(second.square().sum(), x)[0])
+    torch.testing.assert_close(third[0], third[1])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "geometry"),
+    [
+        ((2, 3, 7), (4, 3, 3), Geometry((1,), (1,), (1,))),
+        ((2, 2, 6, 5), (4, 2, 3, 2), Geometry((2, 1), (1, 0), (1, 2))),
+        ((2, 4, 5, 5), (6, 2, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 2)),
+        ((1, 1, 3, 4, 3), (2, 1, 2, 2, 2), Geometry((1, 1, 1), (0, 0, 0), (1, 1, 1))),
+    ],
+)
+def test_convolutions(shape: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry, bias: bool) -> None:
+    x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, kernel))
+    b = torch.randn(kernel[0], dtype=torch.float64, requires_grad=True) if bias else None
+    theirs = [F.conv1d, F.conv2d, F.conv3d][len(kernel) - 3]
+    torch.testing.assert_close(convolution(x, w, b, geometry), theirs(x, w, b, *geometry))
+    inputs = (x, w, b) if bias else (x, w)
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return convolution(*tensors[:2], tensors[2] if bias else None, geometry)
+
+    assert torch.autograd.gradcheck(ours, inputs)
+    assert torch.autograd.gradgradcheck(ours, inputs)
+
+
+def test_a_convolution_whose_input_is_data() -> None:
+    """Derivatives by the image are not computed where nobody asks for them."""
+    image = torch.randn(2, 1, 5, 5, dtype=torch.float64)
+    parameters = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 1, 3, 3), (3,))]
+    geometry = Geometry((1, 1), (0, 0), (1, 1))
+    actual = dense_matrix(
+        HessianOperator(Objective([lambda: convolution(image, *parameters, geometry).sin().sum()]), parameters)
+    )
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    expected = torch.autograd.functional.hessian(
+        lambda v: F.conv2d(image, v[:27].view(3, 1, 3, 3), v[27:]).sin().sum(), flat
+    )
+    assert_close(actual, expected, 1e-12)
+
+
+def _recurrent(**options: object) -> tuple[nn.Module, Tensor]:
+    layer = nn.RNN(2, 3, **options).double()  # type: ignore[arg-type]
+    return layer, torch.randn(4, 5, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_first": True},
+        {"bias": False},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    ],
+    ids=str,
+)
+def test_recurrent_layers(options: dict[str, object]) -> None:
+    """States, final states, gradients and Hessian of `torch.nn.RNN`, against the same without substitution."""
+    layer, inputs = _recurrent(**options)
+    parameters = list(layer.parameters())
+
+    def loss() -> Tensor:
+        states, final = layer(inputs)
+        return (states**3).mean() + final.sin().sum()
+
+    with FastSecondDerivatives():
+        substituted = layer(inputs)
+        assert "_StatesBackward" in graph_nodes(loss())
+    torch.testing.assert_close(substituted, layer(inputs))
+
+    def flat_loss(vector: Tensor) -> Tensor:
+        pieces = vector.split([p.numel() for p in parameters])
+        named = {n: v.view_as(p) for (n, p), v in zip(layer.named_parameters(), pieces, strict=True)}
+        states, final = torch.func.functional_call(layer, named, (inputs,))
+        return (states**3).mean() + final.sin().sum()
+
+    expected = torch.autograd.functional.hessian(flat_loss, torch.cat([p.detach().flatten() for p in parameters]))
+    operator = HessianOperator(Objective([loss]), parameters)
+    assert_close(dense_matrix(operator), expected, 1e-12)
+    assert_close(torch.stack([operator.matvec(e) for e in torch.eye(len(expected)).double()]), expected, 1e-12)
+
+
+def test_masks_between_recurrent_layers_are_left_to_torch() -> None:
+    layer, inputs = _recurrent(num_layers=2, dropout=0.5)
+    with FastSecondDerivatives():
+        assert "_StatesBackward" not in graph_nodes(layer(inputs)[0])
+        assert "_StatesBackward" in graph_nodes(layer.eval()(inputs)[0])
+
+
+def test_packed_sequences_and_other_cells_are_left_to_torch() -> None:
+    layer, inputs = _recurrent()
+    packed = nn.utils.rnn.pack_padded_sequence(inputs, torch.tensor([4, 3, 2, 2, 1]))
+    with FastSecondDerivatives():
+        assert "_StatesBackward" not in graph_nodes(layer(packed)[1])
+        assert "_StatesBackward" not in graph_nodes(_recurrent(nonlinearity="relu")[0](inputs)[1])
+
+
+def test_autocast_functorch_and_constants_are_left_to_torch() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with FastSecondDerivatives():
+        assert "_TanhBackward" in graph_nodes(torch.tanh(x))
+        assert "_SigmoidBackward" in graph_nodes(x.sigmoid())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert "_TanhBackward" not in graph_nodes(torch.tanh(x))
+        torch.testing.assert_close(torch.func.grad(lambda v: v.tanh().sum())(x.detach()), 1 - x.detach().tanh() ** 2)
+        assert torch.tanh(x.detach()).grad_fn is None
+        same = F.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3, requires_grad=True), padding="same")
+        assert "_ConvolutionBackward" not in graph_nodes(same)
+
+
+def test_checkpointed_layers_see_the_same_operations_twice() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, parameters = torch.randn(5, 3, dtype=torch.float64), list(model.parameters())
+    plain = HessianOperator(Objective([lambda: model(x).square().sum()]), parameters)
+    kept = HessianOperator(Objective([lambda: checkpoint(model, x, use_reentrant=False).square().sum()]), parameters)
+    vector = torch.randn(plain.parameters.size, dtype=torch.float64)
+    assert_close(kept.matvec(vector), plain.matvec(vector), 1e-12)
+
+
+def test_a_penalty_on_the_gradient_has_its_hessian() -> None:
+    """The loss holds a first derivative of each substituted operation, so its Hessian holds third ones."""
+    network = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3), nn.Sigmoid()).double()
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    parameters = list(network.parameters())
+
+    def penalised(weights: dict[str, Tensor]) -> Tensor:
+        point = x.clone().requires_grad_()
+        value = torch.func.functional_call(network, weights, (point,)).square().sum()
+        (slope,) = torch.autograd.grad(value, point, create_graph=True)
+        return value + slope.square().sum()
+
+    def of(vector: Tensor) -> Tensor:
+        pieces = vector.split([p.numel() for p in parameters])
+        return penalised({n: v.view_as(p) for (n, p), v in zip(network.named_parameters(), pieces, strict=True)})
+
+    expected = torch.autograd.functional.hessian(of, torch.cat([p.detach().flatten() for p in parameters]))
+    operator = HessianOperator(Objective([lambda: penalised(dict(network.named_parameters()))]), parameters)
+    assert_close(torch.stack([operator.matvec(e) for e in torch.eye(len(expected)).double()]), expected, 1e-12)
