@@ -17,8 +17,8 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.recording import RecordedStep, own_containers
+from lightning_sfn.trainer.step_log import log_step
 from lightning_sfn.trainer.support import require_differentiable
-from lightning_sfn.trainer.takeover import log_step
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SaddleFreeNewtonMixin"]

@@ -13,12 +13,12 @@ from torch.optim.optimizer import Optimizer
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
-from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
+from lightning_sfn.trainer.step_log import StepLog
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
@@ -73,7 +73,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             newton,
             self._budgets,
             weight_decay=[] if newton is base else coupled_decay(base),
-            on_step=self._hooks.note,
+            on_step=self._hooks.steps.note,
         )
         newton.attach(self._driver)
         self.optimizers = [newton]
@@ -120,27 +120,19 @@ class _Hooks(Callback):
 
     def __init__(self) -> None:
         self.driver: WindowedNewton | None = None
-        self._unlogged: StepRecord | None = None
-
-    def note(self, record: StepRecord) -> None:
-        self._unlogged = record
+        self.steps = StepLog()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.gradient_clip_val and self.driver is not None:
             self.driver.note_gradient()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._log(trainer, pl_module)
+        self.steps.flush(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.driver is not None:
             self.driver.end_epoch()
-        self._log(trainer, pl_module)
-
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        record, self._unlogged = self._unlogged, None
-        if record is not None:
-            log_step(trainer, module, record)
+        self.steps.flush(trainer, pl_module)
 
 
 class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):

@@ -15,6 +15,7 @@ from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.coordinates import make_preconditioner
 
 from .cases import quadratic, symmetric
+from .ranks import Reversing
 
 
 def operator_of(matrix: Tensor) -> HessianOperator:
@@ -149,17 +150,6 @@ def test_the_identity_keeps_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ vectors kept in parts
-
-
-class Reversing(BasisStore):
-    """Keeps vectors back to front; that needs no other process."""
-
-    def local(self, vector: Tensor) -> Tensor:
-        return vector.flip(-1)
-
-    def whole(self, parts: Tensor, size: int) -> Tensor:
-        assert parts.shape[-1] == size
-        return parts.flip(-1)
 
 
 class SecondHalf(BasisStore):

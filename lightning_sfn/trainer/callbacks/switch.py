@@ -24,8 +24,9 @@ from lightning_sfn.trainer.plateau import PlateauWatch
 from lightning_sfn.trainer.rehearsal import Rehearsal
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
+from lightning_sfn.trainer.step_log import StepLog, log_metrics
 from lightning_sfn.trainer.support import is_dry_run, require_metrics, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_metrics, log_step, make_newton
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SwitchToSFN"]
@@ -177,7 +178,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._phase: NewtonPhase | None = None  # collects batches for a probe while the first optimizer trains
         self._ledger = Ledger(self.monitor, 1 if self.mode == "max" else -1, self.patience)
         self._restored: dict[str, Any] | None = None
-        self._unlogged: StepRecord | None = None
+        self._steps = StepLog()
         self._rehearsal = Rehearsal()
         self._stalled = self._approved = self._given_up = False
         self._return_reason: str | None = None
@@ -253,13 +254,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         if not self.switched:
             self._ledger.count_batch(trainer)
             self._watch(trainer)
-        self._log_step(trainer, pl_module)
+        self._steps.flush(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        record, self._unlogged = self._unlogged, None
-        if record is not None:
-            log_step(trainer, pl_module, record)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
@@ -270,7 +266,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
         if self.switched and self._phase is not None:
             self._phase.driver.end_epoch()
-            self._log_step(trainer, pl_module)
+            self._steps.flush(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -397,7 +393,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def _after_newton_step(self, record: StepRecord) -> None:
         assert self._phase is not None
-        self._unlogged, self._failures = record, 0
+        self._steps.note(record)
+        self._failures = 0
         self._ledger.count_step(record, self._phase.driver.batch_gradients)
         steps = self._ledger.phase.steps
         if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:
