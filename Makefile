@@ -10,15 +10,19 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+MUTATION := .venv-mutation
 
 # Extra arguments for `make train`, for example ARGS="--trainer.max_epochs 20"
 ARGS ?=
 # Where `make paper` finds MNIST
 DATA ?= sample
+# Which file of lightning_sfn/newton `make mutation` changes, and what its tests are called
+FILE ?= trust_region
+TESTS ?= test_$(FILE).py
 # What `make bench` runs, in this order
 BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/race.py benchmarks/tables.py
 
-.PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers
+.PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers mutation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +77,17 @@ newest: $(NEWEST)/.installed ## run the tests with the newest supported torch an
 	@echo "[newest] pytest"
 	@$(NEWEST)/bin/python -m pytest -q -n 2
 
+$(MUTATION)/.installed: pyproject.toml constraints.txt
+	@echo "[mutation] creating $(MUTATION) (minutes on the first run)"
+	@$(PYTHON) -m venv $(MUTATION)
+	@$(MUTATION)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".[mutation]"
+	@touch $@
+
+mutation: $(MUTATION)/.installed ## change one file of newton in every small way, and list the changes that no test notices; FILE=name
+	@rm -f mutants/mutmut-stats.json
+	@OMP_NUM_THREADS=1 PYTEST_ADDOPTS="-k $(TESTS)" $(MUTATION)/bin/mutmut run --max-children 1 "lightning_sfn.newton.$(FILE).*"
+	@$(MUTATION)/bin/mutmut results --all true | awk '/newton\.$(FILE)\./ { count[$$NF]++; if ($$NF != "killed") print } END { for (state in count) print count[state], state }'
+
 docs: $(INSTALLED) ## build the documentation into build/site; warnings are errors
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -97,5 +112,5 @@ bench-peers: $(PEERS)/.installed ## compare products and spectra with other libr
 	@$(PEERS)/bin/python benchmarks/peers.py
 
 clean: ## remove .venv, caches and what runs left behind
-	@rm -rf $(VENV) $(PEERS) $(OLDEST) $(NEWEST) .coverage .coverage.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
+	@rm -rf $(VENV) $(PEERS) $(OLDEST) $(NEWEST) $(MUTATION) mutants .coverage .coverage.* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs lightning_logs
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

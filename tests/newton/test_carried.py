@@ -90,7 +90,7 @@ def test_the_way_out_joins_the_start_in_the_coordinates_of_the_subspace() -> Non
 def test_a_tenth_of_the_largest_curvature_counts_as_bent(lowest: float, bent: bool) -> None:
     state = carried(bent=not bent)
     vector = torch.ones(2, dtype=torch.float64)
-    state.note_curvature(space(lowest, 10.0), vector)
+    state.note_curvature(space(lowest, 5.0, 10.0), vector)
     assert state.bent is bent
     assert state.escape is vector
 

@@ -61,3 +61,15 @@ def test_bounds_that_are_not_positive_are_refused(value: float) -> None:
 def test_the_size_of_the_subspace(asked: int | None, size: int, factored: bool, expected: int | None) -> None:
     coordinates = KroneckerFactors() if factored else IdentityPreconditioner()
     assert resolve_krylov_dim(asked, size, coordinates) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", [0, -2, 1.5, True, "all"])
+def test_what_is_no_size_is_refused(asked: object) -> None:
+    sentence = rf"^krylov_dim is {asked!r}, but a positive integer, 'full' or None is expected\.$"
+    with pytest.raises(ValueError, match=sentence):
+        resolve_krylov_dim(asked, 1000, IdentityPreconditioner())  # type: ignore[arg-type]
+
+
+def test_a_space_larger_than_the_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^krylov_dim is 5, but there are only 4 trainable parameters: .*'full'\.$"):
+        resolve_krylov_dim(5, 4, IdentityPreconditioner())
