@@ -208,10 +208,11 @@ def fill_basis(
         the basis, shape ``(n,)``; and the norm of that (see `lanczos_step`).
     """
     store = store or BasisStore()
-    j, coupling, leftover = 0, 0.0, recent[0]
+    j, coupling, leftover, calm = 0, 0.0, recent[0], True
     while j < steps:
         scale = float(projected[: j + 1, : j + 1].abs().max())
-        found = unattended_steps(matvec, basis, j, steps, scale, coupling, store, recent)
+        found = unattended_steps(matvec, basis, j, steps, scale, coupling, store, recent, by_twos=calm)
+        calm = False  # from where something has come up, step by step
         count = min(found.sound + 1, len(found))
         before, (leftover, coupling) = coupling, _settled(found, count, matvec, basis, projected, store)
         j += count
