@@ -191,4 +191,4 @@ def test_two_steps_at_a_time_are_as_accurate_as_steps_that_are_watched(outlier: 
             krylov.append(basis, projected, j + 1, leftover, coupling, generator())
     assert space.products == 61
     for ours, watched in zip(errors(space.basis, space.projected), errors(basis, projected), strict=True):
-        assert ours <= max(2 * watched, 5e-7)
+        assert ours <= max(3 * watched, 1e-6)
