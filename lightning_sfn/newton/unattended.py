@@ -19,7 +19,7 @@ from lightning_sfn.newton.watch import Watch
 __all__ = ["SECOND_PASS", "Steps", "is_invariant", "unattended_steps"]
 
 SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
-_SMALL = 1e-7  # square of the error, in single precision, up to which two steps share an orthogonalisation
+_SMALL = 1e-8  # square of the error, in single precision, up to which two steps share an orthogonalisation
 
 
 @dataclass(frozen=True)
