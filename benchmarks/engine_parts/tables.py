@@ -37,17 +37,18 @@ def products(rows: list[dict[str, Any]]) -> Table:
 
 def spectrum(found: dict[str, Any]) -> Table:
     """Both ends of the large spectrum."""
-    header = ["basis", "tolerance", "products", "cost in gradients", "largest right", "their worst error"]
+    header = ["asked for", "basis", "tolerance", "products", "cost in gradients", "largest right", "their worst error"]
     header += ["smallest: error", f"target {found['target']}"]
     return header, [
         [
+            f"{row['asked']} largest" + (", 1 smallest" if row["smallest_asked"] else ""),
             str(row["basis"]),
             "one basis" if row["tolerance"] is None else f"{row['tolerance']:g}",
             str(row["products"]),
             f"{row['gradients']:.0f}",
             f"{row['right']} of {row['asked']}",
             f"{row['worst_error']:.0e}",
-            f"{row['smallest_error']:.0e}",
+            f"{row['smallest_error']:.0e}" if row["smallest_asked"] else "",
             _spectrum_verdict(row, found["target"]),
         ]
         for row in found["rows"]
@@ -55,7 +56,7 @@ def spectrum(found: dict[str, Any]) -> Table:
 
 
 def _spectrum_verdict(row: dict[str, Any], target: float) -> str:
-    if row["right"] < row["asked"] or not row["smallest_right"]:
+    if row["right"] < row["asked"] or (row["smallest_asked"] and not row["smallest_right"]):
         return "not all right"
     return "reached" if row["gradients"] <= target else "not reached"
 

@@ -69,12 +69,13 @@ def unattended_steps(
     recent: list[Tensor],
     *,
     by_twos: bool = True,
+    scratch: bool = False,
 ) -> Steps:
     """Takes Lanczos steps from basis vectors ``first`` to ``last - 1``, each filling in the next row of the basis.
 
     Args:
         matvec: The symmetric operator on parts of vectors.
-        basis: The basis, of which rows 0 to ``first`` are in use; row ``last`` is not written.
+        basis: The basis, of which rows 0 to ``first`` are in use.
         first: The basis vector to go on from.
         last: The number of steps is ``last - first``, unless something comes up.
         scale: The largest number of the projected operator so far.
@@ -82,12 +83,14 @@ def unattended_steps(
         store: How the basis is kept.
         recent: Basis vector ``first`` in full precision, then the one before it if there is one.
         by_twos: Whether two steps may share an orthogonalisation.
+        scratch: Whether row ``last``, if there is one, may be written to, so that the last two may do so as well.
 
     Returns:
         What they have found.
     """
     course = _Course(matvec, basis, first, last, scale, coupling, store, recent)
     course.may_pair &= by_twos
+    course.rows = min(len(basis), last + scratch)
     while course.goes_on():
         course.take_two() if course.may_take_two else course.take_one()
     diagonals, couplings, flags = torch.stack(course.numbers).cpu().unbind(1)
@@ -118,7 +121,7 @@ class _Course:
         recent: list[Tensor],
     ) -> None:
         self.matvec, self.basis, self.store = matvec, basis, store
-        self.j, self.last = first, last
+        self.j, self.last, self.rows = first, last, last
         self.vector = recent[0]
         self.before = recent[1] if len(recent) > 1 else None
         self.dtype = self.vector.dtype
@@ -138,7 +141,7 @@ class _Course:
     @property
     def may_take_two(self) -> bool:
         """Whether there are two steps to take, and rows to hold their vectors side by side."""
-        return self.may_pair and self.j + 2 < self.last
+        return self.may_pair and self.j + 2 <= self.last and self.j + 2 < self.rows
 
     def take_one(self) -> None:
         """One step: recurrence, orthogonalisation, next row."""
