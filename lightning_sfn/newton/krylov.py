@@ -196,7 +196,8 @@ def fill_basis(
 
     Args:
         matvec: The symmetric operator on parts of vectors.
-        basis: The basis, of which rows 0 to ``first`` are in use; filled in place. If ``first`` is not 0, row ``steps`` is scratch.
+        basis: The basis, of which rows 0 to ``first`` are in use; filled in place. Where ``first`` is not 0, row
+            ``steps`` is scratch.
         projected: The projected operator; filled in place.
         steps: How many rows there will be, each with its diagonal element.
         recent: Row ``first`` in full precision, and the one before it if it has one.
