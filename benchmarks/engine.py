@@ -35,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         options.steps, options.reference = 5, 20
     device = torch.device(options.device)
     content = _earlier(options.folder) if set(options.only) != set(PARTS) else {}
+    content["settings"] = {"device": _name(device), "quick": options.quick, "steps": options.steps}
     for part in tqdm(options.only, desc="engine"):
         content[part] = PARTS[part](device, options)
-    content["settings"] = {"device": _name(device), "quick": options.quick, "steps": options.steps}
-    return record.write("engine", content, folder=options.folder)
+        path = record.write("engine", content, folder=options.folder)
+    return path
 
 
 def _earlier(folder: Path) -> dict[str, Any]:
