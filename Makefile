@@ -16,7 +16,7 @@ ARGS ?=
 # Where `make paper` finds MNIST
 DATA ?= sample
 # What `make bench` runs, in this order
-BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/race.py benchmarks/tables.py
+BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/engine.py benchmarks/race.py benchmarks/tables.py
 
 .PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers
 
