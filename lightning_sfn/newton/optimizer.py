@@ -65,8 +65,8 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
-        heavy_ball: Momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with momentum in
-            the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
+        heavy_ball: Momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with momentum
+            in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
         preconditioner: ``"diagonal"`` (equilibration), ``"kronecker"`` (see `KroneckerFactors`), ``None``, or a
             `Preconditioner`. The default is ``"diagonal"``, and ``None`` for the exact method.
         secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
