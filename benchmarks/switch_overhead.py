@@ -25,10 +25,9 @@ from torch.utils.data import DataLoader
 
 from lightning_sfn import SwitchToSFN
 from lightning_sfn.experiments.autoencoder import Autoencoder
-from lightning_sfn.newton import krylov, step
+from lightning_sfn.newton import krylov, optimizer, outer_step, step
 from lightning_sfn.newton.curvature import HessianOperator
 from lightning_sfn.newton.objective import Objective
-from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.trainer.window import WindowedNewton
 
 CASES, BATCH = 5000, 100
@@ -175,12 +174,13 @@ def after() -> dict[str, Any]:
     clock = Clock()
     places = [
         (WindowedNewton, "_newton_step", "remainder"),
-        (SaddleFreeNewton, "_outer_step", "subspace algebra"),
+        (optimizer, "take_outer_step", "subspace algebra"),
         (krylov, "fill_basis", "reorthogonalisation"),
         (krylov._Extension, "add", "reorthogonalisation"),
         (HessianOperator, "_matvec", "Hessian-vector products"),
         (HessianOperator, "_build", "Hessian-vector products"),
         (step, "gradient_of", "gradients"),
+        (outer_step, "gradient_of", "gradients"),
         (Objective, "value", "trial losses"),
     ]
     undo = [clock.wrap(*place) for place in places]

@@ -42,11 +42,13 @@ class Rows(LightningDataModule):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_the_code_of_the_readme_runs(block: str, tmp_path: Path) -> None:
+def test_the_code_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 8}
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    trainer = partial(Trainer, default_root_dir=tmp_path, log_every_n_steps=1, num_sanity_val_steps=0, **quiet)
+    monkeypatch.setattr("pytorch_lightning.Trainer", trainer)
     namespace = {
-        "Trainer": partial(Trainer, default_root_dir=tmp_path, log_every_n_steps=1, num_sanity_val_steps=0, **quiet),
+        "Trainer": trainer,
         "datamodule": Rows(),
         "inputs": torch.randn(20, 3),
         "targets": torch.randn(20, 2),
@@ -56,6 +58,12 @@ def test_the_code_of_the_readme_runs(block: str, tmp_path: Path) -> None:
     exec(block, namespace)
     if "trainer" in namespace and "trainer.fit" in block:
         assert namespace["trainer"].callback_metrics["train_loss"] < 10  # type: ignore[attr-defined]
+
+
+def test_the_readme_fits_three_screens() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 3 * 45
+    assert all(len(line) <= 120 or line.startswith("| ") for line in lines)
 
 
 def test_every_seed_of_the_main_recipe_escaped() -> None:

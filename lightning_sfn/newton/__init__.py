@@ -1,8 +1,8 @@
 """Saddle-free Newton in plain torch: nothing here knows Lightning.
 
 Read in this order: `objective` (a loss as one fixed function), `curvature` (gradient and Hessian-vector products of
-it), `krylov` (a subspace from those products), `trust_region` and `damping` (a step from the subspace), `step`
-(Algorithm 1), `optimizer` (the class that keeps the books).
+it), `krylov` (a subspace from those products), `trust_region` and `damping` (a step from the subspace), `step` (the
+parts of a step), `outer_step` (Algorithm 1 from them), `optimizer` (the class that keeps the books).
 """
 
 from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator

@@ -82,6 +82,12 @@ class Objective:
         """See the class."""
         if not closures:
             raise ObjectiveError("An objective needs at least one closure, but none was given.")
+        for closure in closures:
+            if not callable(closure):
+                raise ObjectiveError(
+                    f"The loss was given as a {type(closure).__name__}, but a function that computes it is expected, "
+                    "since it is evaluated again and again: write lambda: loss_fn(model(inputs), targets)."
+                )
         weights = [1.0] * len(closures) if weights is None else [float(w) for w in weights]
         if len(weights) != len(closures) or any(not math.isfinite(w) or w <= 0 for w in weights):
             raise ObjectiveError(

@@ -1,6 +1,5 @@
-r"""`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`."""
+"""`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`: options, bookkeeping and state."""
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,29 +10,28 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.basis import BasisName, BasisStore, check_basis
+from lightning_sfn.newton.carried import Carried, moved_to
 from lightning_sfn.newton.coordinates import make_preconditioner
-from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
+from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.kronecker import KroneckerFactors
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
+from lightning_sfn.newton.options import require_at_least, require_positive_or_none, require_whole, resolve_krylov_dim
+from lightning_sfn.newton.outer_step import Descent, Losses, Search, take_outer_step
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.shortage import is_out_of_memory
-from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
+from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.newton.trust_region import trust_region as find_trust_region
 
 __all__ = ["Driver", "SaddleFreeNewton"]
 
-_DEFAULT_KRYLOV_DIM = 16
-_DEFAULT_IN_KRONECKER_COORDINATES = 4  # the factors know most of what further vectors would tell
-_BENT = 0.1  # negative curvature, in largest positive ones, from which further Lanczos vectors pay
 _SMALL_BUDGET = 2**24  # bytes of kept graphs that are not worth a further try
-_SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
 
 
 class Driver(Protocol):
@@ -123,41 +121,34 @@ class SaddleFreeNewton(Optimizer):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        _check_range("lr", lr, minimum=0.0)
-        _check_range("inner_steps", inner_steps, minimum=1)
-        if int(inner_steps) != inner_steps:
-            raise ValueError(f"inner_steps is {inner_steps}, but a whole number of at least 1 is expected.")
-        _check_range("exploration", exploration, minimum=0.0)
-        for name, bound in (("max_grad_norm", max_grad_norm), ("max_step_norm", max_step_norm)):
-            if bound is not None and not bound > 0:
-                raise ValueError(f"{name} is {bound}, but a positive number or None is expected.")
+        require_at_least("lr", lr, 0.0)
+        require_whole("inner_steps", inner_steps, 1)
+        require_at_least("exploration", exploration, 0.0)
+        require_positive_or_none("max_grad_norm", max_grad_norm)
+        require_positive_or_none("max_step_norm", max_step_norm)
         check_curvature(curvature, hvp)
         self.basis, self.basis_dtype = basis, check_basis(basis, basis_dtype, basis_device)
         self.basis_device = None if basis_device is None else torch.device(basis_device)
         super().__init__(params, {"lr": lr})
         for group in self.param_groups:
-            _check_range("lr", float(group["lr"]), minimum=0.0)
+            require_at_least("lr", float(group["lr"]), 0.0)
         self._parameters = FlatParameters.of_groups(self.param_groups)
         if preconditioner == "auto":
             preconditioner = None if krylov_dim == "full" else "diagonal"
         self.preconditioner = make_preconditioner(preconditioner)
         self._chooses_dim = krylov_dim is None and isinstance(self.preconditioner, KroneckerFactors)
-        self._bent = True  # whether the last subspace showed much negative curvature
-        self.krylov_dim = _resolve_krylov_dim(krylov_dim, self._parameters.size, self.preconditioner)
+        self.krylov_dim = resolve_krylov_dim(krylov_dim, self._parameters.size, self.preconditioner)
         self.inner_steps = inner_steps
         self.damping = make_damping(damping)
         self.trust_region = find_trust_region(trust_region)
         self.curvature: CurvatureName = curvature
         self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
         self._processes, self._check_ranks = processes, check_ranks
-        self.memory = StepMemory(previous_directions, secants=secants)
+        self._carried = Carried(StepMemory(previous_directions, secants=secants))
         self.exploration = exploration
         self.hvp: ProductMethod = hvp
         self._budget = GraphBudget(graph_bytes)
         self._generator = torch.Generator(self._parameters.device).manual_seed(seed)
-        self._escape: Tensor | None = None  # the last most negative Ritz vector, in parameter coordinates
-        self._expected: tuple[float, float] | None = None  # loss after the last step, and how far it may be off
-        self._checked = False
         self._driver: Driver | None = None
         self.last_step: StepRecord | None = None
 
@@ -255,25 +246,28 @@ class SaddleFreeNewton(Optimizer):
                 fewer Lanczos vectors.
         """
         parameters = self._current_parameters()
-        if not self._checked:
+        if not self._carried.checked:
             self._require_same_model(parameters)
+        losses = Losses(objective, curvature or objective, trial or objective, same_function, loss_and_gradient)
+        search = Search(self.damping, self.inner_steps)
         origin = parameters.read()
         while True:
             try:
                 with torch.no_grad():
-                    record = self._outer_step(
+                    record = take_outer_step(
                         parameters,
-                        objective,
-                        curvature or objective,
-                        trial or objective,
-                        loss_and_gradient,
-                        same_function,
+                        losses,
+                        self.operator(losses.curvature, parameters),
+                        self._descent(parameters),
+                        search,
+                        self._carried,
+                        self._store(),
                     )
                     self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
                 break
             except BaseException as error:
                 parameters.write(origin)
-                self.memory.abandon()
+                self._carried.memory.abandon()
                 # Other processes would go on without the repeated products, and wait for what never comes.
                 if objective.is_shared or not (is_out_of_memory(error) and self._economise()):
                     raise
@@ -303,113 +297,12 @@ class SaddleFreeNewton(Optimizer):
         )
         return True
 
-    def _outer_step(
-        self,
-        parameters: FlatParameters,
-        objective: Objective,
-        curvature: Objective,
-        trial: Objective,
-        loss_and_gradient: tuple[float, Tensor] | None,
-        same_function: bool | None,
-    ) -> StepRecord:
-        operator = self.operator(curvature, parameters)
-        try:
-            if loss_and_gradient is None:  # the graphs of the products give the gradient too, where they are the same
-                same = curvature is objective
-                loss_and_gradient = operator.loss_and_gradient() if same else gradient_of(objective, parameters)
-            loss, gradient = loss_and_gradient
-            _require_finite(objective, loss, gradient)
-            around = TrialLoss.at(trial, objective, parameters, loss, gradient)
-            if not self._checked:
-                trial.require_repeatable(around.offset)
-                self._checked = True
-            self._complete_secant(loss, gradient, same_function)
-            self.preconditioner.refresh(operator, self._generator)
-            space = build_subspace(
-                operator,
-                clip(gradient, self.max_grad_norm),
-                krylov_dim=1 if self._chooses_dim and not self._bent else self.krylov_dim,
-                preconditioner=self.preconditioner,
-                memory=self.memory,
-                seed=self._start_seed(parameters),
-                generator=self._generator,
-                store=self._store(),
-            )
-        finally:
-            operator.close()
-        if not bool(torch.isfinite(space.projected).all()):
-            curvature.require_sound(space.projected)
-            raise FloatingPointError(
-                "A Hessian-vector product is not finite at the present parameters, so no step is tried: look for norms "
-                "and square roots at zero in the model."
-            )
-        lowest, highest = (self.preconditioner.scale(space.ritz_vector(index)) for index in (0, -1))
-        self._escape = lowest
-        self._bent = bool(space.eigenvalues[0] < -_BENT * space.eigenvalues[-1])
-        record = StepRecord(
-            loss_before=loss,
-            loss_after=loss,
-            gradient_norm=float(norm(gradient)),
-            # Rayleigh quotients in the parameters' own coordinates, whatever the preconditioner.
-            lambda_min=float(space.eigenvalues[0] / norm(lowest).cpu().square()),
-            lambda_max=float(space.eigenvalues[-1] / norm(highest).cpu().square()),
-            subspace_dim=len(space),
-            products=operator.products,
-            gradients=1,
-            unfactored=self.preconditioner.unfactored,
-        )
-        model = SubspaceModel(
-            space, self.preconditioner, self.trust_region, self._learning_rates(parameters), self.max_step_norm
-        )
-        record = self._inner_steps(model, parameters, objective, around, gradient, record)
-        # An estimate from trial data is off by a share of the decrease; another batch moves the loss by more.
-        slack = 0.0 if trial is objective else 0.25 * (record.loss_before - record.loss_after)
-        self._expected = (record.loss_after, slack)
-        return record
-
-    def _inner_steps(
-        self,
-        model: SubspaceModel,
-        parameters: FlatParameters,
-        objective: Objective,
-        trial: TrialLoss,
-        gradient: Tensor,
-        record: StepRecord,
-    ) -> StepRecord:
-        """Algorithm 1's inner loop: fresh gradients, one Hessian; ends at the first step that is not taken."""
-        before, origin = record, parameters.read()
-        for inner in range(self.inner_steps):
-            if inner > 0:
-                loss, gradient = gradient_of(objective, parameters, far=True)
-                spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)
-                if not (loss < before.loss_after and bool(torch.isfinite(gradient).all())):
-                    # The trial data promised a decrease that the objective does not show: take the step back.
-                    parameters.write(origin)
-                    self.memory.abandon()
-                    self.damping.feedback(accepted=False, reduction_ratio=0.0)
-                    return spent
-                record = replace(record, gradients=spent.gradients)
-                self.memory.complete(self._store().local(gradient))
-                trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
-                record = replace(record, loss_after=loss)
-                before, origin = record, parameters.read()
-            record, step = take_inner_step(
-                model,
-                clip(gradient, self.max_grad_norm),
-                parameters=parameters,
-                trial=trial,
-                damping=self.damping,
-                record=record,
-            )
-            if step is None:
-                if inner == 0:
-                    self.memory.clear()  # what the memory says has led nowhere
-                    trial.objective.require_repeatable(trial.offset)
-                break
-            self.memory.record(self._store().local(step), self._store().local(gradient))
-        return record
-
     # ------------------------------------------------------------------------------------------------ parts of a step
+
+    @property
+    def memory(self) -> StepMemory:
+        """The remembered steps."""
+        return self._carried.memory
 
     def operator(self, objective: Objective, parameters: FlatParameters) -> CurvatureOperator:
         """The curvature operator that this optimizer's options name.
@@ -427,40 +320,22 @@ class SaddleFreeNewton(Optimizer):
         """The parameters that require gradients now; what belongs to another set of them is forgotten."""
         parameters = FlatParameters.of_groups(self.param_groups)
         if [id(p) for p in parameters.tensors] != [id(p) for p in self._parameters.tensors]:
-            self.memory.clear()
+            self._carried.forget()
             self.preconditioner.reset()
-            self._escape, self._bent = None, True
         self._parameters = parameters
         return parameters
 
-    def _learning_rates(self, parameters: FlatParameters) -> float | Tensor:
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) == 1:
-            return rates.pop()
-        rate_of = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        return parameters.flatten([torch.full_like(p, rate_of[id(p)]) for p in parameters.tensors])
-
-    def _start_seed(self, parameters: FlatParameters) -> Tensor | None:
-        """What is mixed into the unit start vector: a random direction and the last escape direction."""
-        if self.exploration == 0.0:
-            return None
-        noise = torch.randn(
-            parameters.size, dtype=parameters.dtype, device=parameters.device, generator=self._generator
+    def _descent(self, parameters: FlatParameters) -> Descent:
+        return Descent(
+            krylov_dim=1 if self._chooses_dim and not self._carried.bent else self.krylov_dim,
+            preconditioner=self.preconditioner,
+            rule=self.trust_region,
+            exploration=self.exploration,
+            generator=self._generator,
+            learning_rates=parameters.learning_rates(self.param_groups),
+            max_grad_norm=self.max_grad_norm,
+            max_step_norm=self.max_step_norm,
         )
-        seed = noise / norm(noise).to(noise.dtype)
-        if self._escape is not None:
-            escape = self.preconditioner.unscale(self._escape)
-            seed = seed + escape / norm(escape).to(escape.dtype)
-        return self.exploration * seed
-
-    def _complete_secant(self, loss: float, gradient: Tensor, same_function: bool | None) -> None:
-        """Gives the last step its gradient difference, unless the function has changed since."""
-        if same_function is None and self._expected is not None:
-            after, slack = self._expected
-            same_function = abs(loss - after) <= max(slack, _SAME_LOSS * abs(after))
-        if not same_function:
-            self.memory.abandon()
-        self.memory.complete(self._store().local(gradient))
 
     # ------------------------------------------------------------------------------------------------ processes
 
@@ -474,7 +349,7 @@ class SaddleFreeNewton(Optimizer):
         before = self._store()
         self._processes = processes
         size, after = self._parameters.size, self._store()
-        self.memory = self.memory.mapped(lambda part: after.local(before.whole(part, size)))
+        self._carried.memory = self.memory.mapped(lambda part: after.local(before.whole(part, size)))
 
     def _store(self) -> BasisStore:
         parameters, sharded = self._parameters, self.basis == "sharded"
@@ -521,15 +396,11 @@ class SaddleFreeNewton(Optimizer):
         store, size = self._store(), self._parameters.size
         shared_out = self.basis == "sharded" and self._processes is not None
         whole = self.memory.mapped(lambda part: store.whole(part, size).cpu()) if shared_out else self.memory
-        state["newton"] = {
+        state["newton"] = replace(self._carried, memory=whole).state_dict() | {
             "damping": self.damping.value,
-            "memory": whole.state_dict(),
             "preconditioner": self.preconditioner.state_dict(),
-            "escape": self._escape,
-            "bent": self._bent,
             "generator": self._generator.get_state(),
             "layout": [list(shape) for shape in self._parameters.layout],
-            "expected": self._expected,
         }
         return state
 
@@ -553,56 +424,6 @@ class SaddleFreeNewton(Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "newton"})
         device = self._parameters.device
         self.damping.value = newton["damping"]
-        self.memory.load_state_dict(_to_device(newton["memory"], device))
-        self.memory = self.memory.mapped(self._store().local)
-        self.preconditioner.load_state_dict(_to_device(newton["preconditioner"], device))
-        self._escape = _to_device(newton["escape"], device)
-        self._bent = newton["bent"]
+        self.preconditioner.load_state_dict(moved_to(device, newton["preconditioner"]))
+        self._carried.load_state_dict(newton, self._store(), device)
         self._generator.set_state(newton["generator"].cpu())
-        self._expected = newton["expected"]
-
-
-def _resolve_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int, coordinates: Preconditioner) -> int | None:
-    """The number of Lanczos vectors; ``None`` for the whole space."""
-    if krylov_dim is None:
-        factored = isinstance(coordinates, KroneckerFactors)
-        return min(_DEFAULT_IN_KRONECKER_COORDINATES if factored else _DEFAULT_KRYLOV_DIM, size)
-    if krylov_dim == "full":
-        return None
-    if not isinstance(krylov_dim, int) or isinstance(krylov_dim, bool) or krylov_dim < 1:
-        raise ValueError(f"krylov_dim is {krylov_dim!r}, but a positive integer, 'full' or None is expected.")
-    if krylov_dim > size:
-        raise ValueError(
-            f"krylov_dim is {krylov_dim}, but there are only {size} trainable parameters: use at most that, or 'full'."
-        )
-    return krylov_dim
-
-
-def _check_range(name: str, value: float, *, minimum: float) -> None:
-    if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= minimum):
-        raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
-
-
-def _require_finite(objective: Objective, loss: float, gradient: Tensor) -> None:
-    objective.require_sound(gradient if math.isfinite(loss) else torch.tensor(loss))
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"The loss is {loss} at the present parameters, so no step is tried: go back to a checkpoint with a finite "
-            "loss, or lower the learning rate that led here."
-        )
-    if not bool(torch.isfinite(gradient).all()):
-        raise FloatingPointError(
-            "The gradient is not finite at the present parameters, so no step is tried: look for square roots, norms "
-            "and logarithms at zero in the loss."
-        )
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Moves the tensors inside lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_device(item, device) for item in value)
-    return value

@@ -33,6 +33,11 @@ class FlatParameters:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         """See the class."""
+        if isinstance(parameters, torch.nn.Module):
+            raise ValueError(
+                f"The parameters were given as a module ({type(parameters).__name__}), but tensors are expected: pass "
+                "its parameters(), as in model.parameters()."
+            )
         self.tensors: tuple[Tensor, ...] = tuple({id(p): p for p in parameters if p.requires_grad}.values())
         if not self.tensors:
             raise ValueError(
@@ -54,6 +59,21 @@ class FlatParameters:
             groups: The groups, as ``optimizer.param_groups`` holds them.
         """
         return cls(parameter for group in groups for parameter in group["params"])
+
+    def learning_rates(self, groups: Iterable[dict[str, Any]]) -> float | Tensor:
+        """The learning rates of parameter groups.
+
+        Args:
+            groups: The groups that hold the parameters, each with its ``lr``.
+
+        Returns:
+            The one learning rate, or a vector of shape ``(n,)`` where groups differ.
+        """
+        rate_of = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        rates = {rate_of[id(p)] for p in self.tensors}
+        if len(rates) == 1:
+            return rates.pop()
+        return self.flatten([torch.full_like(p, rate_of[id(p)]) for p in self.tensors])
 
     def _check(self) -> None:
         devices = sorted({str(p.device) for p in self.tensors})

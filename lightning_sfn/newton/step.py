@@ -1,6 +1,6 @@
-"""One outer iteration of Algorithm 1: a subspace, the Hessian in it, and a few damped steps with fresh gradients.
+"""The parts of a step: the subspace, its quadratic model, trial losses, and one damped step in the subspace.
 
-`SaddleFreeNewton` keeps the books; what happens to the numbers is here.
+`outer_step` puts them together.
 """
 
 import math
@@ -144,6 +144,7 @@ class SubspaceModel:
         rule: How eigenvalues scale the gradient.
         learning_rates: A number, or a vector of shape ``(n,)`` where parameter groups differ.
         max_step_norm: Bound on the norm of each inner step, in parameter units.
+        max_grad_norm: Bound on the norm of each gradient.
     """
 
     space: KrylovSubspace
@@ -151,6 +152,7 @@ class SubspaceModel:
     rule: TrustRegion
     learning_rates: float | Tensor
     max_step_norm: float | None
+    max_grad_norm: float | None = None
 
     @property
     def scale(self) -> float:
@@ -172,7 +174,7 @@ class SubspaceModel:
         Returns:
             Coordinates of shape ``(k,)``, float64.
         """
-        coordinates = self.space.coordinates(self.preconditioner.scale(gradient))
+        coordinates = self.space.coordinates(self.preconditioner.scale(clip(gradient, self.max_grad_norm)))
         lowest = float(self.space.eigenvalues[0])
         precision = torch.finfo(gradient.dtype).eps
         if not self.rule.uses_negative_curvature or lowest >= -100 * precision * self.scale:
@@ -311,7 +313,7 @@ def take_inner_step(
 
     Args:
         model: The subspace model.
-        gradient: The gradient at the present parameters, clipped as wanted, shape ``(n,)``.
+        gradient: The gradient at the present parameters, shape ``(n,)``.
         parameters: The parameters; changed only if the step is taken, else left bit for bit.
         trial: The loss around the present parameters.
         damping: How the damping is chosen.

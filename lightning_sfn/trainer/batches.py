@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.utilities.data import extract_batch_size
@@ -12,12 +12,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
-from lightning_sfn.trainer.replay import RecordedStep
+from lightning_sfn.trainer.recording import RecordedStep
 
-__all__ = ["BatchWeights", "Batches", "Reduction", "cases_of", "check_reduction"]
-
-Reduction = Literal["mean", "samples"]
-"""How batches of several processes are averaged: each process counts alike (as in DDP), or each case."""
+__all__ = ["BatchWeights", "Batches", "cases_of"]
 
 
 class BatchWeights(NamedTuple):
@@ -107,19 +104,6 @@ class Batches:
             state["loss"],
             state["even"],
         )
-
-
-def check_reduction(reduction: str) -> None:
-    """Checks the name of a reduction.
-
-    Args:
-        reduction: ``"mean"`` or ``"samples"``.
-
-    Raises:
-        MisconfigurationException: It is neither.
-    """
-    if reduction not in get_args(Reduction):
-        raise MisconfigurationException(f"reduction is {reduction!r}, but 'mean' or 'samples' is expected.")
 
 
 def cases_of(step: RecordedStep) -> float:

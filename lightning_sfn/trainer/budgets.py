@@ -1,12 +1,15 @@
-"""Data budgets: how much of a window's data each ingredient of a Newton step sees."""
+"""Data budgets: how much of a window's data each ingredient of a Newton step sees, and what each batch counts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-__all__ = ["DataBudgets"]
+__all__ = ["DataBudgets", "Reduction"]
+
+Reduction = Literal["mean", "samples"]
+"""How batches of several processes are averaged: each process counts alike (as in DDP), or each case."""
 
 _FEWEST = 4  # batches of a part: with fewer, one odd batch decides about a step
 
@@ -25,6 +28,9 @@ class DataBudgets:
             a ten-thousandth, and halve (down to the values above) after any other.
         hold: Whether the first whole window is kept, and every later loader batch brings one step on it ("everything,
             held": for data that fits into memory several times over).
+        reduction: ``"mean"`` is the mean over processes and accumulated batches of their means, as in Lightning;
+            ``"samples"`` the mean over all cases. The two differ where batches do in size; then ``"samples"`` costs one
+            more gradient, since Lightning's is that of the other objective.
 
     Raises:
         MisconfigurationException: A value is out of range.
@@ -35,6 +41,7 @@ class DataBudgets:
     trial_fraction: float = 0.1
     adaptive: bool = True
     hold: bool = False
+    reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -48,6 +55,8 @@ class DataBudgets:
             share = getattr(self, name)
             if not 0 < share <= 1:
                 raise MisconfigurationException(f"{name} is {share}, but a share above 0 and up to 1 is expected.")
+        if self.reduction not in get_args(Reduction):
+            raise MisconfigurationException(f"reduction is {self.reduction!r}, but 'mean' or 'samples' is expected.")
 
     @property
     def largest_growth(self) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from lightning_sfn.newton.randomness import RandomState
-from lightning_sfn.trainer.replay import RecordedStep
+from lightning_sfn.trainer.recording import RecordedStep
 
 __all__ = ["pack_steps", "unpack_steps"]
 

@@ -15,11 +15,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.batches import Reduction, check_reduction
-from lightning_sfn.trainer.budgets import DataBudgets
-from lightning_sfn.trainer.replay import RecordedStep, own_containers
+from lightning_sfn.trainer.budgets import DataBudgets, Reduction
+from lightning_sfn.trainer.recording import RecordedStep, own_containers
+from lightning_sfn.trainer.step_log import log_step
 from lightning_sfn.trainer.support import require_differentiable
-from lightning_sfn.trainer.takeover import log_step
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SaddleFreeNewtonMixin"]
@@ -92,12 +91,10 @@ class SaddleFreeNewtonMixin(LightningModule):
         """See the class."""
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
-        check_reduction(reduction)
         for name, bound in (("max_grad_norm", max_grad_norm), ("max_step_norm", max_step_norm)):
             if bound is not None and not bound > 0:
                 raise MisconfigurationException(f"{name} is {bound}, but a positive number or None is expected.")
-        self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
-        self._reduction: Reduction = reduction
+        self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._bounds = {"max_grad_norm": max_grad_norm, "max_step_norm": max_step_norm}
         self._scheduler_monitor = scheduler_monitor
         self._drivers: list[_ManualNewton] = []
@@ -220,6 +217,13 @@ class SaddleFreeNewtonMixin(LightningModule):
 
     def _prepare(self) -> None:
         trainer, who = self.trainer, type(self).__name__
+        own = type(self)
+        if (own.objective, own.objectives) == (SaddleFreeNewtonMixin.objective, SaddleFreeNewtonMixin.objectives):
+            replaced = own.training_step is not SaddleFreeNewtonMixin.training_step
+            raise MisconfigurationException(
+                f"{who} defines no objective(batch) that returns the loss: "
+                + ("rename its training_step, which takes the place of the mixin's." if replaced else "define it.")
+            )
         require_differentiable(trainer, self, who)
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
@@ -252,7 +256,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         for name, bound in self._bounds.items():
             if bound is not None:
                 setattr(optimizer, name, bound)
-        driver = _ManualNewton(trainer, self, optimizer, self._budgets, self._reduction, index)
+        driver = _ManualNewton(trainer, self, optimizer, self._budgets, index)
         optimizer.attach(driver)
         return driver
 
@@ -266,7 +270,6 @@ class _ManualNewton(WindowedNewton):
         module: LightningModule,
         optimizer: SaddleFreeNewton,
         budgets: DataBudgets,
-        reduction: Reduction,
         index: int,
     ) -> None:
         super().__init__(
@@ -274,7 +277,6 @@ class _ManualNewton(WindowedNewton):
             module,
             optimizer,
             budgets,
-            reduction=reduction,
             on_step=lambda record: setattr(self, "last_record", record),
         )
         self._recorder.detach()

@@ -57,8 +57,8 @@ class PlateauWatch(EarlyStopping):
         check_every_n_steps: int | None,
     ) -> None:
         """See the class."""
-        if patience < 1:
-            raise MisconfigurationException(f"patience is {patience}, but a positive number of checks is expected.")
+        if not isinstance(patience, int) or patience < 1:
+            raise MisconfigurationException(f"patience is {patience!r}, but a positive number of checks is expected.")
         if min_delta < 0:
             raise MisconfigurationException(f"min_delta is {min_delta}, but a number of zero or more is expected.")
         if min_delta_mode not in ("abs", "rel"):

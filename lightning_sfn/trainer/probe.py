@@ -22,7 +22,8 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_o
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
-from lightning_sfn.trainer.replay import RecordedStep, processes_of, replay_closure
+from lightning_sfn.trainer.recording import RecordedStep
+from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
 
 __all__ = ["Probe", "ProbeBatches", "step_arguments"]

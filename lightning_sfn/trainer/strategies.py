@@ -13,30 +13,38 @@ from torch.optim.optimizer import Optimizer
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
-from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.batches import Reduction, check_reduction
-from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
+from lightning_sfn.trainer.step_log import StepLog
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_step, make_newton
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
 
 
 class _NewtonStrategy(NamesMisplacedOptions, Strategy):
-    """What both strategies add to Lightning's: a Newton optimizer in the place of the module's."""
+    """What both strategies add to Lightning's, with their options: a Newton optimizer in the place of the module's."""
 
-    _make_optimizer: OptimizerFactory
-    _budgets: DataBudgets
-    _reduction: Reduction
-    _driver: WindowedNewton | None = None
-    _hooks: "_Hooks | None" = None
-
-    def _configure_newton(self, optimizer: OptimizerFactory, budgets: DataBudgets, reduction: Reduction) -> None:
-        check_reduction(reduction)
-        self._make_optimizer, self._budgets, self._reduction = optimizer, budgets, reduction
+    def __init__(
+        self,
+        optimizer: OptimizerFactory = SaddleFreeNewton,
+        *,
+        gradient_batches: int | Literal["epoch"] = "epoch",
+        curvature_fraction: float = 0.1,
+        trial_fraction: float = 0.1,
+        adaptive: bool = True,
+        hold: bool = False,
+        reduction: Reduction = "mean",
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(**options)
+        self._make_optimizer = optimizer
+        self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
+        self._driver: WindowedNewton | None = None
+        self._hooks: _Hooks | None = None
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Lets the module make its optimizer, and puts Newton's in its place (unless it is one already)."""
@@ -65,9 +73,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             newton,
             self._budgets,
             weight_decay=[] if newton is base else coupled_decay(base),
-            reduction=self._reduction,
-            before_step=lambda: None,
-            on_step=self._hooks.note,
+            on_step=self._hooks.steps.note,
         )
         newton.attach(self._driver)
         self.optimizers = [newton]
@@ -114,27 +120,19 @@ class _Hooks(Callback):
 
     def __init__(self) -> None:
         self.driver: WindowedNewton | None = None
-        self._unlogged: StepRecord | None = None
-
-    def note(self, record: StepRecord) -> None:
-        self._unlogged = record
+        self.steps = StepLog()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.gradient_clip_val and self.driver is not None:
             self.driver.note_gradient()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._log(trainer, pl_module)
+        self.steps.flush(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.driver is not None:
             self.driver.end_epoch()
-        self._log(trainer, pl_module)
-
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        record, self._unlogged = self._unlogged, None
-        if record is not None:
-            log_step(trainer, module, record)
+        self.steps.flush(trainer, pl_module)
 
 
 class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
@@ -161,23 +159,6 @@ class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
     """
 
     strategy_name = "sfn"
-
-    def __init__(
-        self,
-        optimizer: OptimizerFactory = SaddleFreeNewton,
-        *,
-        gradient_batches: int | Literal["epoch"] = "epoch",
-        curvature_fraction: float = 0.1,
-        trial_fraction: float = 0.1,
-        adaptive: bool = True,
-        hold: bool = False,
-        reduction: Reduction = "mean",
-        **options: Any,
-    ) -> None:
-        """See the class."""
-        super().__init__(**options)
-        budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
-        self._configure_newton(optimizer, budgets, reduction)
 
     @property
     def parallel_devices(self) -> list[torch.device]:
@@ -216,23 +197,6 @@ class SFNDDPStrategy(_NewtonStrategy, DDPStrategy):
     Raises:
         MisconfigurationException: An argument is out of its range, or the ranks hold different models.
     """
-
-    def __init__(
-        self,
-        optimizer: OptimizerFactory = SaddleFreeNewton,
-        *,
-        gradient_batches: int | Literal["epoch"] = "epoch",
-        curvature_fraction: float = 0.1,
-        trial_fraction: float = 0.1,
-        adaptive: bool = True,
-        hold: bool = False,
-        reduction: Reduction = "mean",
-        **options: Any,
-    ) -> None:
-        """See the class."""
-        super().__init__(**options)
-        budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
-        self._configure_newton(optimizer, budgets, reduction)
 
     def configure_ddp(self) -> None:
         """Compares the ranks' models before DDP does, which waits for ranks that do not answer."""

@@ -1,20 +1,9 @@
 """What `SwitchToSFN` and `HessianSpectrum` cannot work with, said before training starts."""
 
-import math
-from typing import Any
-
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
-
-from lightning_sfn.newton.diagnosis import CurvatureError
-from lightning_sfn.newton.objective import Objective, ObjectiveError
-from lightning_sfn.newton.optimizer import SaddleFreeNewton
-from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.shortage import is_out_of_memory
-from lightning_sfn.trainer.replay import Isolation, RecordedStep, evaluate
 
 __all__ = [
     "is_dry_run",
@@ -23,7 +12,6 @@ __all__ = [
     "require_metrics",
     "require_one_optimizer",
     "require_replayable",
-    "require_second_derivatives",
 ]
 
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -121,45 +109,6 @@ def require_metrics(trainer: Trainer, who: str) -> None:
             f"{who} watches a logged metric, but Trainer(barebones=True) logs nothing: leave barebones out, or say "
             "when to switch with switch_at_epoch or switch_at_step."
         )
-
-
-def require_second_derivatives(
-    trainer: Trainer, module: LightningModule, newton: SaddleFreeNewton, recorded: RecordedStep, who: str
-) -> None:
-    """Rehearses what a Newton step does on one batch, so that a run does not fail hours later, at its plateau.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        newton: The optimizer that a switch would use.
-        recorded: The step of one batch.
-        who: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: A replay gives another loss each time, or an operation has no second derivative.
-    """
-    parameters = FlatParameters.of_groups(newton.param_groups)
-    with Isolation(trainer, module) as isolation, torch.no_grad():
-
-        def closure() -> Any:
-            isolation.rewind()
-            recorded.random_state.restore()
-            return evaluate(module, recorded, with_output=newton.curvature != "hessian")
-
-        objective = Objective([closure], self_seeding=True)
-        try:
-            operator = newton.operator(objective, parameters)
-            operator.matvec(parameters.read())
-            operator.close()
-            loss = objective.value()
-            if math.isfinite(loss):
-                objective.require_repeatable(loss)
-        except (CurvatureError, ObjectiveError) as error:
-            if not is_out_of_memory(error):
-                raise MisconfigurationException(f"{who} cannot replay training_step. {error}") from error
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
 
 
 def is_dry_run(trainer: Trainer) -> bool:

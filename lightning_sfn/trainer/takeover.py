@@ -1,24 +1,20 @@
-"""What callback and strategies share when a Newton optimizer takes the place of a module's own."""
+"""The Newton optimizer that takes the place of a module's own, as callback and strategies make it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
-from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.support import require_curvature
 
-__all__ = ["OptimizerFactory", "coupled_decay", "log_metrics", "log_step", "make_newton"]
+__all__ = ["OptimizerFactory", "coupled_decay", "make_newton"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Makes an optimizer from parameter groups: `SaddleFreeNewton` itself, or a `functools.partial` of it."""
-
-_LOGGED = ("loss_before", "loss_after", "damping", "step_norm", "lambda_min", "lambda_max", "accepted", "products")
 
 
 def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFreeNewton:
@@ -67,30 +63,3 @@ def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:
         return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
 
     return [(group["params"], decay(group)) for group in optimizer.param_groups]
-
-
-def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, prefix: str = "sfn") -> None:
-    """Logs a Newton step as ``sfn/loss_before`` and so on: at its step to loggers, as a mean to the progress bar.
-
-    Args:
-        trainer: The Trainer.
-        module: The module that logs; it must be in a hook that may.
-        record: The step.
-        prefix: What the names begin with.
-    """
-    if trainer.barebones:
-        return
-    metrics = {f"{prefix}/{name}": float(getattr(record, name)) for name in _LOGGED}
-    log_metrics(trainer, metrics)
-    module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
-
-
-def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Writes numbers to all loggers at the present step.
-
-    Args:
-        trainer: The Trainer.
-        metrics: The numbers by name.
-    """
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -23,9 +23,11 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.batches import Batches, BatchWeights, Reduction, cases_of
+from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
-from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, evaluate, is_mixed, processes_of
+from lightning_sfn.trainer.isolation import Isolation, is_mixed
+from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
+from lightning_sfn.trainer.replay import evaluate, processes_of
 
 __all__ = ["WindowedNewton"]
 
@@ -44,11 +46,8 @@ class WindowedNewton:
         trainer: The Trainer.
         module: The module.
         optimizer: The optimizer that now belongs to the Trainer.
-        budgets: How much data each ingredient sees.
+        budgets: How much data each ingredient sees, and what each batch counts.
         weight_decay: Pairs of parameters and weight decay; the penalty becomes part of the objective.
-        reduction: ``"mean"`` is the mean over processes and accumulated batches of their means, as in Lightning;
-            ``"samples"`` the mean over all cases. The two differ where batches do in size; then ``"samples"`` costs one
-            more gradient, since Lightning's is that of the other objective.
         before_step: Called before each Newton step, when its objectives are known.
         on_step: Called with the record of each Newton step.
         on_failure: Called with the error where a step was impossible (a number that is not finite, or no memory left
@@ -69,7 +68,6 @@ class WindowedNewton:
         budgets: DataBudgets,
         *,
         weight_decay: Sequence[tuple[Sequence[Tensor], float]] = (),
-        reduction: Reduction = "mean",
         before_step: Callable[[], None] = lambda: None,
         on_step: Callable[[StepRecord], None],
         on_failure: Callable[[Exception], None] | None = None,
@@ -78,7 +76,6 @@ class WindowedNewton:
         self._trainer, self._module, self._optimizer, self._budgets = trainer, module, optimizer, budgets
         self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
         self._before_step, self._on_step, self._on_failure = before_step, on_step, on_failure
-        self._by_cases = reduction == "samples"
         self._processes = optimizer.processes = processes_of(trainer)
         self._recorder = StepRecorder(trainer, module.device)
         self._window = Batches()
@@ -194,7 +191,7 @@ class WindowedNewton:
         totals, squares = self._sum([*cases, *(size**2 for size in cases)]).view(2, -1)
         batches = len(cases) * self._count
         mean = float(totals.sum()) / batches
-        if self._by_cases:
+        if self._budgets.reduction == "samples":
             even = batches * float(squares.sum()) == float(totals.sum()) ** 2
             return BatchWeights(cases, totals.tolist(), mean, even)
         # Gradients are averaged over processes and batches without weights.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.processes import Processes, ProcessMean
 
 
@@ -28,6 +29,17 @@ class HalfShare(ProcessMean):
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor * self.share
+
+
+class Reversing(BasisStore):
+    """Keeps vectors back to front: a way to keep them in parts that needs no other process."""
+
+    def local(self, vector: Tensor) -> Tensor:
+        return vector.flip(-1)
+
+    def whole(self, parts: Tensor, size: int) -> Tensor:
+        assert parts.shape[-1] == size
+        return parts.flip(-1)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,59 @@ def test_warm_follows_the_improvement(centre: float) -> None:
     assert centre / 4 <= choice.damping <= centre * 4
 
 
+def test_warm_goes_on_from_the_last_value() -> None:
+    strategy = WarmDamping()
+    strategy.value = 0.4
+    trials = Trials(well(0.4))
+    strategy.choose(trials, scale=1.0, baseline=1.0)
+    assert trials.calls == [pytest.approx([0.4, 0.1, 1.6])]
+
+
+@pytest.mark.parametrize(
+    ("losses", "asked"),
+    [
+        ({0.01: 0.9, 0.0025: 0.5, 0.04: 0.9, 0.000625: 0.2, 0.00015625: 0.1999}, [0.000625, 0.00015625]),
+        ({0.01: 0.9, 0.0025: 0.9, 0.04: 0.5, 0.16: 0.4751}, [0.16]),  # under a twentieth more
+        (
+            {0.01: 0.9, 0.0025: 0.9, 0.04: 0.5, 0.16: 0.4749, 0.64: 0.9},
+            [0.16, 0.64],
+        ),  # over a twentieth
+        ({0.01: 0.9, 0.0025: 0.9, 0.04: 0.5, 0.16: 0.7}, [0.16]),
+        ({0.01: 0.5, 0.0025: 0.9, 0.04: 0.9}, []),
+    ],
+    ids=["down", "too little", "enough", "worse", "middle"],
+)
+def test_warm_follows_by_factors_of_four_while_the_decrease_grows_by_a_twentieth(
+    losses: dict[float, float], asked: list[float]
+) -> None:
+    trials = Trials(lambda d: next(loss for known, loss in losses.items() if math.isclose(d, known)))
+    strategy = WarmDamping()
+    choice = strategy.choose(trials, scale=1.0, baseline=1.0)
+    assert [d for call in trials.calls[1:] for d in call] == pytest.approx(asked)
+    best = min(losses, key=losses.__getitem__)
+    assert (choice.damping, choice.loss, choice.trials) == (pytest.approx(best), losses[best], 3 + len(asked))
+    assert strategy.value == choice.damping
+
+
+def test_warm_asks_no_further_at_its_bounds() -> None:
+    for start, trend in ((1e-9, 1.0), (10.0, -1.0)):
+        strategy = WarmDamping()
+        strategy.value = start
+        trials = Trials(lambda d, trend=trend: trend * math.log(d) - 100)  # type: ignore[misc]
+        assert strategy.choose(trials, scale=1.0, baseline=1.0).damping == start
+        assert len(trials.calls) == 1
+
+
+def test_warm_rescues_by_factors_of_eight_up_to_its_bound() -> None:
+    """A loss that only equals the baseline is no improvement."""
+    trials = Trials(lambda d: 1.0)
+    strategy = WarmDamping()
+    choice = strategy.choose(trials, scale=1.0, baseline=1.0)
+    assert [call[0] for call in trials.calls[1:]] == pytest.approx([0.32, 2.56, 10.0])
+    assert choice.trials == len(trials.all) == 6
+    assert strategy.value == 10.0
+
+
 def test_warm_goes_up_until_a_loss_improves() -> None:
     trials = Trials(lambda d: 0.5 if d > 3.0 else 2.0)
     strategy = WarmDamping()
@@ -121,6 +174,22 @@ def test_levenberg_marquardt_follows_the_ratio(accepted: bool, ratio: float, fac
     strategy.feedback(accepted=accepted, reduction_ratio=ratio)
     assert strategy.choose(trials, scale=99.0, baseline=1.0).damping == pytest.approx(0.2 * factor)
     assert [len(call) for call in trials.calls] == [1, 1]
+
+
+@pytest.mark.parametrize(("scale", "start", "used"), [(1e-3, 1e-30, 1e-12), (1e-3, 1e30, 1e-2), (50.0, 1.0, 1.0)])
+def test_levenberg_marquardt_stays_within_its_bounds(scale: float, start: float, used: float) -> None:
+    strategy = LevenbergMarquardt()
+    strategy.value = start
+    choice = strategy.choose(Trials(well(1.0)), scale=scale, baseline=1.0)
+    assert (choice.damping, strategy.value, choice.trials) == (pytest.approx(used), pytest.approx(used), 1)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_levenberg_marquardt_keeps_the_damping_at_martens_bounds(ratio: float) -> None:
+    strategy = LevenbergMarquardt()
+    strategy.value = 1.0
+    strategy.feedback(accepted=True, reduction_ratio=ratio)
+    assert strategy.value == 1.0
 
 
 @pytest.mark.parametrize("strategy", ["warm", "grid"])
@@ -178,3 +247,9 @@ def test_names_numbers_and_strategies_are_understood() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^damping is 'hot', but one of 'grid', 'warm', .* is expected\.$"):
         make_damping("hot")
+
+
+@pytest.mark.parametrize("damping", [True, None, [1.0]])
+def test_what_is_neither_name_nor_number_is_refused(damping: object) -> None:
+    with pytest.raises(ValueError, match=r"^damping is .*, but a name or a positive number is expected\.$"):
+        make_damping(damping)  # type: ignore[arg-type]

@@ -191,6 +191,22 @@ def test_the_seed_alone_decides_the_probes() -> None:
     assert not torch.equal(nodes[0], nodes[2])
 
 
+def test_the_seed_decides_where_a_probe_exhausts_its_krylov_space() -> None:
+    """The identity takes one vector of each probe; what follows is drawn."""
+    again = []
+    for _ in range(2):
+        torch.randn(3)
+        again.append(density_of(torch.eye(9, dtype=torch.float64), 5, 2))
+    assert torch.equal(again[0].weights, again[1].weights)
+
+
+def test_two_probes_differ_by_twice_their_standard_error() -> None:
+    density = density_of(symmetric(20), 5, 2)
+    each = (density.nodes * density.weights).sum(1) * 20
+    assert density.trace[0] == pytest.approx(float(each.mean()))
+    assert density.trace[1] == pytest.approx(float((each[0] - each[1]).abs()) / 2)
+
+
 def test_products_that_are_not_finite_give_no_density() -> None:
     generator = torch.Generator().manual_seed(1)
     assert spectral_density(lambda v: v * torch.nan, torch.zeros(9), 4, 2, generator=generator) is None

@@ -114,3 +114,78 @@ def _output_of_another_forward_pass() -> tuple[Tensor, Tensor]:
 def test_a_loss_that_bypasses_the_output_is_refused(closure: object) -> None:
     with pytest.raises(ObjectiveError, match=r"^[^\n]*gauss_newton[^\n]*use curvature='hessian'[^\n]*\.$"):
         GaussNewtonOperator(Objective([closure]), [x]).matvec(torch.ones(3))  # type: ignore[list-item]
+
+
+def _faint_penalty() -> tuple[Tensor, Tensor]:
+    output = 2e-3 * x
+    return (output**2).sum() + 1e-7 * (x**2).sum(), output
+
+
+def _penalty_beside_a_steep_output() -> tuple[Tensor, Tensor]:
+    output = 100 * x
+    return (output**2).sum() + 1e-2 * (x**2).sum(), output
+
+
+def test_the_share_of_the_gradient_that_goes_another_way_counts() -> None:
+    """Of a gradient of length 1e-5 two and a half percent are too much; of one of 3e4 a millionth is rounding."""
+    with pytest.raises(ObjectiveError, match="part of its gradient goes another way"):
+        GaussNewtonOperator(Objective([_faint_penalty]), [x]).matvec(torch.ones(3))
+    product = GaussNewtonOperator(Objective([_penalty_beside_a_steep_output]), [x]).matvec(torch.ones(3))
+    torch.testing.assert_close(product, torch.full((3,), 2e4))
+
+
+def test_a_part_whose_output_does_not_move_leaves_the_others_alone() -> None:
+    a, b = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+
+    def part(y: Tensor) -> object:
+        return lambda: ((y**2).sum(), y)
+
+    parts = [part(a[:1] * 3), part(b + 0 * a.sum().detach()), part(a[1:] * 5)]
+    operator = GaussNewtonOperator(Objective(parts), [a, b])  # type: ignore[arg-type]
+    torch.testing.assert_close(operator.matvec(torch.tensor([1.0, 0.0, 0.0])), torch.tensor([6.0, 0.0, 0.0]))
+    torch.testing.assert_close(operator.matvec(torch.tensor([0.0, 1.0, 0.0])), torch.tensor([0.0, 50.0 / 3, 0.0]))
+    torch.testing.assert_close(operator.matvec(torch.tensor([0.0, 0.0, 1.0])), torch.tensor([0.0, 0.0, 2.0 / 3]))
+
+
+def test_a_linear_part_leaves_those_after_it_alone() -> None:
+    y = torch.ones(2, requires_grad=True)
+
+    def linear() -> tuple[Tensor, Tensor]:
+        output = 2 * y
+        return output.sum(), output
+
+    def quadratic() -> tuple[Tensor, Tensor]:
+        output = 1 * y
+        return (output**2).sum(), output
+
+    operator = GaussNewtonOperator(Objective([linear, quadratic]), [y])
+    assert operator.matvec(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("retention", "evaluations"), [("retain", 1), ("recompute", 3), ("auto", 2)])
+def test_retention_decides_how_often_the_closure_runs(retention: str, evaluations: int) -> None:
+    """Once to measure the graph, where the budget decides."""
+    count = 0
+
+    def closure() -> tuple[Tensor, Tensor]:
+        nonlocal count
+        count += 1
+        output = 2 * x
+        return (output**2).sum(), output
+
+    options = {} if retention == "auto" else {"retention": retention}
+    operator = GaussNewtonOperator(Objective([closure]), [x], **options)  # type: ignore[arg-type]
+    for _ in range(3):
+        operator.matvec(torch.ones(3))
+    assert count == evaluations
+
+
+def test_the_chain_is_checked_once_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr(GaussNewtonOperator, "_check_chain", lambda *_: checked.append(1))
+    case = make("mlp")
+    objective = Objective([case.part(rows, pair=True) for rows in (slice(0, 5), slice(5, BATCH))])
+    operator = GaussNewtonOperator(objective, case.parameters, retention="recompute")
+    for _ in range(3):
+        operator.matvec(torch.ones(operator.parameters.size, dtype=torch.float64))
+    assert len(checked) == 2

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton import Direction, KrylovSubspace, lanczos
+from lightning_sfn.newton.krylov import random_unit
 
 from .cases import DTYPES, symmetric
+from .ranks import Reversing
 
 
 def run(matrix: Tensor, krylov_dim: int, start: Tensor | None = None, **options: object) -> KrylovSubspace:
@@ -233,3 +235,89 @@ def test_dependent_and_zero_directions_are_skipped() -> None:
     assert len(space) == 6
     assert space.products == 6
     assert orthogonality(space) <= 1e-12
+
+
+@pytest.mark.parametrize("length", [1e-2, 1.0, 1e2])
+@pytest.mark.parametrize(("outside", "joins"), [(0.04, False), (0.06, True)])
+def test_a_direction_joins_if_a_twentieth_of_it_is_new_whatever_its_length(
+    length: float, outside: float, joins: bool
+) -> None:
+    matrix = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+    unit = torch.eye(5, dtype=torch.float64)
+    direction = length * ((1 - outside**2) ** 0.5 * unit[0] + outside * unit[3])
+    space = run(matrix, 1, unit[0], directions=[Direction(direction, matrix @ direction)])
+    assert len(space) == 1 + joins
+    torch.testing.assert_close(space.eigenvalues, torch.tensor([1.0, 4.0], dtype=torch.float64)[: len(space)])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_given_products_are_right_in_any_unit_of_the_operator(scale: float) -> None:
+    matrix, direction = scale * symmetric(9), torch.randn(9, dtype=torch.float64)
+    space = run(matrix, 3, directions=[Direction(direction, matrix @ direction)])
+    assert len(space) == 4
+    assert projection_error(space, matrix) <= 1e-13
+
+
+def test_a_basis_kept_in_another_way_is_the_same_space() -> None:
+    """The operator then gives parts; zero starts and exhausted spaces draw whole vectors and keep their parts."""
+    matrix = symmetric(7)
+    low_rank = matrix[:2].T @ matrix[:2]
+    directions = [Direction(d, low_rank @ d) for d in torch.randn(2, 7, dtype=torch.float64)]
+    kept = [Direction(d.vector.flip(0), None if d.product is None else d.product.flip(0)) for d in directions]
+    for start in (torch.ones(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)):
+        plain = run(low_rank, 4, start, directions=directions)
+        other = lanczos(
+            lambda v: (low_rank @ v).flip(0),
+            start,
+            4,
+            generator=torch.Generator().manual_seed(1),
+            directions=kept,
+            store=Reversing(),
+        )
+        assert other.size == 7
+        assert other.basis.shape == plain.basis.shape
+        torch.testing.assert_close(other.basis[:2].flip(1), plain.basis[:2])  # later ones amplify rounding
+        torch.testing.assert_close(other.eigenvalues, plain.eigenvalues)
+        torch.testing.assert_close(other.ritz_vector(-1).abs(), plain.ritz_vector(-1).abs())
+
+
+@pytest.mark.parametrize("start", [torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)])
+def test_random_vectors_come_from_the_generator_alone(start: Tensor) -> None:
+    """Those of a zero start, and those after an exhausted space; each seed has its own."""
+    before = torch.random.get_rng_state()
+    spaces = [lanczos(lambda v: v, start, 3, generator=torch.Generator().manual_seed(seed)).basis for seed in (4, 4, 5)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(spaces[0], spaces[1])
+    assert not torch.equal(spaces[0], spaces[2])
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_product_that_is_not_finite_ends_the_space(place: int) -> None:
+    matrix, count, store = symmetric(6), 0, Reversing()
+
+    def matvec(vector: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return (matrix @ vector).flip(0) * (torch.nan if count == place else 1.0)
+
+    added = [Direction(torch.ones(6, dtype=torch.float64))]
+    generator = torch.Generator().manual_seed(1)
+    space = lanczos(matvec, torch.ones(6).double(), 4, generator=generator, directions=added, store=store)
+    assert bool(space.projected.isnan().all())
+    assert (space.projected.dtype, space.projected.shape, len(space)) == (torch.float64, (4, 4), 4)
+    assert (space.coupling, space.lanczos_dim, space.products, space.size) == (0.0, 4, place, 6)
+    assert space.basis.shape == (4, 6)
+    assert space.store is store
+    assert count == place
+
+
+def test_a_random_unit_vector_is_orthogonal_to_the_rows() -> None:
+    rows = torch.linalg.qr(torch.randn(5, 3, dtype=torch.float64))[0].T.contiguous()
+    before = torch.random.get_rng_state()
+    vector = random_unit(rows, torch.Generator().manual_seed(1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (vector.shape, vector.dtype) == ((5,), torch.float64)
+    assert float(vector.norm()) == pytest.approx(1.0)
+    assert float((rows @ vector).abs().max()) <= 1e-15
+    like = torch.zeros(5, dtype=torch.float32)
+    assert random_unit(rows[:0], torch.Generator().manual_seed(1), Reversing(), like).dtype == torch.float32

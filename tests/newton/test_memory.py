@@ -84,3 +84,33 @@ def test_state_round_trip_includes_the_waiting_step(secants: bool) -> None:
 def test_a_negative_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^previous_directions is -1, but a count of zero or more is expected\.$"):
         StepMemory(-1, secants=True)
+
+
+@pytest.mark.parametrize("secants", [True, False])
+def test_a_mapped_memory_holds_what_the_function_makes_of_every_vector(secants: bool) -> None:
+    memory = StepMemory(2, secants=secants)
+    memory.record(vector(1), vector(0))
+    memory.complete(vector(5))
+    memory.record(vector(2), vector(1))
+    other = memory.mapped(lambda v: 10 * v)
+    memory.clear()
+    other.complete(vector(70))
+    assert contents(other) == ([(20, 60), (10, 50)] if secants else [(20, None), (10, None)])
+    other.record(vector(3), vector(0))
+    other.complete(vector(4))
+    assert contents(other)[0] == ((3, 4) if secants else (3, None))
+    assert len(other) == 2  # of the same capacity
+
+
+def test_a_mapped_memory_without_capacity_keeps_nothing() -> None:
+    other = StepMemory(0, secants=False).mapped(lambda v: v)
+    other.record(vector(1), vector(0))
+    assert len(other) == 0
+
+
+def test_a_memory_of_one_step_keeps_the_last() -> None:
+    memory = StepMemory(1, secants=True)
+    for value in (1, 2):
+        memory.record(vector(value), vector(0))
+        memory.complete(vector(value))
+    assert contents(memory) == [(2, 2)]

@@ -15,6 +15,7 @@ from lightning_sfn.newton import (
     SaddleFreeNewton,
 )
 from lightning_sfn.newton.dense import dense_matrix
+from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.subspace_descent import KrylovSubspaceDescent
 
 from .cases import assert_close, make, reference
@@ -79,11 +80,66 @@ def test_gradient_covariance_is_the_mean_outer_product_of_case_gradients() -> No
     assert_close(operator.loss_and_gradient()[1], gradient(losses.mean(), model), 1e-10)
 
 
+def test_fisher_weights_its_parts_as_the_objective_does() -> None:
+    model, x, y = network()
+
+    def part(rows: slice) -> object:
+        return lambda: (F.cross_entropy(model(x[rows]), y[rows]), Categorical(logits=model(x[rows])))
+
+    def matrix(objective: Objective) -> Tensor:
+        return dense_matrix(FisherOperator(objective, model.parameters()))
+
+    parts = [part(slice(0, 2)), part(slice(2, CASES))]
+    whole, uneven = Objective([part(slice(None))]), Objective(parts, [2, CASES - 2])  # type: ignore[list-item,arg-type]
+    assert_close(matrix(uneven), matrix(whole), 1e-10)
+
+
+@pytest.mark.parametrize(("options", "evaluations"), [({"retention": "retain"}, 1), ({"retention": "recompute"}, 3)])
+@pytest.mark.parametrize("kind", [FisherOperator, GradientCovarianceOperator])
+def test_graphs_are_kept_as_asked_for(kind: type, options: dict[str, str], evaluations: int) -> None:
+    model, x, y = network()
+    count = 0
+
+    def closure() -> tuple[Tensor, object]:
+        nonlocal count
+        count += 1
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return losses.mean(), Categorical(logits=model(x)) if kind is FisherOperator else losses
+
+    operator = kind(Objective([closure]), model.parameters(), **options)
+    for _ in range(3):
+        operator.matvec(torch.ones(operator.parameters.size, dtype=torch.float64))
+    assert count == evaluations
+
+
+@pytest.mark.parametrize("kind", [FisherOperator, GradientCovarianceOperator])
+def test_the_budget_decides_by_default(kind: type) -> None:
+    model, x, y = network()
+
+    def closure() -> tuple[Tensor, object]:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return losses.mean(), Categorical(logits=model(x)) if kind is FisherOperator else losses
+
+    budget = GraphBudget(0)
+    operator = kind(Objective([closure]), model.parameters(), budget=budget)
+    operator.matvec(torch.ones(operator.parameters.size, dtype=torch.float64))
+    assert budget.bytes_per_size is not None  # it was asked, and measured a graph
+
+
 @pytest.mark.parametrize(
     ("curvature", "output", "said"),
     [
-        ("fisher", lambda z: z, "predicted distribution"),
-        ("fisher", lambda z: Gamma(z.exp(), z.exp()), "class Gamma"),
+        (
+            "fisher",
+            lambda z: z,
+            r"^curvature='fisher' needs the predicted distribution: let the closure return the pair \(loss, "
+            r"distribution\), for instance \(loss, torch\.distributions\.Categorical\(logits=output\)\)\.$",
+        ),
+        (
+            "fisher",
+            lambda z: Gamma(z.exp(), z.exp()),
+            r"class Gamma, .* Normal or Independent of one of them is expected\.$",
+        ),
         ("gradient_covariance", lambda z: z.detach(), "losses of the single cases"),
         ("gradient_covariance", lambda z: z + 1, "mean of the cases' losses"),
     ],

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,5 +102,46 @@ def test_unfit_parameters_are_refused_in_one_sentence(parameters: list[torch.Ten
 def test_sparse_gradients_are_refused() -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match=r"sparse=False"):
+    sentence = r"^A gradient is sparse, .* with sparse=False \(nn\.Embedding, nn\.EmbeddingBag\)\.$"
+    with pytest.raises(ValueError, match=sentence):
         FlatParameters(embedding.parameters()).gradients()
+
+
+def test_learning_rates_are_one_number_or_one_for_each_parameter() -> None:
+    """A frozen parameter's rate does not count."""
+    weight, bias = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))
+    frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    flat = FlatParameters([weight, bias, frozen])
+    same = [{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": 0.5}, {"params": [frozen], "lr": 9.0}]
+    assert flat.learning_rates(same) == 0.5
+    own = flat.learning_rates([{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": torch.tensor(2.0)}])
+    assert isinstance(own, torch.Tensor)
+    assert own.tolist() == [0.5, 0.5, 0.5, 0.5, 2.0]
+
+
+def test_zeros_take_dtype_and_place_of_the_parameters() -> None:
+    double = FlatParameters([nn.Parameter(torch.ones(2, dtype=torch.float64))])
+    assert double.gradients().dtype == torch.float64
+    nowhere = FlatParameters([nn.Parameter(torch.ones(2, device="meta"))])
+    assert nowhere.device.type == nowhere.gradients().device.type == "meta"
+
+
+@pytest.mark.parametrize("tensors", [[torch.zeros(2)], [torch.zeros(2), torch.zeros(3), torch.zeros(1)]])
+def test_as_many_tensors_as_parameters_are_laid_end_to_end(tensors: list[torch.Tensor]) -> None:
+    flat = FlatParameters([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="zip"):
+        flat.flatten(tensors)
+
+
+@pytest.mark.parametrize(("dtype", "integers"), [(torch.float32, "int32"), (torch.float64, "int64")])
+def test_the_checksum_is_the_sum_of_the_bit_patterns(dtype: torch.dtype, integers: str) -> None:
+    """By numpy; the last bit of any entry shows."""
+    rows = [torch.randn(3, 4, dtype=dtype).T, torch.tensor([1.5, -0.0], dtype=dtype)]
+    parameters = [nn.Parameter(row) for row in rows]
+    patterns = [np.ascontiguousarray(row.numpy()).view(integers).astype(object).sum() for row in rows]
+    flat = FlatParameters(parameters)
+    assert (flat.checksum() - sum(patterns)) % 2**64 == 0
+    before = flat.checksum()
+    with torch.no_grad():
+        parameters[1][0] = torch.nextafter(parameters[1][0], parameters[1][0] + 1)
+    assert flat.checksum() != before

@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton import DiagonalPreconditioner, HessianOperator, IdentityPreconditioner, Objective
+from lightning_sfn.newton import (
+    DiagonalPreconditioner,
+    HessianOperator,
+    IdentityPreconditioner,
+    Objective,
+    Preconditioner,
+)
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.coordinates import make_preconditioner
 
 from .cases import quadratic, symmetric
+from .ranks import Reversing
 
 
 def operator_of(matrix: Tensor) -> HessianOperator:
@@ -139,3 +147,78 @@ def test_the_identity_keeps_nothing() -> None:
     assert torch.equal(identity.scale(vector), vector)
     assert torch.equal(identity.unscale(vector), vector)
     assert identity.state_dict() == {}
+
+
+# ------------------------------------------------------------------------------------------------ vectors kept in parts
+
+
+class SecondHalf(BasisStore):
+    """Keeps the last two of four entries, and one of padding."""
+
+    def local(self, vector: Tensor) -> Tensor:
+        return torch.nn.functional.pad(vector[2:], (0, 1))
+
+
+class Dense(Preconditioner):
+    """A map that needs whole vectors."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.matrix.T
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        return vectors @ torch.linalg.inv(self.matrix).T
+
+
+def test_a_map_of_whole_vectors_acts_on_parts() -> None:
+    whole = Dense(symmetric(4))
+    parts = whole.on_parts(Reversing(), 4)
+    for v in (torch.randn(4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)):
+        torch.testing.assert_close(parts.scale(v.flip(-1)), whole.scale(v).flip(-1))
+        torch.testing.assert_close(parts.unscale(v.flip(-1)), whole.unscale(v).flip(-1))
+
+
+def test_a_diagonal_acts_on_its_part_and_leaves_padding_alone(matrix: Tensor) -> None:
+    whole = refreshed(matrix, 3)
+    v = torch.tensor([0.0, 0.0, 5.0, -7.0], dtype=torch.float64)
+    parts, part = whole.on_parts(SecondHalf(), 4), torch.tensor([5.0, -7.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(parts.scale(part), torch.cat([whole.scale(v)[2:], part[2:]]))
+    torch.testing.assert_close(parts.unscale(part), torch.cat([whole.unscale(v)[2:], part[2:]]))
+
+
+def test_parts_of_an_unknown_diagonal_and_of_the_identity_stay_as_they_are() -> None:
+    part = torch.tensor([5.0, -7.0, 2.0], dtype=torch.float64)
+    for unknown in (DiagonalPreconditioner(), IdentityPreconditioner()):
+        parts = unknown.on_parts(SecondHalf(), 4)
+        assert torch.equal(parts.scale(part), part)
+        assert torch.equal(parts.unscale(part), part)
+
+
+def test_a_diagonal_that_is_reset_begins_anew(matrix: Tensor) -> None:
+    again, operator = refreshed(matrix, 3), operator_of(matrix)
+    again.reset()
+    v = torch.ones(4, dtype=torch.float64)
+    assert torch.equal(again.scale(v), v)
+    again.refresh(operator, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(again.scale(v), refreshed(matrix, 1).scale(v))
+
+
+def test_without_decay_the_last_estimate_counts_alone(matrix: Tensor) -> None:
+    operator, generator = operator_of(matrix), torch.Generator().manual_seed(1)
+    last = DiagonalPreconditioner(decay=0.0)
+    last.refresh(operator, generator)
+    later = DiagonalPreconditioner()
+    probe = generator.get_state()
+    last.refresh(operator, generator)
+    generator.set_state(probe)
+    later.refresh(operator, generator)
+    v = torch.ones(4, dtype=torch.float64)
+    torch.testing.assert_close(last.scale(v), later.scale(v))
+
+
+def test_the_default_floor_is_a_hundredth_of_the_largest_row() -> None:
+    matrix = torch.diag(torch.tensor([4.0, 0.0], dtype=torch.float64))
+    diagonal = refreshed(matrix, 1).scale(torch.ones(2, dtype=torch.float64))
+    assert float((diagonal[1] / diagonal[0]) ** 2) == pytest.approx(101.0)

@@ -47,6 +47,13 @@ def test_project_equals_the_float64_product(size: int, dtype: torch.dtype) -> No
     torch.testing.assert_close(result, expected, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
 
 
+def test_project_of_many_float32_numbers_of_one_sign() -> None:
+    """One float32 product of this length is off by 4e-5."""
+    basis, vector = torch.rand(2, 8_000_000), torch.rand(8_000_000)
+    expected = torch.stack([row.double() @ vector.double() for row in basis])
+    torch.testing.assert_close(project(basis, vector), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("value", [1e30, 1e-30, 1e20, 1e-25])
 @pytest.mark.parametrize("size", [10, 4096, 10_000])
 def test_norm_neither_overflows_nor_underflows_in_float32(value: float, size: int) -> None:

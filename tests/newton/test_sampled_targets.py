@@ -74,5 +74,38 @@ def test_losses_that_weight_their_elements_and_other_functions_are_left_alone() 
     losses = ElementwiseLosses(torch.Generator())
     logits, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
     assert losses.answer(F.cross_entropy, (logits, target), {"weight": torch.ones(3)}) is None
+    binary = {"pos_weight": torch.ones(3)}
+    assert losses.answer(F.binary_cross_entropy_with_logits, (logits, logits.sigmoid()), binary) is None
+    assert losses.answer(F.mse_loss, (logits, logits), {"size_average": False}) is None
+    assert losses.answer(F.mse_loss, (logits, logits), {"reduce": False}) is None
     assert losses.answer(F.l1_loss, (logits, logits), {}) is None
     assert not losses.elements
+
+
+def test_a_single_case_is_drawn_like_a_batch_of_one() -> None:
+    logits, target = torch.tensor([0.5, -1.0, 0.2], dtype=D), torch.tensor(2)
+    alone = drawn(F.cross_entropy, logits, target)
+    torch.testing.assert_close(alone, drawn(F.cross_entropy, logits[None], target[None]).squeeze())
+
+
+def test_drawn_targets_are_not_smoothed() -> None:
+    logits, target = torch.randn(8, 3, dtype=D), torch.zeros(8, dtype=torch.long)
+    smooth, sharp = (drawn(F.cross_entropy, logits, target, label_smoothing=share) for share in (0.5, 0.0))
+    torch.testing.assert_close(smooth, sharp)
+
+
+def test_probabilities_as_targets_are_replaced_by_drawn_classes() -> None:
+    """They are no indices, so none of them is ignored."""
+    logits = torch.randn(8, 3, dtype=D)
+    soft = drawn(F.cross_entropy, logits, logits.softmax(1))
+    torch.testing.assert_close(soft, drawn(F.cross_entropy, logits, torch.zeros(8, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_generator_alone_decides_whatever_the_memory_layout(permuted: bool) -> None:
+    prediction = torch.randn(4, 3, dtype=D)
+    other = prediction.T.contiguous().T if permuted else prediction
+    torch.randn(5)
+    torch.testing.assert_close(
+        drawn(F.mse_loss, prediction, prediction), drawn(F.mse_loss, other, prediction), rtol=0, atol=0
+    )

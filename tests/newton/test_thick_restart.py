@@ -252,3 +252,52 @@ def test_what_was_known_before_a_product_that_is_not_finite_is_kept(place: int, 
         before = run(values, min(place - 1, 8), ends, place - 1)
         torch.testing.assert_close(ritz.values, before.values, rtol=0, atol=1e-6)  # two steps at a time, or one
         torch.testing.assert_close(ritz.residuals, before.residuals, rtol=0, atol=1e-6)
+
+
+def space_of(count: int, coupling: float) -> KrylovSubspace:
+    """Ritz values 1, 2, ...; all residuals are the coupling, but for what an identity of eigenvectors leaves out."""
+    matrix = torch.diag(torch.arange(1.0, count + 1, dtype=torch.float64))
+    return KrylovSubspace(torch.eye(count, dtype=torch.float64), matrix, coupling, count, count)
+
+
+@pytest.mark.parametrize(
+    ("ends", "coupling", "converged"),
+    [
+        (Ends(2, 2, 0.5), 1.0, True),  # the last vector alone has a residual, a quarter of its value
+        (Ends(2, 2, 0.2), 1.0, False),
+        (Ends(4, 0, 0.5), 1.0, True),  # as many as there are
+        (Ends(0, 4, 0.2), 1.0, False),
+        (Ends(3, 0, 0.2), 1.0, True),  # the value in question is not asked for
+        (Ends(3, 2, 0.5), 1.0, False),  # more than there are
+        (Ends(2, 4, 0.5), 1.0, False),
+        (Ends(9, 9, 1e-9), 0.0, True),  # more than there are, and these are all
+    ],
+)
+def test_what_is_asked_for_decides_whether_a_space_has_converged(ends: Ends, coupling: float, converged: bool) -> None:
+    assert ends.converged(space_of(4, coupling)) is converged
+
+
+def test_a_residual_down_to_rounding_counts_as_converged() -> None:
+    matrix = torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    space = KrylovSubspace(torch.eye(2), matrix, 0.0, 2, 2)
+    assert Ends(1, 0, 1e-9).converged(space)  # relative to an eigenvalue of zero no residual is small
+
+
+def test_no_values_are_float64_and_cost_what_was_spent() -> None:
+    nothing = RitzValues.none(7)
+    assert (len(nothing.values), nothing.values.dtype, nothing.residuals.dtype) == (0, torch.float64, torch.float64)
+    assert (nothing.products, RitzValues.none().products, nothing.converged) == (7, 0, False)
+
+
+@pytest.mark.parametrize("start", [torch.ones(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)])
+def test_random_vectors_come_from_the_generator_alone(start: Tensor) -> None:
+    """A zero start and an exhausted space need some."""
+    before, found = torch.random.get_rng_state(), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(3)
+        ritz = extreme_ritz_values(lambda v: v, start, 4, Ends(1, 1, 1e-6), max_products=9, generator=generator)
+        assert ritz.converged
+        found.append(generator.get_state())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], torch.Generator().manual_seed(3).get_state())

@@ -8,17 +8,17 @@ from lightning_sfn.newton.trust_region import RULES, trust_region
 
 from .cases import saddle
 
-EIGENVALUES = [-4.0, -0.5, 0.0, 1.0, 8.0]
+EIGENVALUES = [-4.0, -0.5, 0.0, 0.25, 1.0, 8.0]
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("saddle_free", [1 / 4.5, 1.0, 2.0, 1 / 1.5, 1 / 8.5]),
-        ("newton", [-0.25, -2.0, 0.0, 1.0, 0.125]),
-        ("damped_newton", [1 / -3.5, float("inf"), 2.0, 1 / 1.5, 1 / 8.5]),
-        ("truncated_newton", [0.0, 0.0, 0.0, 1 / 1.5, 1 / 8.5]),
-        ("gradient", [1.0] * 5),
+        ("saddle_free", [1 / 4.5, 1.0, 2.0, 1 / 0.75, 1 / 1.5, 1 / 8.5]),
+        ("newton", [-0.25, -2.0, 0.0, 4.0, 1.0, 0.125]),
+        ("damped_newton", [1 / -3.5, float("inf"), 2.0, 1 / 0.75, 1 / 1.5, 1 / 8.5]),
+        ("truncated_newton", [0.0, 0.0, 0.0, 1 / 0.75, 1 / 1.5, 1 / 8.5]),
+        ("gradient", [1.0] * 6),
     ],
 )
 def test_rules_equal_their_closed_forms(name: str, expected: list[float]) -> None:
@@ -30,10 +30,24 @@ def test_rules_equal_their_closed_forms(name: str, expected: list[float]) -> Non
 def test_rules_broadcast_over_dampings(name: str) -> None:
     values, dampings = torch.tensor(EIGENVALUES).double(), torch.tensor([[0.1], [10.0]]).double()
     factors = RULES[name].inverse(values, dampings)
-    assert factors.shape == (2, 5)
+    assert factors.shape == (2, 6)
     for row, damping in zip(factors, dampings, strict=True):
         assert torch.equal(row, RULES[name].inverse(values, damping))
     assert torch.equal(factors[0], factors[1]) != RULES[name].damped
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_newton_stays_where_it_is_along_what_is_flat_to_rounding(damping: float) -> None:
+    """Relative to the largest eigenvalue, whatever the unit; where all are zero there is nowhere to go."""
+    newton, values = trust_region("newton").inverse, torch.tensor([1e-9, -1e-5, 1e10]).double()
+    for unit in (1.0, 1e-12):
+        factors = newton(unit * values, torch.tensor([damping]).double())
+        torch.testing.assert_close(unit * factors, torch.tensor([0.0, -1e5, 1e-10]).double())
+    assert newton(torch.zeros(3), torch.tensor([damping])).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_gradient_rule_needs_no_damping() -> None:
+    assert trust_region("gradient").inverse(torch.tensor([2.0, -3.0]), torch.tensor([0.0])).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", RULES)

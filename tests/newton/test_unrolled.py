@@ -34,7 +34,7 @@ LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"bias": False}, {"batch_first": True}])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_written_out_give_what_the_fused_ones_give(name: str, options: dict[str, bool]) -> None:
-    layer = LAYERS[name](3, 4, num_layers=2, **options).double()
+    layer = LAYERS[name](3, 8, num_layers=2, **options).double()
     x = torch.randn(5, 6, 3, dtype=torch.float64, requires_grad=True)
 
     def everything() -> list[Tensor]:
@@ -57,6 +57,40 @@ def test_dropout_between_layers_is_drawn_in_training_only() -> None:
         torch.testing.assert_close(layer(x)[0], layer(x)[0])
         layer.train()
         assert not torch.equal(layer(x)[0], layer(x)[0])
+
+
+def test_dropout_lies_between_layers_alone_and_keeps_the_mean() -> None:
+    layer, x = nn.GRU(3, 40, num_layers=2), torch.randn(30, 6, 3)
+    weights = [w for names in layer.all_weights for w in names]
+
+    def between(dropout: float) -> Tensor:
+        seen: list[Tensor] = []
+
+        def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            seen.append(inputs)
+            return F.linear(inputs, weight, bias)
+
+        results = unrolled(torch.gru, (x, torch.zeros(2, 6, 40), weights, True, 2, dropout, True, False, False), linear)
+        assert results is not None
+        assert not bool((results[0] == 0).any())
+        first, second = (inputs for inputs in seen if inputs.dim() == 3)  # what each layer is given for all times
+        assert first is x
+        return second
+
+    with torch.no_grad():
+        whole, dropped = between(0.0), between(0.75)
+    kept = dropped != 0
+    assert float(kept.double().mean()) == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(dropped[kept], 4 * whole[kept])
+
+
+def test_other_functions_and_other_calls_are_left_alone() -> None:
+    layer, x = nn.GRU(3, 4), torch.randn(5, 6, 3)
+    args = (x, torch.zeros(1, 6, 4), layer.all_weights[0], True, 1, 0.0, False, False, False)
+    assert unrolled(torch.gru, args, F.linear) is not None
+    assert unrolled(torch.add, args, F.linear) is None
+    assert unrolled(torch.gru, args[:-1], F.linear) is None
+    assert unrolled(torch.gru, (*args[:2], x, *args[3:]), F.linear) is None
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # PyTorch on its own kernel

@@ -1,6 +1,7 @@
 """Verdicts on functions whose Hessians are known, and never more than the error bounds allow."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 
 from .cases import DTYPES, bits, make
+from .ranks import HalfShare
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "saddle": lambda x: x[0] ** 2 - x[1] ** 2,
@@ -101,9 +103,57 @@ def test_words_never_say_more_than_the_error_bounds(spectrum: Spectrum, start: s
         (NewtonTrial(2.0, 0.0, 0.0), "One SFN step does not lower the loss on these data."),
     ],
 )
-@pytest.mark.parametrize("bound", [0.1, 4.0], ids=["saddle", "not converged"])
-def test_the_tried_step_is_told_as_measured(trial: NewtonTrial, words: str, bound: float) -> None:
-    assert words in verdict(measured([-3.0, 5.0], [bound, 0.1]), trial)
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        measured([-3.0, 5.0], [0.1, 0.1]),
+        measured([-3.0, 5.0], [4.0, 0.1]),
+        measured([-3.0, 5.0], [0.1, 0.1], gradient_norm=9.0),
+        measured([3.0, 5.0], [0.1, 0.1]),
+    ],
+    ids=["saddle", "not converged", "slope", "minimum"],
+)
+def test_the_tried_step_is_told_as_measured(trial: NewtonTrial, words: str, spectrum: Spectrum) -> None:
+    told = verdict(spectrum, trial)
+    assert words in told
+    assert told.endswith(".")
+    assert told.startswith(verdict(spectrum))
+    assert ".  " not in told
+
+
+@pytest.mark.parametrize(("gradient_norm", "start"), [(0.0999, "minimum to tolerance: "), (0.1001, "slope: ")])
+@pytest.mark.parametrize("unit", [1.0, 1e-3])
+def test_a_point_is_critical_where_a_gradient_step_gains_under_a_hundredth(
+    gradient_norm: float, start: str, unit: float
+) -> None:
+    """The step of length 1 / lambda_max gains half the squared gradient over lambda_max, whatever the unit."""
+    spectrum = measured([0.1 * unit, 0.5 * unit], [1e-9, 1e-9], gradient_norm=gradient_norm * unit, loss=unit)
+    assert verdict(spectrum).startswith(start)
+
+
+def test_processes_try_the_step_together() -> None:
+    """A failure on one of them must not leave the others waiting: they release each other after the step."""
+    released = []
+
+    class Shared(HalfShare):
+        def __init__(self) -> None:
+            super().__init__()
+            self.processes = SimpleNamespace(  # type: ignore[assignment]
+                size=1,
+                release=lambda: released.append(1),
+                require_equal=lambda *_: None,
+                guard=lambda compute, like: compute(),
+                require_sound=lambda **_: None,
+                from_first=lambda tensor: tensor,
+            )
+            self.share = 1.0
+
+        def with_numbers(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+            return values, numbers
+
+    x = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    try_newton_step(Objective([lambda: FUNCTIONS["saddle"](x)], reduce=Shared()), FlatParameters([x]))
+    assert released == [1]
 
 
 @pytest.mark.parametrize("name", ["mlp", "mlp_classifier", "rnn"])

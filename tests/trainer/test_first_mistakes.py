@@ -66,6 +66,42 @@ def test_two_switches_are_one_too_many() -> None:
         fit(Regression(), SwitchToSFN(), SwitchToSFN("val"))
 
 
+@pytest.mark.parametrize("patience", [0, "5", 2.5])
+def test_patience_is_a_number_of_checks(patience: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"^patience is {patience!r}, but a positive number of checks"):
+        SwitchToSFN(patience=patience)
+
+
+def test_a_loss_in_place_of_its_function_is_refused() -> None:
+    net = nn.Linear(3, 1)
+    loss = net(torch.ones(2, 3)).square().mean()
+    with pytest.raises(
+        ObjectiveError, match=r"^The loss was given as a Tensor, but a function .* expected, .*lambda: "
+    ):
+        SaddleFreeNewton(net.parameters()).step(loss)  # type: ignore[arg-type]
+    with pytest.raises(ObjectiveError, match=r"^The loss was given as a Tensor"):
+        hessian_spectrum(loss, net.parameters())  # type: ignore[arg-type]
+
+
+def test_a_module_in_place_of_its_parameters_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 1))
+    with pytest.raises(
+        ValueError, match=r"^The parameters were given as a module \(Sequential\).*model\.parameters\(\)"
+    ):
+        hessian_spectrum(lambda: net(torch.ones(2, 3)).square().mean(), net)
+
+
+def test_a_training_step_in_place_of_an_objective_is_refused() -> None:
+    class Old(SaddleFreeNewtonMixin, Regression):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # type: ignore[override]
+            return self.net(batch).square().mean()
+
+    with pytest.raises(
+        MisconfigurationException, match=r"^Old defines no objective\(batch\).*: rename its training_step"
+    ):
+        fit(Old(make=SaddleFreeNewton))
+
+
 def test_a_switch_before_the_first_epoch_reports_no_nan(caplog: pytest.LogCaptureFixture) -> None:
     switch = SwitchToSFN(switch_at_epoch=0, probe_dim=0)
     with caplog.at_level("INFO"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.outer_step import Search
 from lightning_sfn.newton.step import StepRecord
 
 from .modules import Fitting, MemoryLogger, Untidy, flat, forced, make_trainer, regression_loader, sgd
@@ -137,12 +138,19 @@ class Failing(SaddleFreeNewton):
         super().__init__(params, krylov_dim=3)
         self.when, self.error, self.count = when, error, 0
 
-    def _inner_steps(self, *args: Any) -> StepRecord:  # type: ignore[override]
-        record = super()._inner_steps(*args)
-        self.count += 1
-        if self.count in self.when:
-            raise self.error(f"step {self.count}")
-        return record
+    def step_on(self, *args: Any, **options: Any) -> StepRecord:
+        run = Search.run
+
+        def failing(search: Search, *arguments: Any) -> StepRecord:
+            record = run(search, *arguments)
+            self.count += 1
+            if self.count in self.when:
+                raise self.error(f"step {self.count}")
+            return record
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Search, "run", failing)
+            return super().step_on(*args, **options)
 
 
 def test_a_step_that_fails_is_left_out() -> None:

@@ -186,7 +186,7 @@ def test_a_module_without_a_loss_says_so() -> None:
         def configure_optimizers(self) -> Any:
             return SaddleFreeNewton(self.parameters())
 
-    with pytest.raises(NotImplementedError, match=r"^Wrong defines no objective\(batch\)"):
+    with pytest.raises(MisconfigurationException, match=r"^Wrong defines no objective\(batch\) .*: define it\.$"):
         trained(Wrong())
 
 

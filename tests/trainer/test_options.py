@@ -64,14 +64,14 @@ def test_an_option_of_spectra_has_one_default_but_for_what_it_may_cost() -> None
 
 
 def test_an_option_has_one_description() -> None:
-    for name in ("optimizer", *inspect.signature(DataBudgets).parameters, "reduction"):
+    for name in ("optimizer", *inspect.signature(DataBudgets).parameters):
         texts = {description(owner, name) for owner in TRAINING if name in options_of(owner)}
         assert len(texts) == 1, texts
 
 
 def test_every_budget_can_be_set_wherever_training_is() -> None:
     for owner in TRAINING:
-        assert {*inspect.signature(DataBudgets).parameters, "reduction"} <= set(options_of(owner)), owner
+        assert {*inspect.signature(DataBudgets).parameters} <= set(options_of(owner)), owner
 
 
 def test_the_options_of_the_watch_are_those_of_early_stopping() -> None:

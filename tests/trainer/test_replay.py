@@ -14,7 +14,8 @@ from lightning_sfn.newton.curvature import HessianOperator, gradient_of
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
-from lightning_sfn.trainer.replay import Isolation, RecordedStep, StepRecorder, isolated, loss_of, replay_closure
+from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
+from lightning_sfn.trainer.replay import replay_closure
 
 from .modules import (
     Fitting,
@@ -387,39 +388,6 @@ def test_step_without_a_batch_index() -> None:
     replaying.assert_faithful(steps=4)
 
 
-# ------------------------------------------------------------------------------------------------ parts
-
-
-def test_recorder_takes_each_step_once_and_gives_the_method_back() -> None:
-    class Taking(Callback):
-        counts: list[int] = []  # noqa: RUF012
-
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.original = trainer.strategy.training_step
-            self.recorder = StepRecorder(trainer, pl_module.device)
-
-        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            self.counts.append(len(self.recorder.take()))
-            assert self.recorder.take() == []
-            if len(self.counts) == 2:
-                self.recorder.detach()
-                assert trainer.strategy.training_step == self.original
-                assert "training_step" not in trainer.strategy.__dict__
-
-    taking = Taking()
-    make_trainer(1, callbacks=[taking]).fit(Fitting(), regression_loader())
-    assert taking.counts == [1, 1, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [(torch.tensor(2.0), 2.0), ({"loss": torch.tensor(3.0), "x": 1}, 3.0), ({"x": 1}, None), (None, None), (2.0, None)],
-)
-def test_loss_of_what_a_step_returns(output: Any, expected: float | None) -> None:
-    loss = loss_of(output)
-    assert (None if loss is None else loss.item()) == expected
-
-
 def test_step_that_returns_no_loss_when_replayed() -> None:
     class Once(Fitting):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -429,64 +397,6 @@ def test_step_that_returns_no_loss_when_replayed() -> None:
     recorded = RecordedStep((next(iter(regression_loader())), 0), {}, RandomState.capture(), None)
     with pytest.raises(ObjectiveError, match="returned no loss in a replay"):
         replay_closure(trainer, module, recorded)()
-
-
-def test_nested_isolation_and_shared_submodules() -> None:
-    module = Untidy()
-    module.again = module.norm  # one module under two names
-    before = module.traces()
-    buffers = list(module.buffers())
-    trainer = make_trainer(1)
-    with isolated(trainer, module):
-        with isolated(trainer, module):
-            module(torch.randn(4, 3))
-            module.count = 7
-        assert module.count == 0
-        assert module.norm.num_batches_tracked is not None
-        assert module.norm.num_batches_tracked.item() == 0
-        module(torch.randn(4, 3))
-    assert module.traces() == before
-    assert all(a is b for a, b in zip(module.buffers(), buffers, strict=True))
-
-
-def test_rewinding_gives_each_evaluation_the_same_start() -> None:
-    """One isolation for several evaluations: none sees what another did, tensors shared by two names included."""
-    module, trainer = Untidy(dropout=0.0), make_trainer(1)
-    module.plain = module.alias = torch.zeros(2)
-    before, streams = module.traces(), random_streams()
-    seen = []
-    with Isolation(trainer, module) as isolation:
-        for _ in range(3):
-            isolation.rewind()
-            seen.append(
-                (module.count, len(module.losses), float(module.norm.running_mean.sum()), module.plain.tolist())
-            )
-            module.count += 1
-            module.losses.append(torch.ones(()))
-            module.brand_new = 1
-            module(torch.randn(4, 3))
-            module.plain.add_(1.0)
-            assert module.alias is module.plain
-            trainer.should_stop = True
-    assert seen == [seen[0]] * 3
-    assert module.traces() == before
-    assert random_streams() == streams
-    assert not trainer.should_stop
-    assert module.plain is module.alias
-    assert not module.plain.any()
-
-
-def test_parameters_are_never_copied() -> None:
-    """Neither registered ones, nor those that a module keeps in an attribute of its own."""
-    module = Fitting()
-    module.__dict__["favourite"] = module.net[0].weight
-    module.net[2].weight.requires_grad_(False)
-    with Isolation(make_trainer(1), module) as isolation:
-        isolation.rewind()
-        assert module.favourite is module.net[0].weight
-        assert module.net[2].weight is dict(module.named_parameters())["net.2.weight"]
-        (gradient,) = torch.autograd.grad(module.favourite.sum(), module.net[0].weight)
-    assert bool(gradient.all())
 
 
 def test_module_that_switches_its_mode_in_the_step() -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
-from lightning_sfn.trainer.replay import RecordedStep
+from lightning_sfn.trainer.recording import RecordedStep
 
 from .modules import Fitting, flat, forced, make_trainer, regression_data, sgd
 

@@ -180,7 +180,7 @@ def test_class_path_in_yaml() -> None:
         text = f"{{class_path: lightning_sfn.{name}, init_args: {{gradient_batches: 3, reduction: samples}}}}"
         made = parser.instantiate_classes(parser.parse_args([f"--trainer.strategy={text}"])).trainer.strategy
         assert type(made).__name__ == name
-        assert (made._budgets.gradient_batches, made._reduction) == (3, "samples")
+        assert (made._budgets.gradient_batches, made._budgets.reduction) == (3, "samples")
 
 
 def test_the_switch_beside_the_strategy_is_refused() -> None:

@@ -1,7 +1,6 @@
 """`SwitchToSFN`: sees that training has stalled, and goes on with saddle-free Newton."""
 
 import math
-from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
@@ -15,25 +14,19 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.trainer.batches import Reduction, check_reduction
-from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.namespaces import join_namespace
 from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.plateau import PlateauWatch
-from lightning_sfn.trainer.replay import RecordedStep, own_containers
+from lightning_sfn.trainer.rehearsal import Rehearsal
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
-from lightning_sfn.trainer.support import (
-    is_dry_run,
-    require_metrics,
-    require_one_optimizer,
-    require_replayable,
-    require_second_derivatives,
-)
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, log_metrics, log_step, make_newton
+from lightning_sfn.trainer.step_log import StepLog, log_metrics
+from lightning_sfn.trainer.support import is_dry_run, require_metrics, require_one_optimizer, require_replayable
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SwitchToSFN"]
@@ -171,9 +164,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             momentum,
             schedulers,
         )
-        self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold)
-        check_reduction(reduction)
-        self._reduction: Reduction = reduction
+        self.budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._make_optimizer = optimizer
         self._probe_dim = probe_dim
         self._reset()
@@ -187,9 +178,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._phase: NewtonPhase | None = None  # collects batches for a probe while the first optimizer trains
         self._ledger = Ledger(self.monitor, 1 if self.mode == "max" else -1, self.patience)
         self._restored: dict[str, Any] | None = None
-        self._unlogged: StepRecord | None = None
-        self._rehearsal: RecordedStep | None = None
-        self._rehearsed = False
+        self._steps = StepLog()
+        self._rehearsal = Rehearsal()
         self._stalled = self._approved = self._given_up = False
         self._return_reason: str | None = None
         self._failures = 0
@@ -240,10 +230,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switches, or returns, before the first batch of an accumulation window."""
-        if not self._rehearsed:
-            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
-            state = RandomState.capture(pl_module.device)
-            self._rehearsal = RecordedStep(own_containers(tuple(arguments.values())), {}, state, None)
+        self._rehearsal.note(trainer, pl_module, batch, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches or is_dry_run(trainer):
             return
         if self.switched:
@@ -262,19 +249,13 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts and logs; rehearses a replay after the first batch; decides where a probe's window is complete."""
-        if self._rehearsal is not None and outputs:
-            require_second_derivatives(trainer, pl_module, self._make_newton(), self._rehearsal, type(self).__name__)
-            self._rehearsal, self._rehearsed = None, True
+        if outputs:
+            self._rehearsal.hold(trainer, pl_module, self._make_newton, type(self).__name__)
         if not self.switched:
             self._ledger.count_batch(trainer)
             self._watch(trainer)
-        self._log_step(trainer, pl_module)
+        self._steps.flush(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        record, self._unlogged = self._unlogged, None
-        if record is not None:
-            log_step(trainer, pl_module, record)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
@@ -285,7 +266,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
         if self.switched and self._phase is not None:
             self._phase.driver.end_epoch()
-            self._log_step(trainer, pl_module)
+            self._steps.flush(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -391,7 +372,6 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             newton,
             self.budgets,
             weight_decay=coupled_decay(self._handover.base),
-            reduction=self._reduction,
             before_step=self._before_newton_step,
             on_step=self._after_newton_step,
             on_failure=self._after_failure,
@@ -413,7 +393,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def _after_newton_step(self, record: StepRecord) -> None:
         assert self._phase is not None
-        self._unlogged, self._failures = record, 0
+        self._steps.note(record)
+        self._failures = 0
         self._ledger.count_step(record, self._phase.driver.batch_gradients)
         steps = self._ledger.phase.steps
         if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:

@@ -1,0 +1,127 @@
+"""What one outer step hands to the next: remembered steps, the way out of a saddle, and what was seen last."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.krylov import KrylovSubspace
+from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.preconditioner import Preconditioner
+from lightning_sfn.newton.reductions import norm
+
+__all__ = ["Carried", "moved_to"]
+
+_BENT = 0.1  # negative curvature, in largest positive ones, from which further Lanczos vectors pay
+_SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
+
+
+@dataclass
+class Carried:
+    """The state that steps leave behind, damping and preconditioner aside, which keep their own.
+
+    Attributes:
+        memory: Remembered steps, kept as the basis is.
+        escape: The last most negative Ritz vector, in parameter coordinates.
+        bent: Whether the last subspace showed much negative curvature.
+        expected: The loss after the last step, and how far it may be off.
+        checked: Whether the loss was found to be a fixed function. A new run checks anew.
+    """
+
+    memory: StepMemory
+    escape: Tensor | None = None
+    bent: bool = True
+    expected: tuple[float, float] | None = None
+    checked: bool = False
+
+    def start_seed(self, gradient: Tensor, preconditioner: Preconditioner, generator: torch.Generator) -> Tensor:
+        """A random direction and the last escape direction, each of length 1, for the start of a subspace.
+
+        Args:
+            gradient: The gradient, whose shape ``(n,)``, dtype and device the direction takes.
+            preconditioner: Map from the subspace's coordinates to the parameters.
+            generator: Source of random numbers, on that device.
+
+        Returns:
+            Shape ``(n,)``, in the subspace's coordinates.
+        """
+        noise = torch.randn(gradient.shape, dtype=gradient.dtype, device=gradient.device, generator=generator)
+        seed = noise / norm(noise).to(noise.dtype)
+        if self.escape is not None:
+            escape = preconditioner.unscale(self.escape)
+            seed = seed + escape / norm(escape).to(escape.dtype)
+        return seed
+
+    def complete_secant(self, loss: float, gradient: Tensor, same_function: bool | None, store: BasisStore) -> None:
+        """Gives the last step its gradient difference, unless the function has changed since.
+
+        Args:
+            loss: The loss at the present parameters.
+            gradient: The gradient there, shape ``(n,)``.
+            same_function: Whether both are of the function of the last step; if ``None``, the losses tell.
+            store: How remembered steps are kept.
+        """
+        if same_function is None and self.expected is not None:
+            after, slack = self.expected
+            same_function = abs(loss - after) <= max(slack, _SAME_LOSS * abs(after))
+        if not same_function:
+            self.memory.abandon()
+        self.memory.complete(store.local(gradient))
+
+    def note_curvature(self, space: KrylovSubspace, lowest: Tensor) -> None:
+        """Notes what a subspace showed.
+
+        Args:
+            space: The subspace.
+            lowest: Its lowest Ritz vector in parameter coordinates, shape ``(n,)``.
+        """
+        self.escape = lowest
+        self.bent = bool(space.eigenvalues[0] < -_BENT * space.eigenvalues[-1])
+
+    def forget(self) -> None:
+        """Forgets what belongs to other parameters."""
+        self.memory.clear()
+        self.escape, self.bent = None, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors, lists and numbers."""
+        return {
+            "memory": self.memory.state_dict(),
+            "escape": self.escape,
+            "bent": self.bent,
+            "expected": self.expected,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], store: BasisStore, device: torch.device) -> None:
+        """Takes over what `state_dict` gave, remembered steps whole.
+
+        Args:
+            state: The state.
+            store: How remembered steps are kept.
+            device: Where the parameters are.
+        """
+        self.memory.load_state_dict(moved_to(device, state["memory"]))
+        self.memory = self.memory.mapped(store.local)
+        self.escape = moved_to(device, state["escape"])
+        self.bent, self.expected = state["bent"], state["expected"]
+
+
+def moved_to(device: torch.device, value: Any) -> Any:
+    """Moves the tensors inside lists, tuples and dictionaries.
+
+    Args:
+        device: Where to.
+        value: What holds the tensors.
+
+    Returns:
+        The same with the tensors on the device.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved_to(device, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved_to(device, item) for item in value)
+    return value

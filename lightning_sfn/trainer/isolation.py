@@ -1,0 +1,197 @@
+"""Isolation: evaluations of a module's `training_step` that leave no trace and can be differentiated twice."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
+
+from lightning_sfn.newton.randomness import RandomState
+
+__all__ = ["Isolation", "is_mixed", "isolated"]
+
+_CONTAINERS = (list, dict, set, deque)
+
+
+@contextmanager
+def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Runs the body, one evaluation of `training_step`, in an `Isolation` of its own.
+
+    Args:
+        trainer: The module's Trainer.
+        module: The module.
+    """
+    with Isolation(trainer, module) as isolation:
+        isolation.rewind()
+        yield
+
+
+class Isolation:
+    """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
+
+    A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
+    recurrent layers without cuDNN, compiled modules eagerly, activation checkpoints without reentry, and automatic
+    mixed precision is off, since Lanczos amplifies rounding noise. `rewind` puts the module back to the state at the
+    beginning, so that each evaluation after it is the same function. At the end every attribute of every submodule is
+    what it was (buffers and other tensors, torchmetrics states, counters, the contents of lists, dictionaries and
+    sets), and so are the global random numbers.
+
+    Tensors are copied before an evaluation changes them in place. Not undone are in-place changes of tensors inside
+    lists and dictionaries, and changes of anything outside the module.
+
+    Args:
+        trainer: The module's Trainer.
+        module: The module.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        """See the class."""
+        self._trainer, self._module = trainer, module
+        self._stack = ExitStack()
+        self._before: list[_Saved] = []
+        self._tensors: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def __enter__(self) -> "Isolation":
+        """Notes the module's state."""
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_differentiable_checkpoints())
+            stack.enter_context(_full_precision(self._trainer))
+            stack.enter_context(_untouched_trainer(self._trainer))
+            stack.callback(RandomState.capture(self._module.device).restore)
+            self._before = [_Saved.of(submodule) for submodule in self._module.modules()]
+            self._tensors = [place for saved in self._before for place in saved.tensors()]
+            stack.callback(self._restore)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leaves everything as it was."""
+        self._stack.close()
+
+    def rewind(self) -> None:
+        """Puts the module back to the beginning, with copies in place of its tensors."""
+        self._restore()
+        copies: dict[int, Tensor] = {}
+        for attributes, name, tensor in self._tensors:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.clone()
+            attributes[name] = copies[id(tensor)]
+        for saved in self._before:
+            if saved.logs:
+                saved.attributes.update(log=_log_nothing, log_dict=_log_nothing)
+
+    def _restore(self) -> None:
+        for saved in self._before:
+            saved.restore()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A submodule's attributes as they were: the objects, and the contents of plain containers.
+
+    Attributes:
+        attributes: The submodule's ``__dict__``.
+        values: A copy of it.
+        contents: Pairs of each container among the values, at any depth, and a copy of it.
+        logs: Whether the submodule has Lightning's logging methods.
+    """
+
+    attributes: dict[str, Any]
+    values: dict[str, Any]
+    contents: list[tuple[Any, Any]]
+    logs: bool
+
+    @classmethod
+    def of(cls, submodule: nn.Module) -> "_Saved":
+        attributes = submodule.__dict__
+        contents = [(container, container.copy()) for container in _containers(attributes.values(), set())]
+        return cls(attributes, attributes.copy(), contents, hasattr(submodule, "training_step"))
+
+    def tensors(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Where the submodule's own tensors stand, parameters apart: buffers and plain attributes."""
+        for attributes in (self.attributes, self.attributes["_buffers"]):
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, nn.Parameter):
+                    yield attributes, name, value
+
+    def restore(self) -> None:
+        self.attributes.clear()
+        self.attributes.update(self.values)
+        for container, copy in self.contents:
+            if container or copy:
+                _refill(container, copy)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of `log` and `log_dict` in a replay."""
+
+
+def _full_precision(trainer: Trainer) -> Any:
+    """Lightning's context for the step, unless it is autocast."""
+    return nullcontext() if is_mixed(trainer) else trainer.precision_plugin.train_step_context()
+
+
+def is_mixed(trainer: Trainer) -> bool:
+    """Whether training runs under autocast, so that its losses differ from those of replays by rounding."""
+    return hasattr(trainer.precision_plugin, "scaler")  # the slot of the mixed precision plugin alone
+
+
+class _NonReentrant:
+    """Stands for the autograd function of reentrant activation checkpoints, which has no second derivative."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Lets reentrant activation checkpoints work as the other kind does."""
+    reentrant = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+
+
+@contextmanager
+def _untouched_trainer(trainer: Trainer) -> Iterator[None]:
+    """Dummy loggers, and no stop: a step may ask for one where a trial loss is large."""
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.should_stop = loggers, should_stop
+
+
+def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
+    """The plain containers among some values, and those inside them, each once."""
+    for value in values:
+        if isinstance(value, _CONTAINERS) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            if value:
+                yield from _containers(value.values() if isinstance(value, dict) else value, seen)
+
+
+def _refill(container: Any, copy: Any) -> None:
+    """Gives a container its old contents back, without replacing the container."""
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(copy)
+    else:
+        container.extend(copy)

@@ -1,0 +1,88 @@
+"""Recording: every `training_step` that Lightning runs, as it was called, so that it can be replayed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_sfn.newton.randomness import RandomState
+
+__all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers"]
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One call of `training_step` as Lightning made it.
+
+    Attributes:
+        args: Its positional arguments (batch, batch index, ...); containers are copied, tensors are not.
+        kwargs: Its keyword arguments.
+        random_state: State of the random number generators just before the call.
+        loss: The loss that it returned, detached; ``None`` if it returned none.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
+    loss: Tensor | None
+
+
+class StepRecorder:
+    """Notes every `training_step` that Lightning runs, at the one place where its arguments and random state are exact.
+
+    Args:
+        trainer: The Trainer whose strategy calls `training_step`.
+        device: The module's device, whose generator is part of the random state.
+    """
+
+    def __init__(self, trainer: Trainer, device: torch.device) -> None:
+        """See the class."""
+        self._strategy = trainer.strategy
+        self._device = device
+        self._recorded: list[RecordedStep] = []
+        self._active = True
+        self._original: Callable[..., Any] = self._strategy.training_step
+        # An attribute of the instance, in front of the class' method.
+        self._strategy.__dict__["training_step"] = self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._original(*args, **kwargs)
+        state = RandomState.capture(self._device)
+        kept_args, kept_kwargs = own_containers((args, kwargs))
+        output = self._original(*args, **kwargs)
+        loss = loss_of(output)
+        self._recorded.append(RecordedStep(kept_args, kept_kwargs, state, None if loss is None else loss.detach()))
+        return output
+
+    def take(self) -> list[RecordedStep]:
+        """The steps recorded since the last call."""
+        taken, self._recorded = self._recorded, []
+        return taken
+
+    def detach(self) -> None:
+        """Stops recording."""
+        self._active = False
+        self._recorded = []
+        if self._strategy.__dict__.get("training_step") != self._record:
+            return  # somebody has put a wrapper around ours, which now only passes on
+        if getattr(self._original, "__func__", None) is type(self._strategy).training_step:
+            del self._strategy.__dict__["training_step"]
+        else:
+            self._strategy.__dict__["training_step"] = self._original
+
+
+def own_containers(value: Any) -> Any:
+    """The value with its lists, tuples and dictionaries copied: a step may take its batch apart."""
+    return tree_map(lambda leaf: leaf, value)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what `training_step` returned: a tensor, a mapping with ``"loss"``, or nothing."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    return output if isinstance(output, Tensor) else None

@@ -1,0 +1,102 @@
+"""A rehearsal on the first batch, so that a run does not fail hours later, at its plateau."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sfn.newton.diagnosis import CurvatureError
+from lightning_sfn.newton.objective import Objective, ObjectiveError
+from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.newton.shortage import is_out_of_memory
+from lightning_sfn.trainer.isolation import Isolation
+from lightning_sfn.trainer.recording import RecordedStep, own_containers
+from lightning_sfn.trainer.replay import evaluate
+
+__all__ = ["Rehearsal"]
+
+
+class Rehearsal:
+    """Does once, on the first batch that gives a loss, what a Newton step does with each."""
+
+    def __init__(self) -> None:
+        """See the class."""
+        self._step: RecordedStep | None = None
+        self._over = False
+
+    def note(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps a batch before its training step, as long as none has been rehearsed.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            batch: The batch.
+            batch_idx: Its index.
+        """
+        if not self._over:
+            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+            state = RandomState.capture(module.device)
+            self._step = RecordedStep(own_containers(tuple(arguments.values())), {}, state, None)
+
+    def hold(
+        self, trainer: Trainer, module: LightningModule, make_newton: Callable[[], SaddleFreeNewton], who: str
+    ) -> None:
+        """Rehearses the batch that was kept, after its training step gave a loss.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            make_newton: Makes the optimizer that a switch would use.
+            who: Name of the callback that asks, for the message.
+
+        Raises:
+            MisconfigurationException: A replay gives another loss each time, or an operation has no second derivative.
+        """
+        if self._step is not None:
+            _require_second_derivatives(trainer, module, make_newton(), self._step, who)
+            self._step, self._over = None, True
+
+
+def _require_second_derivatives(
+    trainer: Trainer, module: LightningModule, newton: SaddleFreeNewton, recorded: RecordedStep, who: str
+) -> None:
+    """Takes a Hessian-vector product of one recorded step, and evaluates it again.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        newton: The optimizer that a switch would use.
+        recorded: The step of one batch.
+        who: Name of the callback that asks, for the message.
+
+    Raises:
+        MisconfigurationException: A replay gives another loss each time, or an operation has no second derivative.
+    """
+    parameters = FlatParameters.of_groups(newton.param_groups)
+    with Isolation(trainer, module) as isolation, torch.no_grad():
+
+        def closure() -> Any:
+            isolation.rewind()
+            recorded.random_state.restore()
+            return evaluate(module, recorded, with_output=newton.curvature != "hessian")
+
+        objective = Objective([closure], self_seeding=True)
+        try:
+            operator = newton.operator(objective, parameters)
+            operator.matvec(parameters.read())
+            operator.close()
+            loss = objective.value()
+            if math.isfinite(loss):
+                objective.require_repeatable(loss)
+        except (CurvatureError, ObjectiveError) as error:
+            if not is_out_of_memory(error):
+                raise MisconfigurationException(f"{who} cannot replay training_step. {error}") from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise

@@ -1,0 +1,63 @@
+"""What loggers and progress bars are told about Newton steps."""
+
+from pytorch_lightning import LightningModule, Trainer
+
+from lightning_sfn.newton.step import StepRecord
+
+__all__ = ["StepLog", "log_metrics", "log_step"]
+
+_LOGGED = ("loss_before", "loss_after", "damping", "step_norm", "lambda_min", "lambda_max", "accepted", "products")
+
+
+class StepLog:
+    """Keeps the record of a step, which is taken where nothing may be logged, until a hook that may comes along."""
+
+    def __init__(self) -> None:
+        """See the class."""
+        self._waiting: StepRecord | None = None
+
+    def note(self, record: StepRecord) -> None:
+        """Keeps a record.
+
+        Args:
+            record: What the step did.
+        """
+        self._waiting = record
+
+    def flush(self, trainer: Trainer, module: LightningModule) -> None:
+        """Logs the record that waits, if one does.
+
+        Args:
+            trainer: The Trainer.
+            module: The module that logs; it must be in a hook that may.
+        """
+        record, self._waiting = self._waiting, None
+        if record is not None:
+            log_step(trainer, module, record)
+
+
+def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, prefix: str = "sfn") -> None:
+    """Logs a Newton step as ``sfn/loss_before`` and so on: at its step to loggers, as a mean to the progress bar.
+
+    Args:
+        trainer: The Trainer.
+        module: The module that logs; it must be in a hook that may.
+        record: The step.
+        prefix: What the names begin with.
+    """
+    if trainer.barebones:
+        return
+    metrics = {f"{prefix}/{name}": float(getattr(record, name)) for name in _LOGGED}
+    log_metrics(trainer, metrics)
+    module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Writes numbers to all loggers at the present step.
+
+    Args:
+        trainer: The Trainer.
+        metrics: The numbers by name.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

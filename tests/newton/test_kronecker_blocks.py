@@ -1,0 +1,182 @@
+"""Blocks against dense matrices in float64: what they observe, and the roots that act on parameters."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy.linalg import fractional_matrix_power
+from torch import Tensor
+
+from lightning_sfn.newton.kronecker_blocks import Block, BlockRoots, Signature
+
+D = torch.float64
+LIKE = torch.empty(0, dtype=D)
+# The bias stands before the weight, so that its index is 0 and not merely positive.
+SHAPES = [torch.Size([2]), torch.Size([2, 3]), torch.Size([4, 3]), torch.Size([2]), torch.Size([5])]
+DENSE: Signature = ("dense", 1, 0)
+BARE: Signature = ("dense", 1, -1)
+EMBEDDING: Signature = ("embedding", 2, -1)
+NORM: Signature = ("norm", 3, 0)
+NUMBER: Signature = ("number", 4, -1)
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    return torch.tensor(fractional_matrix_power(matrix.numpy(), exponent), dtype=D)
+
+
+def definite(size: int, seed: int, scale: float = 1.0) -> Tensor:
+    root = torch.randn(size, size, dtype=D, generator=torch.Generator().manual_seed(seed))
+    return scale * (root @ root.T + 0.1 * torch.eye(size, dtype=D))
+
+
+def applied(roots: BlockRoots, indices: list[int], *, inverse: bool = False) -> Tensor:
+    """The map on the parameters of those indices, end to end, as a matrix; the others must stay as they are."""
+    sizes = [SHAPES[i].numel() for i in indices]
+    unit = torch.eye(sum(sizes), dtype=D)
+    pieces = [torch.full((len(unit), *shape), 7.0, dtype=D) for shape in SHAPES]
+    for index, columns in zip(indices, unit.split(sizes, 1), strict=True):
+        pieces[index] = columns.reshape(-1, *SHAPES[index])
+    roots.apply(pieces, inverse=inverse)
+    for index, shape in enumerate(SHAPES):
+        assert pieces[index].shape == (len(unit), *shape)
+        assert index in indices or bool((pieces[index] == 7.0).all())
+    return torch.cat([pieces[i].flatten(1) for i in indices], 1)
+
+
+# ------------------------------------------------------------------------------------------------ what is observed
+
+
+@pytest.mark.parametrize(
+    ("signature", "inputs", "outputs"),
+    [
+        (DENSE, (4, 4), (2, 2)),
+        (BARE, (3, 3), (2, 2)),
+        (EMBEDDING, (4,), (3, 3)),
+        (NORM, (1,), (2, 2)),
+        (("norm", 3, -1), (1,), (1, 2)),
+        (NUMBER, (1,), (1, 1)),
+    ],
+)
+def test_a_block_begins_at_zero_and_its_cost_is_three_times_its_bytes(
+    signature: Signature, inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> None:
+    block = Block.zeros(signature, SHAPES, LIKE)
+    assert (block.inputs.shape, block.outputs.shape) == (inputs, outputs)
+    assert block.inputs.dtype == block.outputs.dtype == D
+    assert not block.outputs.any()
+    assert bool(block.inputs.any()) == (signature[0] in ("norm", "number"))
+    entries = torch.Size(inputs).numel() + torch.Size(outputs).numel()
+    assert Block.cost(signature, SHAPES, itemsize=8) == 3 * 8 * entries
+
+
+def test_the_cost_of_a_large_layer_is_known_without_making_its_factors() -> None:
+    huge = [torch.Size([10**6, 10**6])]
+    assert Block.cost(("dense", 0, -1), huge, itemsize=4) == 3 * 4 * 2 * 10**12
+
+
+@pytest.mark.parametrize("signature", [DENSE, BARE])
+def test_a_layer_sums_second_moments_over_its_uses(signature: Signature) -> None:
+    block = Block.zeros(signature, SHAPES, LIKE)
+    first, second = torch.randn(6, 3, dtype=D), torch.randn(2, 3, dtype=D)
+    gradients = [torch.randn(6, 2, dtype=D), torch.randn(2, 2, dtype=D)]
+    block.observe(first, gradients[0], 0.25)
+    block.observe(second, gradients[1], 0.75)
+    if signature == DENSE:
+        first, second = (torch.cat([x, torch.ones(len(x), 1, dtype=D)], 1) for x in (first, second))
+    torch.testing.assert_close(block.inputs, 0.25 * first.T @ first / 6 + 0.75 * second.T @ second / 2)
+    torch.testing.assert_close(block.outputs, sum(g.T @ g for g in gradients))
+
+
+def test_a_table_counts_how_often_its_rows_are_used() -> None:
+    block = Block.zeros(EMBEDDING, SHAPES, LIKE)
+    first, second = torch.randn(4, 3, dtype=D), torch.randn(2, 3, dtype=D)
+    block.observe(torch.tensor([0, 1, 1, 1]), first, 0.5)
+    block.observe(torch.tensor([2, 2]), second, 0.5)
+    assert block.inputs.tolist() == [0.125, 0.375, 0.5, 0.0]
+    assert block.inputs.dtype == D
+    torch.testing.assert_close(block.outputs, first.T @ first + second.T @ second)
+
+
+@pytest.mark.parametrize("bias", [0, -1])
+def test_what_acts_element_by_element_sums_squared_gradients(bias: int) -> None:
+    block = Block.zeros(("norm", 3, bias), SHAPES, LIKE)
+    uses = [(torch.randn(3, 2, dtype=D), torch.randn(3, 2, dtype=D)) for _ in range(2)]
+    for inputs, gradients in uses:
+        block.observe(inputs, gradients, 1.0)
+    expected = [sum((x * g).square().sum(0) for x, g in uses), sum(g.square().sum(0) for _, g in uses)]
+    torch.testing.assert_close(block.outputs, torch.stack(expected[: 2 if bias >= 0 else 1]))  # type: ignore[arg-type]
+
+
+def test_the_magnitude_is_the_mean_of_the_diagonal_of_the_kronecker_product() -> None:
+    block = Block(DENSE, definite(4, 1), definite(2, 2))
+    assert block.magnitude == pytest.approx(float(torch.kron(block.outputs, block.inputs).diagonal().mean()))
+    table = Block(EMBEDDING, torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=D), definite(3, 3))
+    assert table.magnitude == pytest.approx(3.0 * float(table.outputs.diagonal().mean()))
+    norm = Block(NORM, torch.ones(1, dtype=D), torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=D))
+    assert norm.magnitude == pytest.approx(3.0)
+
+
+# ------------------------------------------------------------------------------------------------ roots
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_roots_of_a_layer_are_those_of_the_damped_kronecker_product(inverse: bool, scale: float) -> None:
+    """Weight row by row, then bias: the joined matrix has the bias as its last column."""
+    a, s, damping = definite(4, 1, scale), definite(2, 2), 0.3
+    pi = (a.diagonal().mean() / s.diagonal().mean()).sqrt()
+    root, sign = damping**0.5, 0.5 if inverse else -0.5
+    right, left = power(a + pi * root * torch.eye(4, dtype=D), sign), power(s + root / pi * torch.eye(2, dtype=D), sign)
+    order = [0, 1, 2, 4, 5, 6, 3, 7]
+    expected = torch.kron(left, right)[order][:, order]
+    torch.testing.assert_close(applied(Block(DENSE, a, s).roots(damping), [1, 0], inverse=inverse), expected)
+    bare = Block(BARE, a[:3, :3], s).roots(damping)
+    assert applied(bare, [1], inverse=inverse).shape == (6, 6)
+    product = applied(bare, [1]) @ applied(bare, [1], inverse=True)
+    torch.testing.assert_close(product, torch.eye(6, dtype=D))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_roots_of_a_table_scale_its_rows_and_map_its_columns(inverse: bool) -> None:
+    counts, s, damping = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=D), definite(3, 3), 0.3
+    pi = (counts.mean() / s.diagonal().mean()).sqrt()
+    root, sign = damping**0.5, 0.5 if inverse else -0.5
+    rows, columns = (counts + pi * root) ** sign, power(s + root / pi * torch.eye(3, dtype=D), sign)
+    matrix = applied(Block(EMBEDDING, counts, s).roots(damping), [2], inverse=inverse)
+    torch.testing.assert_close(matrix, torch.kron(torch.diag(rows), columns))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_roots_of_a_norm_scale_each_entry_by_its_own(inverse: bool) -> None:
+    """A is one, so all of the damping belongs to S."""
+    s, damping = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=D), 0.3
+    roots = Block(NORM, torch.ones(1, dtype=D), s).roots(damping)
+    expected = (s.flatten() + damping) ** (0.5 if inverse else -0.5)
+    torch.testing.assert_close(applied(roots, [3, 0], inverse=inverse), torch.diag(expected))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_root_of_a_number_scales_the_whole_tensor(inverse: bool) -> None:
+    roots = Block(NUMBER, torch.ones(1, dtype=D), torch.full((1, 1), 0.7, dtype=D)).roots(0.3)
+    torch.testing.assert_close(applied(roots, [4], inverse=inverse), torch.eye(5, dtype=D))
+
+
+@pytest.mark.parametrize("empty", [lambda a, s: (0 * a, s), lambda a, s: (a, 0 * s), lambda a, s: (0 * a, 0 * s)])
+def test_a_factor_of_zeros_shares_the_damping_evenly(empty: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    a, s = empty(definite(3, 1), definite(2, 2))
+    matrix = applied(Block(BARE, a, s).roots(0.09), [1])
+    left, right = (power(factor + 0.3 * torch.eye(len(factor), dtype=D), -0.5) for factor in (s, a))
+    torch.testing.assert_close(matrix, torch.kron(left, right))
+
+
+def test_eigenvalues_that_rounding_made_negative_count_as_zero() -> None:
+    """In float32 as in float64: the damping alone keeps the roots finite."""
+    a = torch.diag(torch.tensor([1.0, -1e-9, 2.0]))
+    roots = Block(BARE, a, torch.eye(2)).roots(1e-18)
+    assert roots.right.dtype == torch.float32
+    damping = 1e-9 * (1.0**0.5)
+    assert float(roots.right[1, 1]) == pytest.approx(damping**-0.5, rel=1e-3)
+    table = Block(EMBEDDING, torch.tensor([1.0, -1e-9, 2.0, 1.0]), torch.eye(3)).roots(1e-18)
+    assert table.right.dtype == table.right_inverse.dtype == torch.float32
+    assert float(table.right[1]) == pytest.approx(damping**-0.5, rel=1e-3)
+    assert float(table.right[0]) == pytest.approx(1.0)
