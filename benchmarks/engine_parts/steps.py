@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sfn import SwitchToSFN
 from lightning_sfn.experiments.autoencoder import Autoencoder
-from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, krylov, optimizer, step
+from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, krylov, outer_step, step
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.trainer.window import WindowedNewton
 
@@ -39,7 +39,7 @@ def shares(way: Callable[[torch.device, bool], int], device: torch.device, quick
         (HessianOperator, "_matvec", "products"),
         (HessianOperator, "_build", "products"),
         (step, "gradient_of", "gradients"),
-        (optimizer, "gradient_of", "gradients"),
+        (outer_step, "gradient_of", "gradients"),
         (CurvatureOperator, "loss_and_gradient", "gradients"),
         (HessianOperator, "loss_and_gradient", "gradients"),
         (Objective, "value", "trial losses"),
