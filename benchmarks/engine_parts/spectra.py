@@ -36,7 +36,7 @@ def measure(device: torch.device, quick: bool, steps: int, reference: int) -> di
     dim, largest = (12, 3) if quick else (64, LARGEST)
     rows = [
         _row(model, images, exact, device, SpectrumSettings(dim, smallest, largest, tol, max_products=4 * reference))
-        for smallest, tol in ((1, None), (0, 3e-2), (1, 3e-2), (1, 1e-3))
+        for smallest, tol in ((1, None), (0, 1e-2), (1, 3e-2), (1, 1e-3))
     ]
     return {
         "parameters": exact.size or 0,
