@@ -1,6 +1,11 @@
-import pytest
+from collections.abc import Callable
+from typing import Any
 
-from lightning_sfn.newton.diagnosis import CurvatureError, explain
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.diagnosis import CurvatureError, explain, require_double_backward
 
 FINITE = "hvp='finite_difference'"
 
@@ -58,3 +63,41 @@ def test_autograd_errors_become_one_sentence_with_a_name_and_a_remedy(text: str,
 
 def test_braces_in_an_error_do_no_harm() -> None:
     assert "{0} odd {name}" in str(explain(RuntimeError("{0} odd {name}")))
+
+
+class Once(torch.autograd.Function):
+    """Twice itself, with a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: Once.apply(x).sum(),
+        lambda x: Once.apply(x).sin().sum() + x.cos().sum(),
+        lambda x: x.cos().sum() + Once.apply(x).sin().sum(),
+        lambda x: (x.cos() * x.sin() + Once.apply(x)).exp().sum(),
+        lambda x: ((y := x.sin()) * y.cos() * Once.apply(y) * y).sum(),
+    ],
+    ids=["alone", "first", "last", "below", "shared"],
+)
+def test_a_function_without_second_derivative_is_found_on_any_branch(loss: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CurvatureError, match=r"^An autograd\.Function of the model is marked once_differentiable, "):
+        require_double_backward(loss(torch.ones(2, requires_grad=True)))
+
+
+def test_a_graph_that_shares_its_nodes_is_walked_once() -> None:
+    """Two to the power of two hundred paths lead through it."""
+    x = torch.ones(2, requires_grad=True)
+    y = x
+    for _ in range(200):
+        y = y * 0.5 + y * 0.5
+    require_double_backward(y.sum())

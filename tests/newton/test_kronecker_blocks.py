@@ -120,7 +120,7 @@ def test_the_magnitude_is_the_mean_of_the_diagonal_of_the_kronecker_product() ->
 # ------------------------------------------------------------------------------------------------ roots
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_roots_of_a_layer_are_those_of_the_damped_kronecker_product(inverse: bool, scale: float) -> None:
     """Weight row by row, then bias: the joined matrix has the bias as its last column."""

@@ -13,6 +13,7 @@ from lightning_sfn.newton import (
     GridDamping,
     HessianOperator,
     IdentityPreconditioner,
+    KrylovSubspace,
     Objective,
     SaddleFreeNewton,
     StepRecord,
@@ -137,6 +138,51 @@ def inner_step(trial: Callable[[Tensor], Tensor], **options: object) -> tuple[St
         record=StepRecord(4.75, 4.75, 1.0),
     )
     return record, step, x.detach()
+
+
+class Listening(FixedDamping):
+    """Notes what it learns of a step."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.heard: list[tuple[bool, float]] = []
+
+    def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
+        self.heard.append((accepted, reduction_ratio))
+
+
+@pytest.mark.parametrize(("share", "accepted"), [(1.0, True), (0.5, True), (-0.5, False)])
+def test_the_damping_learns_the_ratio_of_actual_to_predicted_decrease(share: float, accepted: bool) -> None:
+    """The trial loss falls from 4.75 to -1 if the model of the saddle is right."""
+    damping = Listening(1e-9)
+    record, _, _ = inner_step(lambda x: 4.75 - share * 5.75 + 0 * x.sum(), damping=damping)
+    assert record.accepted is accepted
+    ((taken, ratio),) = damping.heard
+    assert taken is accepted
+    assert ratio == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("loss", "parameters_norm", "length"),
+    [
+        (1e8, 1.0, (2 * 100 * 1e8 / 4) ** 0.5),  # a loss so large that only a long way changes it visibly
+        (0.0, 1e3, 1e3 / 0.5),  # parameters so large that a short way is lost in them
+        (0.0, 1e-3, 1.0 / 0.5),
+    ],
+)
+def test_a_push_is_as_long_as_can_be_resolved(loss: float, parameters_norm: float, length: float) -> None:
+    """In roots of the rounding unit: curvature -4 lowers the loss by 100 units of it, in parameters halved by D."""
+
+    class Halving(IdentityPreconditioner):
+        def scale(self, vectors: Tensor) -> Tensor:
+            return 0.5 * vectors
+
+    matrix = torch.diag(torch.tensor([-4.0, 8.0], dtype=torch.float64))
+    space = KrylovSubspace(torch.eye(2, dtype=torch.float64), matrix, coupling=0.0, lanczos_dim=2, products=2)
+    model = SubspaceModel(space, Halving(), RULES["saddle_free"], 1.0, None)
+    gradient = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    pushed = model.coordinates(gradient, loss, parameters_norm)
+    assert abs(float(pushed[0])) == pytest.approx(4 * length * torch.finfo(torch.float64).eps ** 0.5)
 
 
 def test_a_step_that_lowers_the_trial_loss_is_taken_and_booked() -> None:
