@@ -20,7 +20,7 @@ DATA ?= sample
 FILE ?= trust_region
 TESTS ?= test_$(FILE).py
 # What `make bench` runs, in this order
-BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/race.py benchmarks/tables.py
+BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/engine.py benchmarks/race.py benchmarks/tables.py
 
 .PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers mutation
 

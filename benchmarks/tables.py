@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine_parts.tables import TABLES as ENGINE
 from record import RESULTS
 from suite.methods import METHODS
 from suite.standings import FIRST_ORDER, KFAC_TARGET, TARGETS, Standing, standings
@@ -318,6 +319,13 @@ def peer_spectra() -> str:
     return _rows(["method", "products", "cost in gradients", "largest right in order", "smallest: error"], rows)
 
 
+def engine(part: str) -> str:
+    """One part of what the second-order engine costs."""
+    results = _load("engine")
+    table = _rows(*ENGINE[part](results[part]))
+    return table + (_measured(results, "python benchmarks/engine.py") if part == "products" else "")
+
+
 _OURS = "recipe"  # what the targets are for
 _RACE, _PEERS = "python benchmarks/race.py", "make bench-peers"
 
@@ -339,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_spectra": peer_spectra,
 }
 TABLES |= {name: partial(claims, name) for name in FIGURES}
+TABLES |= {f"engine_{part}": partial(engine, part) for part in ENGINE}
 
 
 if __name__ == "__main__":

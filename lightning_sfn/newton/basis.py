@@ -188,6 +188,14 @@ class BasisStore:
         for rows, block in self._blocks(basis, part.dtype, part.device):
             reductions.subtract(part, coefficients[rows], block)
 
+    def project_rows(self, basis: Tensor, parts: Tensor) -> Tensor:
+        """`project` for a few vectors together, where rows lie on their device in their dtype; shape ``(c, k)``."""
+        return self._sum(reductions.project_rows(basis, parts))
+
+    def subtract_rows(self, parts: Tensor, coefficients: Tensor, basis: Tensor) -> None:
+        """`subtract` for a few vectors together, likewise."""
+        reductions.subtract_rows(parts, coefficients, basis)
+
     def _blocks(self, basis: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """The rows in a dtype and on a device: all at once if they are so already, else a few at a time."""
         at_once = len(basis) if (basis.dtype, basis.device) == (dtype, device) else _BLOCK // basis.shape[1]

@@ -1,6 +1,6 @@
 """`KroneckerFactors`: coordinates in which the curvature of each layer is about the identity.
 
-The map is ``D = (A + a)^(-1/2) x (S + s)^(-1/2)`` for each layer (see `kronecker_blocks`), so that ``D H D`` is flat as
+The map is ``D = (A x S + damping)^(-1/2)`` for each layer (see `kronecker_blocks`), so that ``D H D`` is flat as
 far as the factors tell, and a few Krylov vectors are left with what they do not tell: negative curvature above all.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sfn.newton.curvature import CurvatureOperator
-from lightning_sfn.newton.kronecker_blocks import Block, BlockRoots, Signature
+from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot, Signature
 from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -45,10 +45,10 @@ class KroneckerFactors(Preconditioner):
         refresh_every: Steps between estimates.
         average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1.
         damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
-        max_memory: Bytes for factors and roots; the layers that need most give way. No limit if left out.
+        max_memory: Bytes for factors, eigenvectors and scales; the layers that need most give way. No limit by default.
 
     Attributes:
-        memory: Bytes that factors and roots take now.
+        memory: Bytes that factors, eigenvectors and scales take now.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -93,7 +93,7 @@ class KroneckerFactors(Preconditioner):
     def reset(self) -> None:
         """Forgets the factors."""
         self._blocks: list[Block] = []
-        self._roots: list[BlockRoots] = []
+        self._roots: list[BlockRoot] = []
         self._shapes: list[torch.Size] = []
         self._age = 0
         self._unfactored: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class KroneckerFactors(Preconditioner):
 
     @property
     def memory(self) -> int:
-        """Bytes of factors, roots and their inverses."""
+        """Bytes of factors, eigenvectors and scales."""
         itemsize = self._blocks[0].outputs.element_size() if self._blocks else 0
         return sum(Block.cost(block.signature, self._shapes, itemsize) for block in self._blocks)
 
@@ -158,7 +158,7 @@ class KroneckerFactors(Preconditioner):
 
     def _adopt(self, blocks: list[Block]) -> None:
         damping = self.damping * max(block.magnitude for block in blocks)
-        self._blocks, self._roots = blocks, [block.roots(damping) for block in blocks]
+        self._blocks, self._roots = blocks, [block.root(damping) for block in blocks]
 
     def _estimated(self, objective: Objective, parameters: FlatParameters, seed: int) -> list[Block]:
         """The factors of all parameters, the mean over processes."""
@@ -196,13 +196,17 @@ class KroneckerFactors(Preconditioner):
 
     def scale(self, vectors: Tensor) -> Tensor:
         """``D v``."""
-        return self._map(vectors, inverse=False)
+        return self._map(vectors, 1)
 
     def unscale(self, vectors: Tensor) -> Tensor:
         """``D^-1 v``."""
-        return self._map(vectors, inverse=True)
+        return self._map(vectors, -1)
 
-    def _map(self, vectors: Tensor, *, inverse: bool) -> Tensor:
+    def precondition(self, vectors: Tensor) -> Tensor:
+        """``D^2 v``, by one rotation there and back."""
+        return self._map(vectors, 2)
+
+    def _map(self, vectors: Tensor, power: int) -> Tensor:
         if not self._roots:
             return vectors
         rows = vectors.reshape(-1, vectors.shape[-1])
@@ -210,7 +214,7 @@ class KroneckerFactors(Preconditioner):
         split = torch.split(rows, sizes, dim=1)
         pieces = [piece.reshape(-1, *shape) for piece, shape in zip(split, self._shapes, strict=True)]
         for block in self._roots:
-            block.apply(pieces, inverse=inverse)
+            block.apply(pieces, power)
         return torch.cat([piece.reshape(len(rows), -1) for piece in pieces], 1).view_as(vectors)
 
     # ------------------------------------------------------------------------------------------------ state

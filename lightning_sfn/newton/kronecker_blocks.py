@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "BlockRoots", "Signature"]
+__all__ = ["Block", "BlockRoot", "Signature"]
 
 Signature = tuple[str, int, int]
 """Kind of a block, index of its weight and index of its bias (-1 for none) among the parameters."""
@@ -49,9 +49,10 @@ class Block:
 
     @staticmethod
     def cost(signature: Signature, shapes: Sequence[torch.Size], itemsize: int) -> int:
-        """Bytes of a block: its factors, their roots and the roots' inverses."""
+        """Bytes of a block: its factors, their eigenvectors, and a scale for each parameter."""
         block = Block.zeros(signature, shapes, torch.empty(0, device="meta"))
-        return 3 * (block.inputs.numel() + block.outputs.numel()) * itemsize
+        scales = sum(shapes[index].numel() for index in signature[1:] if index >= 0) if signature[0] != "number" else 1
+        return (2 * (block.inputs.numel() + block.outputs.numel()) + scales) * itemsize
 
     def observe(self, inputs: Tensor, gradients: Tensor, weight: float) -> None:
         """Adds one use of the layer.
@@ -83,80 +84,80 @@ class Block:
 
     @property
     def _square(self) -> Tensor:
-        """S as `_power` and `_mean_diagonal` expect it: a matrix or a vector."""
+        """S as `_eigen` and `_mean_diagonal` expect it: a matrix or a vector."""
         return self.outputs if self.signature[0] in ("dense", "embedding") else self.outputs.reshape(-1)
 
-    def roots(self, damping: float) -> "BlockRoots":
-        """``(A + a)^(-1/2)`` and ``(S + s)^(-1/2)`` with ``a s`` the damping, split as the traces are (pi).
+    def root(self, damping: float) -> "BlockRoot":
+        """``(A x S + damping)^(-1/2)``, by the eigenvectors of both factors.
+
+        The damping of the product itself, which K-FAC approximates by damping each factor, costs no more in their
+        eigenbasis (George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis").
 
         Args:
             damping: A positive number.
         """
-        a, s = _mean_diagonal(self.inputs), _mean_diagonal(self._square)
-        ratio = math.sqrt(a / s) if a > 0 and s > 0 and self.signature[0] in ("dense", "embedding") else 1.0
-        root = math.sqrt(damping)
-        if self.signature[0] not in ("dense", "embedding"):  # A is one: all of the damping belongs to S
-            scale = (self.outputs + damping).rsqrt()
-            return BlockRoots(self.signature, self.inputs, self.inputs, scale, 1 / scale)
-        right, right_inverse = _power(self.inputs, ratio * root)
-        left, left_inverse = _power(self.outputs, root / ratio)
-        return BlockRoots(self.signature, right, right_inverse, left, left_inverse)
+        if self.signature[0] not in ("dense", "embedding"):  # A is one
+            return BlockRoot(self.signature, None, None, (self.outputs + damping).rsqrt())
+        rows, left = _eigen(self.outputs)
+        columns, right = _eigen(self.inputs)
+        values = columns[:, None] * rows if self.signature[0] == "embedding" else rows[:, None] * columns
+        return BlockRoot(self.signature, right, left, (values + damping).rsqrt().to(self.outputs))
 
 
 @dataclass(frozen=True)
-class BlockRoots:
-    """A block's inverse square root ``right x left``, and its inverse.
+class BlockRoot:
+    """A block's inverse square root ``(A x S + damping)^(-1/2)``, as rotations and a scale between them.
 
     Attributes:
         signature: Which parameters it is about.
-        right: ``(A + a)^(-1/2)``: a matrix, or a diagonal.
-        right_inverse: ``(A + a)^(1/2)``.
-        left: ``(S + s)^(-1/2)``.
-        left_inverse: ``(S + s)^(1/2)``.
+        right: Eigenvectors of A in columns; ``None`` where A is diagonal.
+        left: Eigenvectors of S in columns; ``None`` where S is diagonal.
+        scale: The root's eigenvalues: ``(o, i)`` for a matrix, ``(i, o)`` for a table, ``(b, o)`` for what acts element
+            by element, ``(1, 1)`` for a number.
     """
 
     signature: Signature
-    right: Tensor
-    right_inverse: Tensor
-    left: Tensor
-    left_inverse: Tensor
+    right: Tensor | None
+    left: Tensor | None
+    scale: Tensor
 
-    def apply(self, pieces: list[Tensor], *, inverse: bool) -> None:
-        """Multiplies vectors with the root, in place of their pieces.
+    def apply(self, pieces: list[Tensor], power: int) -> None:
+        """Multiplies vectors with a power of the root, in place of their pieces.
 
         Args:
             pieces: One tensor for each parameter, shape ``(c, *shape)``.
-            inverse: Whether to multiply with its inverse instead.
+            power: 1 for the root, -1 for its inverse, 2 for the inverse of the damped block itself.
         """
         kind, weight, bias = self.signature
-        left, right = (self.left_inverse, self.right_inverse) if inverse else (self.left, self.right)
+        scale = self.scale if power == 1 else self.scale**power
         vectors = pieces[weight]
         if kind == "embedding":
-            pieces[weight] = right[:, None] * (vectors @ left)
+            assert self.left is not None
+            pieces[weight] = ((vectors @ self.left) * scale) @ self.left.T
         elif kind == "dense":
+            assert self.left is not None
+            assert self.right is not None
             joined = vectors.flatten(2)
             if bias >= 0:
                 joined = torch.cat([joined, pieces[bias].unsqueeze(-1)], -1)
-            product = left @ joined @ right
+            product = self.left @ ((self.left.T @ joined @ self.right) * scale) @ self.right.T
             if bias >= 0:
                 pieces[bias] = product[..., -1]
                 product = product[..., :-1]
             pieces[weight] = product.reshape(vectors.shape)
         else:
-            pieces[weight] = vectors * left[0]
+            pieces[weight] = vectors * scale[0]
             if bias >= 0:
-                pieces[bias] = pieces[bias] * left[1]
+                pieces[bias] = pieces[bias] * scale[1]
 
 
 def _mean_diagonal(factor: Tensor) -> float:
     return float((factor if factor.dim() == 1 else factor.diagonal()).double().mean())
 
 
-def _power(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """``(F + damping)^(-1/2)`` and ``(F + damping)^(1/2)`` of a symmetric matrix or a diagonal, through float64."""
+def _eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues (float64, rounding below zero taken away) and eigenvectors of a symmetric matrix or a diagonal."""
     if factor.dim() == 1:
-        damped = factor.double().clamp_min(0) + damping
-        return damped.rsqrt().to(factor), damped.sqrt().to(factor)
+        return factor.double().clamp_min(0), None
     values, vectors = torch.linalg.eigh(factor.double())
-    damped = values.clamp_min(0) + damping
-    return ((vectors * damped.rsqrt()) @ vectors.T).to(factor), ((vectors * damped.sqrt()) @ vectors.T).to(factor)
+    return values.clamp_min(0), vectors.to(factor)

@@ -187,31 +187,38 @@ def fill_basis(
     generator: torch.Generator,
     store: BasisStore | None = None,
     like: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[int, Tensor, float]:
-    """Takes Lanczos steps from the first row of a basis until it has ``steps`` rows.
+    """Takes Lanczos steps from a row of a basis until it has ``steps`` rows.
 
     The steps leave their numbers on the device; the host looks at them once, or once more for each step at which
     something comes up (see `unattended_steps`).
 
     Args:
         matvec: The symmetric operator on parts of vectors.
-        basis: The basis, of which row 0 is in use; filled in place.
+        basis: The basis, of which rows 0 to ``first`` are in use; filled in place. Where ``first`` is not 0, row
+            ``steps`` is scratch.
         projected: The projected operator; filled in place.
-        steps: Number of steps, one for each row.
-        recent: The first row in full precision.
+        steps: How many rows there will be, each with its diagonal element.
+        recent: Row ``first`` in full precision, and the one before it if it has one.
         generator: Source of random vectors.
         store: How the basis is kept; whole if left out.
         like: A whole vector, where the basis holds parts.
+        first: The row to go on from, coupled with the one before it alone.
 
     Returns:
-        The number of steps, fewer than wanted where the next product was not finite; what the last product has outside
+        The number of rows, fewer than wanted where the next product was not finite; what the last product has outside
         the basis, shape ``(n,)``; and the norm of that (see `lanczos_step`).
     """
     store = store or BasisStore()
-    j, coupling, leftover = 0, 0.0, recent[0]
+    j, leftover, calm = first, recent[0], True
+    coupling = float(projected[first - 1, first]) if first else 0.0
     while j < steps:
         scale = float(projected[: j + 1, : j + 1].abs().max())
-        found = unattended_steps(matvec, basis, j, steps, scale, coupling, store, recent)
+        found = unattended_steps(
+            matvec, basis, j, steps, scale, coupling, store, recent, by_twos=calm, scratch=first > 0
+        )
+        calm = False  # from where something has come up, step by step
         count = min(found.sound + 1, len(found))
         before, (leftover, coupling) = coupling, _settled(found, count, matvec, basis, projected, store)
         j += count

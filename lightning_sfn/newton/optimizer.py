@@ -17,6 +17,7 @@ from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.kronecker import KroneckerFactors
 from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.momentum import Glide
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
 from lightning_sfn.newton.options import require_at_least, require_positive_or_none, require_whole, resolve_krylov_dim
@@ -64,6 +65,8 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
+        heavy_ball: Momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with momentum
+            in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
         preconditioner: ``"diagonal"`` (equilibration), ``"kronecker"`` (see `KroneckerFactors`), ``None``, or a
             `Preconditioner`. The default is ``"diagonal"``, and ``None`` for the exact method.
         secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
@@ -108,6 +111,7 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: float | None = None,
         max_step_norm: float | None = None,
         previous_directions: int = 10,
+        heavy_ball: float = 0.0,
         preconditioner: str | Preconditioner | None = "auto",
         secants: bool = True,
         exploration: float = 1e-2,
@@ -124,6 +128,9 @@ class SaddleFreeNewton(Optimizer):
         require_at_least("lr", lr, 0.0)
         require_whole("inner_steps", inner_steps, 1)
         require_at_least("exploration", exploration, 0.0)
+        require_at_least("heavy_ball", heavy_ball, 0.0)
+        if heavy_ball >= 1.0:
+            raise ValueError(f"heavy_ball is {heavy_ball}, but a number from 0 to less than 1 is expected.")
         require_positive_or_none("max_grad_norm", max_grad_norm)
         require_positive_or_none("max_step_norm", max_step_norm)
         check_curvature(curvature, hvp)
@@ -145,6 +152,7 @@ class SaddleFreeNewton(Optimizer):
         self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
         self._processes, self._check_ranks = processes, check_ranks
         self._carried = Carried(StepMemory(previous_directions, secants=secants))
+        self._glide = Glide(heavy_ball) if heavy_ball > 0 else None
         self.exploration = exploration
         self.hvp: ProductMethod = hvp
         self._budget = GraphBudget(graph_bytes)
@@ -249,20 +257,11 @@ class SaddleFreeNewton(Optimizer):
         if not self._carried.checked:
             self._require_same_model(parameters)
         losses = Losses(objective, curvature or objective, trial or objective, same_function, loss_and_gradient)
-        search = Search(self.damping, self.inner_steps)
         origin = parameters.read()
         while True:
             try:
                 with torch.no_grad():
-                    record = take_outer_step(
-                        parameters,
-                        losses,
-                        self.operator(losses.curvature, parameters),
-                        self._descent(parameters),
-                        search,
-                        self._carried,
-                        self._store(),
-                    )
+                    record = self._one_step(parameters, losses)
                     self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
                 break
             except BaseException as error:
@@ -279,6 +278,16 @@ class SaddleFreeNewton(Optimizer):
         if self._check_ranks:
             self._require_same_model(parameters)
         return self.last_step
+
+    def _one_step(self, parameters: FlatParameters, losses: Losses) -> StepRecord:
+        if self._glide is not None:
+            losses = self._glide.settle(parameters, losses, self._carried)
+        operator, descent = self.operator(losses.curvature, parameters), self._descent(parameters)
+        carried, store = self._carried, self._store()
+        if self._glide is not None and self._glide.pace.kind == "momentum":
+            return self._glide.step(parameters, losses, operator, descent, carried, store)
+        search = Search(self.damping, self.inner_steps)
+        return take_outer_step(parameters, losses, operator, descent, search, carried, store)
 
     def _economise(self) -> bool:
         """Gives up memory after a shortage: first kept graphs, then Lanczos vectors. Whether there was any to give."""
@@ -322,6 +331,8 @@ class SaddleFreeNewton(Optimizer):
         if [id(p) for p in parameters.tensors] != [id(p) for p in self._parameters.tensors]:
             self._carried.forget()
             self.preconditioner.reset()
+            if self._glide is not None:
+                self._glide.forget()
         self._parameters = parameters
         return parameters
 
@@ -399,6 +410,7 @@ class SaddleFreeNewton(Optimizer):
         state["newton"] = replace(self._carried, memory=whole).state_dict() | {
             "damping": self.damping.value,
             "preconditioner": self.preconditioner.state_dict(),
+            "glide": None if self._glide is None else self._glide.state_dict(),
             "generator": self._generator.get_state(),
             "layout": [list(shape) for shape in self._parameters.layout],
         }
@@ -426,4 +438,6 @@ class SaddleFreeNewton(Optimizer):
         self.damping.value = newton["damping"]
         self.preconditioner.load_state_dict(moved_to(device, newton["preconditioner"]))
         self._carried.load_state_dict(newton, self._store(), device)
+        if self._glide is not None and newton.get("glide") is not None:
+            self._glide.load_state_dict(moved_to(device, newton["glide"]))
         self._generator.set_state(newton["generator"].cpu())

@@ -43,6 +43,10 @@ class Preconditioner(ABC):
     def unscale(self, vectors: Tensor) -> Tensor:
         """``D^-1 v`` for vectors of shape ``(n,)`` or ``(c, n)``."""
 
+    def precondition(self, vectors: Tensor) -> Tensor:
+        """``D^2 v``: a gradient turned into a step of the length that the curvature suggests."""
+        return self.scale(self.scale(vectors))
+
     def on_parts(self, store: BasisStore, size: int) -> "Preconditioner":
         """The same map for vectors of which each process keeps a part.
 

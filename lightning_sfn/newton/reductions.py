@@ -8,7 +8,7 @@ dtype over short chunks, and the chunks are added in float64. The cost is that o
 import torch
 from torch import Tensor
 
-__all__ = ["SAFE_NORMS", "combine", "dot", "norm", "plain_norm", "project", "subtract"]
+__all__ = ["SAFE_NORMS", "combine", "dot", "norm", "plain_norm", "project", "project_rows", "subtract", "subtract_rows"]
 
 _CHUNK = 4096  # float32 rounding inside one chunk stays below 1e-6; float64 takes over between chunks
 SAFE_NORMS = (1e-15, 1e18)  # norms whose squares float32 holds with room to spare
@@ -126,3 +126,37 @@ def subtract(vector: Tensor, coefficients: Tensor, basis: Tensor) -> None:
     """
     weights = coefficients.to(device=basis.device, dtype=basis.dtype)
     vector.addmv_(basis.t(), weights, alpha=-1)
+
+
+def project_rows(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Coordinates of several vectors in a basis, accumulated in float64; the basis is read once.
+
+    Args:
+        basis: Matrix of shape ``(k, n)``.
+        vectors: Shape ``(c, n)``, a few.
+
+    Returns:
+        A float64 tensor of shape ``(c, k)`` on the basis' device.
+    """
+    size = vectors.shape[1]
+    if basis.dtype == torch.float64 or size <= _SLAB:
+        return (vectors @ basis.t()).double()
+    total = torch.zeros(len(vectors), len(basis), dtype=torch.float64, device=basis.device)
+    for start in range(0, size, _SLAB):
+        columns = slice(start, start + _SLAB)
+        total += vectors[:, columns] @ basis[:, columns].t()
+    return total
+
+
+def subtract_rows(vectors: Tensor, coefficients: Tensor, basis: Tensor) -> None:
+    """Subtracts linear combinations of basis vectors from several vectors, in place; the basis is read once.
+
+    Args:
+        vectors: Shape ``(c, n)``, a few.
+        coefficients: Shape ``(c, k)``, any floating dtype.
+        basis: Matrix of shape ``(k, n)``, dtype and device of the vectors.
+    """
+    weights = coefficients.to(device=basis.device, dtype=basis.dtype)
+    for start in range(0, vectors.shape[1], _SLAB):
+        columns = slice(start, start + _SLAB)
+        vectors[:, columns].addmm_(weights, basis[:, columns], alpha=-1)

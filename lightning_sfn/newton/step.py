@@ -18,6 +18,7 @@ from lightning_sfn.newton.dense import full_space
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.pace import Kind
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.reductions import dot, norm
@@ -48,6 +49,8 @@ class StepRecord:
         inner_steps: Inner steps that were taken.
         accepted: Whether the parameters were changed.
         unfactored: Parameters for which `KroneckerFactors` has no rule.
+        kind: Whether a subspace was built, or a momentum step taken (see `Glide`), which knows no damping, no curvature
+            and no trial losses.
     """
 
     loss_before: float
@@ -65,6 +68,7 @@ class StepRecord:
     inner_steps: int = 0
     accepted: bool = False
     unfactored: tuple[str, ...] = ()
+    kind: Kind = "subspace"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lightning_sfn.newton.reductions import norm
 __all__ = ["Ends", "RitzValues", "extreme_ritz_values"]
 
 _SLAB = 65_536  # columns of the basis that are rotated at a time
+_TOGETHER = 2  # steps between two looks at whether everything has converged; they share an orthogonalisation
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,16 @@ def extreme_ritz_values(
         if full:
             j = _restart(space, projected, ends)
             basis[j] = leftover / coupling
+            leftover, coupling = lanczos_step(counted, basis, projected, j)
+            finite = math.isfinite(float(projected[j, j]) + coupling)
+            rows = j + finite
         else:
-            append(basis, projected, j, leftover, coupling, generator)
-        leftover, coupling = lanczos_step(counted, basis, projected, j)
-        finite = math.isfinite(float(projected[j, j]) + coupling)
-        if finite:  # else the last space stays: right after a restart the kept vectors alone are none
-            j += 1
+            wanted = min(j + _TOGETHER, capacity, j + max_products - counted.calls)
+            recent = [append(basis, projected, j, leftover, coupling, generator), basis[j - 1]]
+            rows, leftover, coupling = fill_basis(counted, basis, projected, wanted, recent, generator, first=j)
+            finite = rows == wanted
+        if rows > j:  # else the last space stays: right after a restart the kept vectors alone are none
+            j = rows
             space = KrylovSubspace(basis[:j], projected[:j, :j].clone(), coupling, j, counted.calls)
 
 

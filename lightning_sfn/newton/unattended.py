@@ -19,6 +19,7 @@ from lightning_sfn.newton.watch import Watch
 __all__ = ["SECOND_PASS", "Steps", "is_invariant", "unattended_steps"]
 
 SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
+_SMALL = 1e-8  # square of the error, in single precision, up to which two steps share an orthogonalisation
 
 
 @dataclass(frozen=True)
@@ -66,49 +67,147 @@ def unattended_steps(
     coupling: float,
     store: BasisStore,
     recent: list[Tensor],
+    *,
+    by_twos: bool = True,
+    scratch: bool = False,
 ) -> Steps:
     """Takes Lanczos steps from basis vectors ``first`` to ``last - 1``, each filling in the next row of the basis.
 
     Args:
         matvec: The symmetric operator on parts of vectors.
-        basis: The basis, of which rows 0 to ``first`` are in use; row ``last`` is not written.
+        basis: The basis, of which rows 0 to ``first`` are in use.
         first: The basis vector to go on from.
         last: The number of steps is ``last - first``, unless something comes up.
         scale: The largest number of the projected operator so far.
         coupling: The coupling of basis vector ``first`` with the one before it.
         store: How the basis is kept.
         recent: Basis vector ``first`` in full precision, then the one before it if there is one.
+        by_twos: Whether two steps may share an orthogonalisation.
+        scratch: Whether row ``last``, if there is one, may be written to, so that the last two may do so as well.
 
     Returns:
         What they have found.
     """
-    device, dtype = recent[0].device, recent[0].dtype
-    watch = Watch(last - first, device, deaf=store.processes is not None)
-    leftover = torch.empty_like(recent[0])
-    before = recent[1] if len(recent) > 1 else None
-    vector, numbers = recent[0], []
-    largest, weight = (torch.full((), value, dtype=torch.float64, device=device) for value in (scale, coupling))
-    for j in range(first, last):
-        image = matvec(vector)
-        diagonal = store.inner(image, vector)
-        torch.addcmul(image, vector, diagonal.neg().to(dtype), out=leftover)
-        if before is not None:
-            leftover.addcmul_(before, weight.neg().to(dtype))
-        inside = store.project(basis[: j + 1], leftover)
-        store.subtract(leftover, inside, basis[: j + 1])
-        weight = store.length(leftover)
-        # The rows are orthonormal, so what was removed and what is left make up the vector before the pass.
-        share = weight.square() / (weight.square() + inside.square().sum())
-        largest = torch.maximum(torch.maximum(largest, diagonal.abs()), weight)
-        vanished = weight <= 4 * torch.finfo(dtype).eps * largest
-        strange = vanished | ~(share > SECOND_PASS**2) | ~diagonal.isfinite()
-        strange |= ~((weight > SAFE_NORMS[0]) & (weight < SAFE_NORMS[1]))
-        numbers.append(torch.stack([diagonal, weight, strange.to(torch.float64)]))
-        watch.post(strange)
-        if j + 1 == last or watch.raised():
-            break
-        before, vector = vector, store.keep_divided(basis, j + 1, leftover, weight)
-    diagonals, couplings, flags = torch.stack(numbers).cpu().unbind(1)
+    course = _Course(matvec, basis, first, last, scale, coupling, store, recent)
+    course.may_pair &= by_twos
+    course.rows = min(len(basis), last + scratch)
+    while course.goes_on():
+        course.take_two() if course.may_take_two else course.take_one()
+    diagonals, couplings, flags = torch.stack(course.numbers).cpu().unbind(1)
     found = [step for step, flag in enumerate(flags.tolist()) if flag or math.isnan(flag)]
     sound = store.agreed(found[0] if found else len(flags))
-    return Steps(first, diagonals, couplings, int(sound), leftover)
+    return Steps(first, diagonals, couplings, int(sound), course.leftover)
+
+
+class _Course:
+    """Steps under way; see `unattended_steps` for the arguments.
+
+    A basis is far larger than any cache, so what orthogonalisation costs is to read it, twice for each vector. Two
+    steps share that: the first leaves its vector with the rounding error of the three-term recurrence, the second
+    takes it from there, and both are orthogonalised together. The error c of the first is known then, and its effect on
+    the second step's diagonal element is taken back, so that two steps together are as accurate as one by one. Where
+    it is large, because one eigenvalue exceeds the others by a factor of thousands, the rest are taken one by one.
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        basis: Tensor,
+        first: int,
+        last: int,
+        scale: float,
+        coupling: float,
+        store: BasisStore,
+        recent: list[Tensor],
+    ) -> None:
+        self.matvec, self.basis, self.store = matvec, basis, store
+        self.j, self.last, self.rows = first, last, last
+        self.vector = recent[0]
+        self.before = recent[1] if len(recent) > 1 else None
+        self.dtype = self.vector.dtype
+        self.leftover = torch.empty_like(self.vector)
+        self.coupling, self.largest = (
+            torch.full((), value, dtype=torch.float64, device=self.vector.device) for value in (coupling, scale)
+        )
+        self.watch = Watch(last - first, self.vector.device, deaf=store.processes is not None)
+        self.numbers: list[Tensor] = []  # diagonal element, coupling and whether something came up, of each step
+        self.ended = first >= last
+        self.may_pair = basis.dtype == self.dtype and basis.device == self.vector.device
+
+    def goes_on(self) -> bool:
+        """Whether there are steps to take, and nothing has come up that the host has heard of."""
+        return not self.ended
+
+    @property
+    def may_take_two(self) -> bool:
+        """Whether there are two steps to take, and rows to hold their vectors side by side."""
+        return self.may_pair and self.j + 2 <= self.last and self.j + 2 < self.rows
+
+    def take_one(self) -> None:
+        """One step: recurrence, orthogonalisation, next row."""
+        rows = self.basis[: self.j + 1]
+        diagonal = self._recur(self.leftover)
+        inside = self.store.project(rows, self.leftover)
+        self.store.subtract(self.leftover, inside, rows)
+        coupling = self.store.length(self.leftover)
+        self._note(diagonal, coupling, self._left(coupling, inside.square().sum()))
+        if self.goes_on():
+            self._advance(self.store.keep_divided(self.basis, self.j + 1, self.leftover, coupling), coupling)
+
+    def take_two(self) -> None:
+        """Two steps with one orthogonalisation."""
+        store, j = self.store, self.j
+        rows, pair = self.basis[: j + 1], self.basis[j + 1 : j + 3]
+        diagonal = self._recur(self.leftover)
+        coupling = store.length(self.leftover)
+        self._note(diagonal, coupling, torch.ones_like(coupling))
+        if not self.goes_on():
+            return
+        self._advance(store.keep_divided(self.basis, j + 1, self.leftover, coupling), coupling)
+        diagonal = self._recur(pair[1])
+        inside = store.project_rows(rows, pair)
+        store.subtract_rows(pair, inside, rows)
+        error, below = inside
+        kept = 1 - error.square().sum()  # of the square of a unit vector
+        pair[0].mul_(kept.rsqrt().to(self.dtype))
+        self.numbers[-1][1] *= kept.sqrt()
+        between = store.inner(pair[1], pair[0])
+        pair[1].addcmul_(pair[0], between.neg().to(self.dtype))
+        length = store.length(pair[1])
+        # What is found is v'Hv' for v' = v + V'c: off from vHv by this, to third order in c.
+        diagonal = diagonal - (error @ below + 2 * coupling * error[-1]) / kept
+        share = self._left(length, below.square().sum() + between.square())
+        self._note(diagonal, length, torch.where(kept > 1 - _SMALL, share, 0.0))
+        if self.goes_on():
+            pair[1].div_(length.to(self.dtype))
+            self._advance(pair[1], length)
+        else:
+            self.leftover.copy_(pair[1])
+
+    def _recur(self, out: Tensor) -> Tensor:
+        """The three-term recurrence from the present vector; returns its diagonal element."""
+        image = self.matvec(self.vector)
+        diagonal = self.store.inner(image, self.vector)
+        torch.addcmul(image, self.vector, diagonal.neg().to(self.dtype), out=out)
+        if self.before is not None:
+            out.addcmul_(self.before, self.coupling.neg().to(self.dtype))
+        return diagonal
+
+    @staticmethod
+    def _left(length: Tensor, removed: Tensor) -> Tensor:
+        """What a pass has left of a vector: the rows are orthonormal, so its squares add up."""
+        return length.square() / (length.square() + removed)
+
+    def _note(self, diagonal: Tensor, coupling: Tensor, share: Tensor) -> None:
+        """Notes the numbers of a step, and ends the course if it was the last or something is heard of."""
+        self.largest = torch.maximum(torch.maximum(self.largest, diagonal.abs()), coupling)
+        vanished = coupling <= 4 * torch.finfo(self.dtype).eps * self.largest
+        strange = vanished | ~(share > SECOND_PASS**2) | ~diagonal.isfinite()
+        strange |= ~((coupling > SAFE_NORMS[0]) & (coupling < SAFE_NORMS[1]))
+        self.numbers.append(torch.stack([diagonal, coupling, strange.to(torch.float64)]))
+        self.watch.post(strange)
+        self.ended = self.watch.raised() or self.j + 1 == self.last
+
+    def _advance(self, vector: Tensor, coupling: Tensor) -> None:
+        self.before, self.vector, self.coupling = self.vector, vector, coupling
+        self.j += 1

@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import fractional_matrix_power
 from torch import Tensor
 
-from lightning_sfn.newton.kronecker_blocks import Block, BlockRoots, Signature
+from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot, Signature
 
 D = torch.float64
 LIKE = torch.empty(0, dtype=D)
@@ -29,14 +29,14 @@ def definite(size: int, seed: int, scale: float = 1.0) -> Tensor:
     return scale * (root @ root.T + 0.1 * torch.eye(size, dtype=D))
 
 
-def applied(roots: BlockRoots, indices: list[int], *, inverse: bool = False) -> Tensor:
+def applied(roots: BlockRoot, indices: list[int], *, inverse: bool = False) -> Tensor:
     """The map on the parameters of those indices, end to end, as a matrix; the others must stay as they are."""
     sizes = [SHAPES[i].numel() for i in indices]
     unit = torch.eye(sum(sizes), dtype=D)
     pieces = [torch.full((len(unit), *shape), 7.0, dtype=D) for shape in SHAPES]
     for index, columns in zip(indices, unit.split(sizes, 1), strict=True):
         pieces[index] = columns.reshape(-1, *SHAPES[index])
-    roots.apply(pieces, inverse=inverse)
+    roots.apply(pieces, -1 if inverse else 1)
     for index, shape in enumerate(SHAPES):
         assert pieces[index].shape == (len(unit), *shape)
         assert index in indices or bool((pieces[index] == 7.0).all())
@@ -57,7 +57,7 @@ def applied(roots: BlockRoots, indices: list[int], *, inverse: bool = False) -> 
         (NUMBER, (1,), (1, 1)),
     ],
 )
-def test_a_block_begins_at_zero_and_its_cost_is_three_times_its_bytes(
+def test_a_block_begins_at_zero_and_costs_its_factors_twice_and_a_scale_for_each_parameter(
     signature: Signature, inputs: tuple[int, ...], outputs: tuple[int, ...]
 ) -> None:
     block = Block.zeros(signature, SHAPES, LIKE)
@@ -66,12 +66,13 @@ def test_a_block_begins_at_zero_and_its_cost_is_three_times_its_bytes(
     assert not block.outputs.any()
     assert bool(block.inputs.any()) == (signature[0] in ("norm", "number"))
     entries = torch.Size(inputs).numel() + torch.Size(outputs).numel()
-    assert Block.cost(signature, SHAPES, itemsize=8) == 3 * 8 * entries
+    scales = 1 if signature == NUMBER else sum(SHAPES[i].numel() for i in signature[1:] if i >= 0)
+    assert Block.cost(signature, SHAPES, itemsize=8) == 8 * (2 * entries + scales)
 
 
 def test_the_cost_of_a_large_layer_is_known_without_making_its_factors() -> None:
     huge = [torch.Size([10**6, 10**6])]
-    assert Block.cost(("dense", 0, -1), huge, itemsize=4) == 3 * 4 * 2 * 10**12
+    assert Block.cost(("dense", 0, -1), huge, itemsize=4) == 4 * 5 * 10**12
 
 
 @pytest.mark.parametrize("signature", [DENSE, BARE])
@@ -123,14 +124,11 @@ def test_the_magnitude_is_the_mean_of_the_diagonal_of_the_kronecker_product() ->
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_roots_of_a_layer_are_those_of_the_damped_kronecker_product(inverse: bool, scale: float) -> None:
     """Weight row by row, then bias: the joined matrix has the bias as its last column."""
-    a, s, damping = definite(4, 1, scale), definite(2, 2), 0.3
-    pi = (a.diagonal().mean() / s.diagonal().mean()).sqrt()
-    root, sign = damping**0.5, 0.5 if inverse else -0.5
-    right, left = power(a + pi * root * torch.eye(4, dtype=D), sign), power(s + root / pi * torch.eye(2, dtype=D), sign)
+    a, s, damping, sign = definite(4, 1, scale), definite(2, 2), 0.3, 0.5 if inverse else -0.5
     order = [0, 1, 2, 4, 5, 6, 3, 7]
-    expected = torch.kron(left, right)[order][:, order]
-    torch.testing.assert_close(applied(Block(DENSE, a, s).roots(damping), [1, 0], inverse=inverse), expected)
-    bare = Block(BARE, a[:3, :3], s).roots(damping)
+    expected = power(torch.kron(s, a) + damping * torch.eye(8, dtype=D), sign)[order][:, order]
+    torch.testing.assert_close(applied(Block(DENSE, a, s).root(damping), [1, 0], inverse=inverse), expected)
+    bare = Block(BARE, a[:3, :3], s).root(damping)
     assert applied(bare, [1], inverse=inverse).shape == (6, 6)
     product = applied(bare, [1]) @ applied(bare, [1], inverse=True)
     torch.testing.assert_close(product, torch.eye(6, dtype=D))
@@ -138,45 +136,55 @@ def test_the_roots_of_a_layer_are_those_of_the_damped_kronecker_product(inverse:
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_roots_of_a_table_scale_its_rows_and_map_its_columns(inverse: bool) -> None:
-    counts, s, damping = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=D), definite(3, 3), 0.3
-    pi = (counts.mean() / s.diagonal().mean()).sqrt()
-    root, sign = damping**0.5, 0.5 if inverse else -0.5
-    rows, columns = (counts + pi * root) ** sign, power(s + root / pi * torch.eye(3, dtype=D), sign)
-    matrix = applied(Block(EMBEDDING, counts, s).roots(damping), [2], inverse=inverse)
-    torch.testing.assert_close(matrix, torch.kron(torch.diag(rows), columns))
+    counts, s = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=D), definite(3, 3)
+    matrix = applied(Block(EMBEDDING, counts, s).root(0.3), [2], inverse=inverse)
+    damped = torch.kron(torch.diag(counts), s) + 0.3 * torch.eye(12, dtype=D)
+    torch.testing.assert_close(matrix, power(damped, 0.5 if inverse else -0.5))
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_roots_of_a_norm_scale_each_entry_by_its_own(inverse: bool) -> None:
     """A is one, so all of the damping belongs to S."""
     s, damping = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=D), 0.3
-    roots = Block(NORM, torch.ones(1, dtype=D), s).roots(damping)
+    roots = Block(NORM, torch.ones(1, dtype=D), s).root(damping)
     expected = (s.flatten() + damping) ** (0.5 if inverse else -0.5)
     torch.testing.assert_close(applied(roots, [3, 0], inverse=inverse), torch.diag(expected))
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_root_of_a_number_scales_the_whole_tensor(inverse: bool) -> None:
-    roots = Block(NUMBER, torch.ones(1, dtype=D), torch.full((1, 1), 0.7, dtype=D)).roots(0.3)
+    roots = Block(NUMBER, torch.ones(1, dtype=D), torch.full((1, 1), 0.7, dtype=D)).root(0.3)
     torch.testing.assert_close(applied(roots, [4], inverse=inverse), torch.eye(5, dtype=D))
 
 
+@pytest.mark.parametrize("signature", [DENSE, BARE, EMBEDDING, NORM, NUMBER])
+def test_the_square_is_the_root_applied_twice(signature: Signature) -> None:
+    block = Block.zeros(signature, SHAPES, LIKE)
+    for factor in (block.inputs, block.outputs):
+        square = factor.dim() == 2 and factor.shape[0] == factor.shape[1] and signature in (DENSE, BARE, EMBEDDING)
+        factor.copy_(definite(len(factor), 5) if square else torch.rand(factor.shape, dtype=D) + 0.5)
+    pieces = [torch.randn(3, *shape, dtype=D) for shape in SHAPES]
+    once = [piece.clone() for piece in pieces]
+    block.root(0.2).apply(pieces, 2)
+    for _ in range(2):
+        block.root(0.2).apply(once, 1)
+    for piece, other in zip(pieces, once, strict=True):
+        torch.testing.assert_close(piece, other)
+
+
 @pytest.mark.parametrize("empty", [lambda a, s: (0 * a, s), lambda a, s: (a, 0 * s), lambda a, s: (0 * a, 0 * s)])
-def test_a_factor_of_zeros_shares_the_damping_evenly(empty: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+def test_a_factor_of_zeros_leaves_the_damping_alone(empty: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     a, s = empty(definite(3, 1), definite(2, 2))
-    matrix = applied(Block(BARE, a, s).roots(0.09), [1])
-    left, right = (power(factor + 0.3 * torch.eye(len(factor), dtype=D), -0.5) for factor in (s, a))
-    torch.testing.assert_close(matrix, torch.kron(left, right))
+    matrix = applied(Block(BARE, a, s).root(0.09), [1])
+    torch.testing.assert_close(matrix, torch.eye(6, dtype=D) / 0.3)
 
 
 def test_eigenvalues_that_rounding_made_negative_count_as_zero() -> None:
-    """In float32 as in float64: the damping alone keeps the roots finite."""
-    a = torch.diag(torch.tensor([1.0, -1e-9, 2.0]))
-    roots = Block(BARE, a, torch.eye(2)).roots(1e-18)
-    assert roots.right.dtype == torch.float32
-    damping = 1e-9 * (1.0**0.5)
-    assert float(roots.right[1, 1]) == pytest.approx(damping**-0.5, rel=1e-3)
-    table = Block(EMBEDDING, torch.tensor([1.0, -1e-9, 2.0, 1.0]), torch.eye(3)).roots(1e-18)
-    assert table.right.dtype == table.right_inverse.dtype == torch.float32
-    assert float(table.right[1]) == pytest.approx(damping**-0.5, rel=1e-3)
-    assert float(table.right[0]) == pytest.approx(1.0)
+    """In float32 as in float64: the damping alone keeps the root finite."""
+    root = Block(BARE, torch.diag(torch.tensor([1.0, -1e-9, 2.0])), torch.eye(2)).root(1e-18)
+    assert root.scale.dtype == torch.float32
+    assert float(root.scale.max()) == pytest.approx(1e9, rel=1e-3)
+    table = Block(EMBEDDING, torch.tensor([1.0, -1e-9, 2.0, 1.0]), torch.eye(3)).root(1e-18)
+    assert table.scale.dtype == torch.float32
+    assert float(table.scale[1].max()) == pytest.approx(1e9, rel=1e-3)
+    assert float(table.scale[0].max()) == pytest.approx(1.0)

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from lightning_sfn.newton.reductions import combine, dot, norm, project
+from lightning_sfn.newton.reductions import (
+    combine,
+    dot,
+    norm,
+    plain_norm,
+    project,
+    project_rows,
+    subtract,
+    subtract_rows,
+)
 
 SIZES = [1, 100, 4096, 4097, 100_003]
 
@@ -71,3 +80,25 @@ def test_combine_gives_linear_combinations_in_the_dtype_of_the_basis() -> None:
     rows = combine(torch.eye(2, dtype=torch.float64), basis)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, basis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [5, 16_384, 16_385, 200_001])
+def test_rows_together_are_rows_one_by_one_in_float64(size: int, dtype: torch.dtype) -> None:
+    basis, vectors = torch.rand(3, size, dtype=dtype), torch.rand(2, size, dtype=dtype)
+    found = project_rows(basis, vectors)
+    assert found.dtype == torch.float64
+    bound = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found, vectors.double() @ basis.double().T, rtol=bound, atol=0)
+    coefficients = torch.randn(2, 3, dtype=torch.float64)
+    expected = vectors.double() - coefficients @ basis.double()
+    single = vectors[0].clone()
+    subtract(single, coefficients[0], basis)
+    subtract_rows(vectors, coefficients, basis)
+    torch.testing.assert_close(vectors.double(), expected, rtol=0, atol=10 * bound)
+    torch.testing.assert_close(single.double(), expected[0], rtol=0, atol=10 * bound)
+
+
+def test_the_plain_norm_is_the_norm_where_squares_stay_in_range() -> None:
+    x = torch.randn(100_003)
+    assert float(plain_norm(x)) == pytest.approx(float(torch.linalg.vector_norm(x.double())), rel=1e-6)

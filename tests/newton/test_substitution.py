@@ -149,13 +149,19 @@ def test_autocast_functorch_and_constants_are_left_to_torch() -> None:
         assert "_ConvolutionBackward" not in graph_nodes(same)
 
 
-def test_checkpointed_layers_see_the_same_operations_twice() -> None:
+@pytest.mark.parametrize("old_torch", [False, True])
+def test_checkpointed_layers_see_the_same_operations_twice(old_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if old_torch:
+        monkeypatch.setattr("lightning_sfn.newton.substitution._TOP_HOOKS", None)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, parameters = torch.randn(5, 3, dtype=torch.float64), list(model.parameters())
     plain = HessianOperator(Objective([lambda: model(x).square().sum()]), parameters)
     kept = HessianOperator(Objective([lambda: checkpoint(model, x, use_reentrant=False).square().sum()]), parameters)
     vector = torch.randn(plain.parameters.size, dtype=torch.float64)
     assert_close(kept.matvec(vector), plain.matvec(vector), 1e-12)
+    with FastSecondDerivatives():
+        assert "_TanhBackward" not in graph_nodes(checkpoint(model, x, use_reentrant=False))
+        assert "_TanhBackward" in graph_nodes(model(x))
 
 
 def test_a_penalty_on_the_gradient_has_its_hessian() -> None:

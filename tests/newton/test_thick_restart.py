@@ -250,8 +250,8 @@ def test_what_was_known_before_a_product_that_is_not_finite_is_kept(place: int, 
     assert_true_bounds(ritz, values)
     if place > 1:
         before = run(values, min(place - 1, 8), ends, place - 1)
-        assert torch.equal(ritz.values, before.values)
-        assert torch.equal(ritz.residuals, before.residuals)
+        torch.testing.assert_close(ritz.values, before.values, rtol=0, atol=1e-6)  # two steps at a time, or one
+        torch.testing.assert_close(ritz.residuals, before.residuals, rtol=0, atol=1e-6)
 
 
 def space_of(count: int, coupling: float) -> KrylovSubspace:

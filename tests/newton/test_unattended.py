@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_sfn.newton import KrylovSubspace, SaddleFreeNewton, lanczos, unattended
+from lightning_sfn.newton import KrylovSubspace, SaddleFreeNewton, krylov, lanczos, unattended
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.spectrum import hessian_spectrum
 from lightning_sfn.newton.watch import Watch
@@ -163,3 +163,32 @@ def test_a_watch_hears_of_a_condition_on_a_device_once_it_has_come() -> None:
     watch.post(torch.tensor(True, device=device))
     torch.cuda.synchronize()
     assert watch.raised()
+
+
+@pytest.mark.parametrize("outlier", [2.0, 30.0, 1000.0, 5000.0])
+def test_two_steps_at_a_time_are_as_accurate_as_steps_that_are_watched(outlier: float) -> None:
+    """The recurrence equals the projected matrix, the basis is orthonormal, however far one eigenvalue lies outside."""
+    values, start = torch.linspace(-0.3, 1.0, 20_000), torch.randn(20_000)
+    values[17] = outlier
+    mirror = torch.nn.functional.normalize(torch.randn(20_000), dim=0)
+
+    def product(v: Tensor) -> Tensor:
+        v = values * (v - 2 * (mirror @ v) * mirror)
+        return v - 2 * (mirror @ v) * mirror
+
+    def errors(basis: Tensor, projected: Tensor) -> tuple[float, float]:
+        images = torch.stack([product(v) for v in basis]).double()
+        exact = basis.double()
+        deviation = exact @ exact.T - torch.eye(61, dtype=torch.float64)
+        return float(deviation.abs().max()), float((exact @ images.T - projected).abs().max()) / outlier
+
+    space = lanczos(product, start, 61, generator=generator())
+    basis, projected = torch.empty(61, 20_000), torch.zeros(61, 61, dtype=torch.float64)
+    basis[0] = start / start.norm()
+    for j in range(61):
+        leftover, coupling = krylov.lanczos_step(product, basis, projected, j)
+        if j < 60:
+            krylov.append(basis, projected, j + 1, leftover, coupling, generator())
+    assert space.products == 61
+    for ours, watched in zip(errors(space.basis, space.projected), errors(basis, projected), strict=True):
+        assert ours <= max(3 * watched, 1e-6)

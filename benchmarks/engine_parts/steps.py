@@ -1,0 +1,118 @@
+"""Where the time of a Newton step goes: in plain torch, after `SwitchToSFN`, and under the strategy."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer, seed_everything
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_sfn import SwitchToSFN
+from lightning_sfn.experiments.autoencoder import Autoencoder
+from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, krylov, outer_step, step
+from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.trainer.window import WindowedNewton
+
+from .timing import Clock
+
+TARGETS = {"trial losses": 0.15, "everything else": 0.05}
+
+
+def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Shares of the shipped recipe's network, each way to run it."""
+    return [
+        {"where": name, **shares(way, device, quick)}
+        for name, way in {"plain torch": plain, "SwitchToSFN": switched, "strategy 'sfn'": strategy}.items()
+    ]
+
+
+def shares(way: Callable[[torch.device, bool], int], device: torch.device, quick: bool) -> dict[str, Any]:
+    """Times every call inside the steps of a run."""
+    clock = Clock(device)
+    for owner, method, part in (
+        (WindowedNewton, "_newton_step", "everything else"),
+        (SaddleFreeNewton, "step_on", "everything else"),
+        (krylov, "fill_basis", "orthogonalisation"),
+        (krylov._Extension, "add", "orthogonalisation"),
+        (HessianOperator, "_matvec", "products"),
+        (HessianOperator, "_build", "products"),
+        (step, "gradient_of", "gradients"),
+        (outer_step, "gradient_of", "gradients"),
+        (CurvatureOperator, "loss_and_gradient", "gradients"),
+        (HessianOperator, "loss_and_gradient", "gradients"),
+        (Objective, "value", "trial losses"),
+        (Objective, "local_value", "trial losses"),
+    ):
+        clock.wrap(owner, method, part)
+    try:
+        steps = way(device, quick)
+    finally:
+        clock.unwrap()
+    total = sum(clock.seconds.values())
+    parts = ("products", "gradients", "trial losses", "orthogonalisation", "everything else")
+    return {
+        "steps": steps,
+        "seconds_per_step": total / max(steps, 1),
+        "shares": {part: clock.seconds[part] / total for part in parts},
+        "targets": TARGETS,
+    }
+
+
+def _data(device: torch.device, quick: bool) -> Tensor:
+    return torch.rand(200 if quick else 5000, 100, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def plain(device: torch.device, quick: bool) -> int:
+    """`SaddleFreeNewton(params)` with full-batch closures."""
+    torch.manual_seed(0)
+    model, images = Autoencoder(sizes=[100, 64, 32, 16, 4]).to(device), _data(device, quick)
+    newton = SaddleFreeNewton(model.parameters())
+    steps = 2 if quick else 8
+    for _ in range(steps):
+        newton.step(lambda: model.reconstruction_loss(images))
+    return steps
+
+
+def switched(device: torch.device, quick: bool) -> int:
+    """The callback's default optimizer on windows of an epoch."""
+    switch = SwitchToSFN(switch_at_epoch=1, probe_dim=0)
+    _fit(device, quick, [switch], "auto", 3 if quick else 6)
+    assert switch.report is not None
+    return switch.report.newton_steps
+
+
+def strategy(device: torch.device, quick: bool) -> int:
+    """The strategy, which takes saddle-free Newton steps from the first batch."""
+    counter = _Steps()
+    _fit(device, quick, [counter], "sfn", 1)
+    return counter.count
+
+
+class _Steps(Callback):
+    count = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Counts."""
+        self.count += 1
+
+
+def _fit(device: torch.device, quick: bool, callbacks: list[Callback], strategy: str, epochs: int) -> None:
+    seed_everything(0, verbose=False)
+    loader = DataLoader(_data(torch.device("cpu"), quick), batch_size=100)  # type: ignore[arg-type]
+    module = Autoencoder(sizes=[100, 64, 32, 16, 4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            strategy=strategy,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader)

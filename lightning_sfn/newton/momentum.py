@@ -1,0 +1,166 @@
+"""Momentum steps between subspaces: along preconditioned gradients, of limited length, as long as that pays.
+
+A step is ``d <- momentum d - c rate D^2 g`` in parameter units, with D the preconditioner's map. It costs one gradient.
+Its new part is shortened by ``c <= 1`` so that its length in the preconditioner's coordinates, ``rate sqrt(g'D^2 g)``,
+stays within a radius (as K-FAC optimizers bound the change of the distribution; Martens and Grosse 2015 bound it by a
+model instead). The loss may rise on the way; where it rises too far, the way is taken back to its best point.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.carried import Carried
+from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
+from lightning_sfn.newton.outer_step import Descent, Losses
+from lightning_sfn.newton.pace import Pace
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.reductions import dot, norm
+from lightning_sfn.newton.step import StepRecord, clip
+
+__all__ = ["Glide"]
+
+_RATE = 0.3  # of a preconditioned gradient; with momentum 0.95 a lasting one adds up to six of them
+_RADIUS = 0.1  # longest new part of a step in the preconditioner's coordinates, for a loss of 1
+_ASTRAY = 0.1  # rise above the turn's best loss, in losses at the start, after which the way is taken back
+_SHORTER, _LONGER = 0.5, 1.02  # factors on the radius after a way taken back, and after any other step
+
+
+@dataclass
+class Glide:
+    """The momentum steps of an optimizer, and the turns that they share with its subspaces.
+
+    Attributes:
+        momentum: Share of the last step in the next one, from 0 to less than 1.
+        pace: Whose turn it is.
+        velocity: The last momentum step, shape ``(n,)``.
+        best: The lowest loss of this turn, and the parameters there, shape ``(n,)``.
+        unit: The size of the loss when it was first seen, by which the radius is measured.
+        shrink: Factor on the radius, at most 1.
+    """
+
+    momentum: float
+    pace: Pace = field(default_factory=Pace)
+    velocity: Tensor | None = None
+    best: tuple[float, Tensor] | None = None
+    unit: float | None = None
+    shrink: float = 1.0
+
+    def forget(self) -> None:
+        """Forgets what belongs to other parameters."""
+        self.pace, self.velocity, self.best, self.unit, self.shrink = Pace(), None, None, None, 1.0
+
+    def settle(self, parameters: FlatParameters, losses: Losses, carried: Carried) -> Losses:
+        """Looks at the loss, takes a way back that led astray, and decides whose turn it is.
+
+        Args:
+            parameters: The parameters; changed only by a way back.
+            losses: What the step sees.
+            carried: What the last step left.
+
+        Returns:
+            The same with loss and gradient at the present parameters.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite, and there is no way back.
+        """
+        known = losses.known or gradient_of(losses.objective, parameters, far=self.best is not None)
+        if self.unit is None:
+            self.unit = abs(known[0]) or 1.0
+        if self.best is not None and not self._is_on_the_way(*known):
+            parameters.write(self.best[1])
+            carried.memory.abandon()
+            self.velocity, self.best = None, None
+            self.shrink *= _SHORTER
+            self.pace.fail()
+            known = gradient_of(losses.objective, parameters)
+        losses = replace(losses, known=known)
+        if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
+            self.best = None
+        return losses
+
+    def _is_on_the_way(self, loss: float, gradient: Tensor) -> bool:
+        assert self.best is not None
+        assert self.unit is not None
+        return loss <= self.best[0] + _ASTRAY * self.unit and bool(torch.isfinite(gradient).all())
+
+    def step(
+        self,
+        parameters: FlatParameters,
+        losses: Losses,
+        operator: CurvatureOperator,
+        descent: Descent,
+        carried: Carried,
+        store: BasisStore,
+    ) -> StepRecord:
+        """Takes a momentum step.
+
+        Args:
+            parameters: The parameters.
+            losses: As `settle` gave them.
+            operator: The curvature, by which the preconditioner is brought up to date; it is closed.
+            descent: Preconditioner, bounds and learning rates.
+            carried: What the last step left; afterwards what this one leaves.
+            store: How remembered steps are kept.
+
+        Returns:
+            What was done. ``loss_after`` takes half of the decrease that the slope promises, which is what a quadratic
+            gives whose minimum the step meets.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite.
+        """
+        try:
+            loss, gradient = losses.at(parameters, operator)
+            carried.complete_secant(loss, gradient, losses.same_function, store)
+            descent.preconditioner.refresh(operator, descent.generator)
+        finally:
+            operator.close()
+        origin = parameters.read()
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, origin)
+        step = clip(self._next(clip(gradient, descent.max_grad_norm), descent), descent.max_step_norm)
+        self.velocity, self.shrink = step, min(1.0, self.shrink * _LONGER)
+        taken = step * descent.learning_rates
+        parameters.write(origin + taken)
+        carried.memory.record(store.local(taken), store.local(gradient))
+        slope = float(dot(gradient, taken))
+        carried.expected = (loss + slope / 2, abs(slope))
+        return StepRecord(
+            loss_before=loss,
+            loss_after=loss + slope / 2,
+            gradient_norm=float(norm(gradient)),
+            predicted_decrease=-slope / 2,
+            products=operator.products,
+            gradients=1,
+            inner_steps=1,
+            accepted=True,
+            unfactored=descent.preconditioner.unfactored,
+            kind="momentum",
+        )
+
+    def _next(self, gradient: Tensor, descent: Descent) -> Tensor:
+        """``momentum d - c rate D^2 g``."""
+        direction = descent.preconditioner.precondition(gradient)
+        length = _RATE * math.sqrt(max(float(dot(direction, gradient)), 0.0))
+        assert self.unit is not None
+        radius = self.shrink * _RADIUS * math.sqrt(self.unit)
+        new = direction * (-_RATE * min(1.0, radius / length if length > 0 else 1.0))
+        return new if self.velocity is None else self.momentum * self.velocity + new
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and numbers."""
+        own = {"velocity": self.velocity, "best": self.best, "unit": self.unit, "shrink": self.shrink}
+        return own | {"pace": self.pace.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave, its tensors on the parameters' device."""
+        self.velocity, self.best = state["velocity"], state["best"]
+        self.unit, self.shrink = state["unit"], state["shrink"]
+        self.pace.load_state_dict(state["pace"])
