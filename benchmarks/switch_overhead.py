@@ -13,12 +13,11 @@ own pass over the data or reorthogonalisation is the remainder.
 import math
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from engine_parts.timing import Clock
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from record import write
 from torch.utils.data import DataLoader
@@ -131,47 +130,9 @@ def own_share() -> float:
     return watching.own / (time.perf_counter() - watching.start)
 
 
-class Clock:
-    """Exclusive seconds of named parts: what a part calls counts for the inner one."""
-
-    def __init__(self) -> None:
-        """Starts with nothing."""
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stack: list[str] = []
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Counts the body for a part."""
-        self._turn()
-        self._stack.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._stack.pop()
-
-    def _turn(self) -> None:
-        now = time.perf_counter()
-        if self._stack:
-            self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
-
-    def wrap(self, owner: Any, method: str, name: str) -> Callable[[], None]:
-        """Counts the calls of a function for a part; returns what gives the function back."""
-        original = getattr(owner, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return original(*args, **kwargs)
-
-        setattr(owner, method, timed)
-        return lambda: setattr(owner, method, original)
-
-
 def after() -> dict[str, Any]:
     """Shares of a Newton step: ten steps on windows of an epoch, with the default optimizer."""
-    clock = Clock()
+    clock = Clock(time.perf_counter)
     places = [
         (WindowedNewton, "_newton_step", "remainder"),
         (optimizer, "take_outer_step", "subspace algebra"),
@@ -183,14 +144,14 @@ def after() -> dict[str, Any]:
         (outer_step, "gradient_of", "gradients"),
         (Objective, "value", "trial losses"),
     ]
-    undo = [clock.wrap(*place) for place in places]
+    for place in places:
+        clock.wrap(*place)
     switch = SwitchToSFN(switch_at_epoch=1, probe_dim=0)
     trainer, module, loader = make([switch], 6)
     try:
         trainer.fit(module, loader)
     finally:
-        for give_back in undo:
-            give_back()
+        clock.unwrap()
     assert switch.report is not None
     total = sum(clock.seconds.values())
     return {

@@ -1,5 +1,6 @@
 """Orthogonality of a float32 basis, the time of orthogonalisation beside the products, and waits for the device."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_sfn.newton import HessianOperator, KrylovSubspace, Objective, lanczos
 
 from .networks import Case, autoencoder, perceptron
-from .timing import Clock
+from .timing import Clock, now
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"}
 TARGET_ORTHOGONALITY, TARGET_TIME = 2e-6, 1.2
@@ -46,7 +47,7 @@ def _subspace(case: Case, dim: int, device: torch.device, clock: Clock) -> Krylo
 def orthogonality(device: torch.device, quick: bool) -> dict[str, Any]:
     """``|V V' - 1|`` of 500 vectors, its products summed in float64."""
     case, dim = perceptron(device, quick, (1, 8 if quick else 64)), 40 if quick else 500
-    basis = _subspace(case, dim, device, Clock(device)).basis
+    basis = _subspace(case, dim, device, Clock(partial(now, device))).basis
     gram = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=device)
     for slab in basis.split(2**15, dim=1):
         gram += slab.double() @ slab.double().T
@@ -61,7 +62,7 @@ def orthogonality(device: torch.device, quick: bool) -> dict[str, Any]:
 
 def time_beside_products(cases: int, dim: int, device: torch.device, quick: bool) -> dict[str, Any]:
     """The time of a whole basis in that of its products, for the autoencoder on so many images."""
-    clock = Clock(device)
+    clock = Clock(partial(now, device))
     _subspace(autoencoder(device, quick, (1, cases)), dim, device, clock)
     products, rest = clock.seconds["products"], clock.seconds["orthogonalisation"]
     return {"cases": cases, "basis": dim, "ratio": (products + rest) / products, "target": TARGET_TIME}

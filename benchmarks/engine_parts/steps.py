@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, k
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.trainer.window import WindowedNewton
 
-from .timing import Clock
+from .timing import Clock, now
 
 TARGETS = {"trial losses": 0.15, "everything else": 0.05}
 
@@ -30,7 +31,7 @@ def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
 def shares(way: Callable[[torch.device, bool], int], device: torch.device, quick: bool) -> dict[str, Any]:
     """Times every call inside the steps of a run."""
-    clock = Clock(device)
+    clock = Clock(partial(now, device))
     for owner, method, part in (
         (WindowedNewton, "_newton_step", "everything else"),
         (SaddleFreeNewton, "step_on", "everything else"),

@@ -39,12 +39,12 @@ def medians(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.devic
 class Clock:
     """Exclusive seconds of named parts: what a part calls counts for the inner one."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Starts with nothing."""
+    def __init__(self, read: Callable[[], float]) -> None:
+        """Starts with nothing; ``read`` tells the time."""
         self.seconds: dict[str, float] = defaultdict(float)
-        self._device = device
+        self._read = read
         self._stack: list[str] = []
-        self._since = now(device)
+        self._since = read()
         self._undo: list[Callable[[], None]] = []
 
     @contextmanager
@@ -59,7 +59,7 @@ class Clock:
             self._stack.pop()
 
     def _turn(self) -> None:
-        instant = now(self._device)
+        instant = self._read()
         if self._stack:
             self.seconds[self._stack[-1]] += instant - self._since
         self._since = instant

@@ -74,10 +74,8 @@ def test_allocations_are_those_of_the_allocator() -> None:
     assert peak == pytest.approx(12_000, abs=400)
 
 
-def test_a_clock_counts_the_inner_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0])
-    monkeypatch.setattr("engine_parts.timing.now", lambda _: next(ticks))
-    clock = Clock(CPU)
+def test_a_clock_counts_the_inner_part_alone() -> None:
+    clock = Clock(iter([0.0, 1.0, 3.0, 6.0, 10.0]).__next__)
     with clock.part("outer"), clock.part("inner"):
         pass
     assert dict(clock.seconds) == {"outer": 6.0, "inner": 3.0}
