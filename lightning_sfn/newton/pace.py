@@ -7,13 +7,13 @@ again after each of them.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 __all__ = ["Kind", "Pace"]
 
 Kind = Literal["subspace", "momentum"]
 
-_PRICE: dict[str, float] = {"subspace": 4.0, "momentum": 1.0}  # in gradients, with small parts for products and trials
+_PRICE: dict[Kind, float] = {"subspace": 4.0, "momentum": 1.0}  # in gradients, with small parts for products and trials
 _TRY = 20.0  # price of a turn in which a kind shows what it can do
 _CLOSE = 0.3  # share of the favourite's rate from which a challenger's turn is prolonged once: momentum builds up
 _LONGEST = 16.0  # turns of the better kind, in such turns
@@ -38,7 +38,7 @@ class Pace:
     favourite: Kind = "subspace"
     stretch: float = 1.0
     left: float = 2 * _PRICE["subspace"]
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[Kind, float] = field(default_factory=dict)
     extended: bool = False
     fresh: bool = True
     _mark: tuple[float, float] | None = None  # loss and what was left where the measured part of this turn began
@@ -75,9 +75,9 @@ class Pace:
         self.rates[self.kind] = rate
         other: Kind = "momentum" if self.kind == "subspace" else "subspace"
         if self.kind != self.favourite or other not in self.rates:
-            better = max(self.rates, key=self.rates.__getitem__) if other in self.rates else self.kind
+            better = max(self.rates, key=self.rates.__getitem__)
             self.stretch = min(2 * self.stretch, _LONGEST) if better == self.favourite else 2.0
-            self.favourite = "momentum" if better == "momentum" else "subspace"
+            self.favourite = better
         self.kind = other
         self.left = _TRY * (self.stretch if self.kind == self.favourite else 1.0)
         self._mark = None
@@ -98,7 +98,6 @@ class Pace:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        assert state["kind"] in get_args(Kind)
         self.kind, self.favourite = state["kind"], state["favourite"]
         self.stretch, self.left, self.rates = state["stretch"], state["left"], dict(state["rates"])
         self.extended, self.fresh, self._mark = state["extended"], state["fresh"], state["mark"]
