@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Geometry", "convolution"]
+__all__ = ["Geometry", "convolution", "for_each_dimension"]
 
 
 class Geometry(NamedTuple):
@@ -20,6 +20,12 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+
+
+def for_each_dimension(value: Any, count: int) -> tuple[int, ...]:
+    """A length that was given as one number or several, as one for each of ``count`` dimensions."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * count if len(values) == 1 else values
 
 
 def convolution(inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -6,7 +6,7 @@ which has no second derivative, is not used.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from lightning_sfn.newton.activations import sigmoid, tanh
-from lightning_sfn.newton.convolution import Geometry, convolution
+from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.recurrence import tanh_recurrence
+from lightning_sfn.newton.unrolled import stacked
 
 __all__ = ["FastSecondDerivatives"]
 
@@ -89,36 +90,25 @@ def _convolution(
     spatial = weight.dim() - 2
     if isinstance(padding, str) or input.dim() != weight.dim() or not (input.requires_grad or weight.requires_grad):
         return None
-    geometry = Geometry(_each(stride, spatial), _each(padding, spatial), _each(dilation, spatial), groups)
+    each = [for_each_dimension(value, spatial) for value in (stride, padding, dilation)]
+    geometry = Geometry(each[0], each[1], each[2], groups)
     return convolution(input, weight, bias, geometry)
 
 
-def _each(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values * count if len(values) == 1 else values
-
-
-def _rnn_tanh(*args: Any) -> tuple[Tensor, Tensor] | None:
-    """`torch.nn.RNN`: layers one upon another, each in one direction or both; ``None`` for packed sequences."""
-    if len(args) != 9 or not isinstance(args[2], (list, tuple)):
-        return None
-    inputs, starts, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
-    if dropout and train and layers > 1:
+def _rnn_tanh(*args: Any) -> tuple[Tensor, ...] | None:
+    """`torch.nn.RNN`; ``None`` for packed sequences, and where units are dropped between layers."""
+    if len(args) == 9 and args[5] and args[6] and args[4] > 1:
         return None  # the masks would be others than those of an evaluation without a product
-    directions, for_each = 2 if bidirectional else 1, 4 if has_biases else 2
-    sequence = inputs.transpose(0, 1) if batch_first else inputs
-    finals = []
-    for layer in range(layers):
-        outputs = []
-        for backwards in range(directions):
-            index = layer * directions + backwards
-            w_ih, w_hh, *biases = weights[for_each * index : for_each * (index + 1)]
-            given = F.linear(sequence, w_ih, sum(biases[1:], biases[0]) if biases else None)
-            states = tanh_recurrence(given.flip(0) if backwards else given, starts[index], w_hh)
-            finals.append(states[-1])
-            outputs.append(states.flip(0) if backwards else states)
-        sequence = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    return sequence.transpose(0, 1) if batch_first else sequence, torch.stack(finals)
+    return stacked(args, _tanh_layer)
+
+
+def _tanh_layer(
+    sequence: Tensor, start: list[Tensor], weights: Sequence[Tensor], backwards: bool
+) -> tuple[Tensor, list[Tensor]]:
+    w_ih, w_hh, *biases = weights
+    given = F.linear(sequence, w_ih, sum(biases[1:], biases[0]) if biases else None)
+    states = tanh_recurrence(given.flip(0) if backwards else given, start[0], w_hh)
+    return states.flip(0) if backwards else states, [states[-1]]
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -5,15 +5,17 @@ PyTorch's fused kernels hide what Kronecker factors need. These are the same equ
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["unrolled"]
+__all__ = ["stacked", "unrolled"]
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Run = Callable[[Tensor, list[Tensor], Sequence[Tensor], bool], tuple[Tensor, list[Tensor]]]
 
 
 def unrolled(function: Callable[..., Any], args: Any, linear: Linear) -> tuple[Tensor, ...] | None:
@@ -27,7 +29,23 @@ def unrolled(function: Callable[..., Any], args: Any, linear: Linear) -> tuple[T
     Returns:
         The function's results; ``None`` for another function, packed sequences, and projections.
     """
-    if function not in _CELLS or len(args) != 9 or not isinstance(args[2], (list, tuple)):
+    if function not in _CELLS:
+        return None
+    return stacked(args, partial(_run, _CELLS[function], linear))
+
+
+def stacked(args: Any, run: Run) -> tuple[Tensor, ...] | None:
+    """Puts recurrent layers one upon another, each in one direction or both.
+
+    Args:
+        args: The arguments of a fused recurrent function.
+        run: Computes one layer in one direction: from a sequence of shape ``(T, B, i)``, the states before it, its
+            weights (then biases), and whether it runs backwards, to its outputs ``(T, B, o)`` and the states after it.
+
+    Returns:
+        What the fused function returns; ``None`` for packed sequences and projections.
+    """
+    if len(args) != 9 or not isinstance(args[2], (list, tuple)):
         return None
     inputs, states, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
     states = list(states) if isinstance(states, (list, tuple)) else [states]
@@ -42,11 +60,10 @@ def unrolled(function: Callable[..., Any], args: Any, linear: Linear) -> tuple[T
         for direction in range(directions):
             index = layer * directions + direction
             own = weights[for_each * index : for_each * (index + 1)]
-            start = [state[index] for state in states]
-            output, final = _run(_CELLS[function], sequence, start, own, direction == 1, linear)
+            output, final = run(sequence, [state[index] for state in states], own, direction == 1)
             outputs.append(output)
             finals.append(final)
-        sequence = torch.cat(outputs, -1)
+        sequence = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and train and layer < layers - 1:
             sequence = F.dropout(sequence, dropout)
     result = sequence.transpose(0, 1) if batch_first else sequence
@@ -55,11 +72,11 @@ def unrolled(function: Callable[..., Any], args: Any, linear: Linear) -> tuple[T
 
 def _run(
     cell: Callable[..., list[Tensor]],
+    linear: Linear,
     sequence: Tensor,
     state: list[Tensor],
     weights: Sequence[Tensor],
     backwards: bool,
-    linear: Linear,
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer in one direction over a sequence of shape ``(T, B, i)``."""
     w_ih, w_hh = weights[:2]

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_sfn.newton.convolution import for_each_dimension
 from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.unrolled import unrolled
 
@@ -132,7 +133,7 @@ def _of_convolution(
     spatial = weight.dim() - 2
     if groups != 1 or isinstance(padding, str) or spatial not in (1, 2) or input.dim() != weight.dim():
         return None
-    lengths = [_each(value, spatial) for value in (dilation, padding, stride)]
+    lengths = [for_each_dimension(value, spatial) for value in (dilation, padding, stride)]
     flat = spatial == 1  # as an image of height one
 
     def rows() -> Tensor:
@@ -143,11 +144,6 @@ def _of_convolution(
         return patches.movedim(1, -1).reshape(-1, patches.shape[1])
 
     return _Seen("dense", weight, bias, rows, channels=1)
-
-
-def _each(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values * count if len(values) == 1 else values
 
 
 _RULES: dict[Callable[..., Any], Callable[..., _Seen | None]] = {
