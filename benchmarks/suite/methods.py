@@ -106,9 +106,21 @@ def default(problem: Problem) -> Iterator[None]:
 
 def recipe(problem: Problem) -> Iterator[None]:
     """SFN in Kronecker-factored coordinates: gradient on all data, products and trials on small fresh parts."""
-    parameters = list(problem.model.parameters())
+    yield from _on_parts(problem, heavy_ball=0.0)
+
+
+def turns(problem: Problem) -> Iterator[None]:
+    """The same, in turns with momentum steps."""
+    yield from _on_parts(problem, heavy_ball=0.95)
+
+
+def _on_parts(problem: Problem, *, heavy_ball: float) -> Iterator[None]:
     optimizer = SaddleFreeNewton(
-        parameters, inner_steps=1, previous_directions=10, preconditioner=KroneckerFactors(problem.model)
+        problem.model.parameters(),
+        inner_steps=1,
+        previous_directions=10,
+        heavy_ball=heavy_ball,
+        preconditioner=KroneckerFactors(problem.model),
     )
     while True:
         curved, judged = problem.some(_CURVATURE_SHARE), problem.some(_TRIAL_SHARE)
@@ -133,7 +145,7 @@ RIVALS: dict[str, Method] = {
 }
 """Other people's methods."""
 
-OURS: dict[str, Method] = {"paper": paper, "default": default, "recipe": recipe}
+OURS: dict[str, Method] = {"paper": paper, "default": default, "recipe": recipe, "turns": turns}
 """Ours."""
 
 METHODS = RIVALS | OURS
