@@ -128,9 +128,8 @@ class SaddleFreeNewton(Optimizer):
         require_at_least("lr", lr, 0.0)
         require_whole("inner_steps", inner_steps, 1)
         require_at_least("exploration", exploration, 0.0)
-        require_at_least("heavy_ball", heavy_ball, 0.0)
-        if heavy_ball >= 1.0:
-            raise ValueError(f"heavy_ball is {heavy_ball}, but a number from 0 to less than 1 is expected.")
+        if not (isinstance(heavy_ball, (int, float)) and 0 <= heavy_ball < 1):
+            raise ValueError(f"heavy_ball is {heavy_ball!r}, but a number from 0 to less than 1 is expected.")
         require_positive_or_none("max_grad_norm", max_grad_norm)
         require_positive_or_none("max_step_norm", max_step_norm)
         check_curvature(curvature, hvp)

@@ -1,5 +1,7 @@
 """What loggers and progress bars are told about Newton steps."""
 
+import math
+
 from pytorch_lightning import LightningModule, Trainer
 
 from lightning_sfn.newton.step import StepRecord
@@ -47,7 +49,10 @@ def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, pref
     """
     if trainer.barebones:
         return
-    metrics = {f"{prefix}/{name}": float(getattr(record, name)) for name in _LOGGED}
+    known = {f"{prefix}/{name}": float(getattr(record, name)) for name in _LOGGED}
+    metrics = {
+        name: value for name, value in known.items() if not math.isnan(value)
+    }  # momentum steps know no curvature
     log_metrics(trainer, metrics)
     module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 

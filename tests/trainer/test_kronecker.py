@@ -1,11 +1,12 @@
 """Kronecker-factored coordinates where a Trainer drives: no module has to be handed over."""
 
+import math
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,12 +37,14 @@ class Fitting(LightningModule):
 
 
 class Own(SaddleFreeNewtonMixin, Fitting):
+    newton = staticmethod(KRONECKER)
+
     def objective(self, batch: Any) -> Tensor:
         x, y = batch
         return F.mse_loss(self.net(x), y.reshape(len(x), -1)[:, :1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return KRONECKER(self.parameters())
+        return self.newton(self.parameters())
 
 
 NOT_FACTORED = ("parameter 2", "parameter 3")  # BatchNorm's
@@ -69,3 +72,40 @@ def test_strategy_and_mixin_use_them(strategy: str) -> None:
     assert isinstance(optimizer, SaddleFreeNewton)
     assert optimizer.last_step is not None
     assert optimizer.last_step.unfactored == NOT_FACTORED
+
+
+HEAVY = partial(KRONECKER, heavy_ball=0.9)
+
+
+class Numbers(Callback):
+    """Keeps what was logged in each epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("sfn/")}
+        self.seen.append(found)
+
+
+@pytest.mark.parametrize("way", ["switch", "strategy", "mixin"])
+def test_momentum_steps_take_turns_under_every_driver_and_log_what_they_know(way: str) -> None:
+    numbers = Numbers()
+    callbacks: list[Callback] = [numbers]
+    module: LightningModule = Fitting()
+    if way == "switch":
+        callbacks.append(SwitchToSFN(switch_at_epoch=1, optimizer=HEAVY))
+    elif way == "mixin":
+        module = Own()
+        module.newton = HEAVY  # type: ignore[method-assign]
+    strategy = SFNStrategy(optimizer=HEAVY) if way == "strategy" else "auto"
+    trainer = make_trainer(8, callbacks=callbacks, strategy=strategy)
+    trainer.fit(module, regression_loader())
+    optimizer = getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
+    assert isinstance(optimizer, SaddleFreeNewton)
+    assert optimizer._glide is not None
+    # A turn of momentum steps is under way, or has ended.
+    assert optimizer._glide.velocity is not None or "momentum" in optimizer._glide.pace.rates
+    values = [value for found in numbers.seen for value in found.values()]
+    assert values
+    assert all(math.isfinite(value) for value in values)
