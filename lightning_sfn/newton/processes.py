@@ -136,9 +136,10 @@ class Processes:
         if not silent:
             return "A collective failed although every rank is there: look at the network, or at another rank's error."
         names = " and ".join(f"rank {rank}" for rank in silent)
+        waiting = " (one of them is enough: the others may wait for it)" if len(silent) > 1 else ""
         return (
             f"No sign of life from {names} of {self.size}: the process died, or hangs longer than the process group's "
-            "timeout. Look at its output, and resume from the last checkpoint."
+            f"timeout{waiting}. Look at its output, and resume from the last checkpoint."
         )
 
     # ------------------------------------------------------------------------------------------------ failures
