@@ -28,7 +28,7 @@ class KFAC:
         momentum: Factor on the step before.
         average: Weight of the old factors.
         refresh: Steps between factors.
-        kl_clip: Bound on ``lr^2 g' F^-1 g``, by which a step is shortened; None for no bound.
+        kl_clip: Bound on ``lr^2 g' F^-1 g``, by which a step is shortened.
 
     Raises:
         ValueError: A parameter belongs to no layer with a rule.
@@ -43,7 +43,7 @@ class KFAC:
         momentum: float = 0.9,
         average: float = 0.9,
         refresh: int = 3,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float = 1e-3,
     ) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
         ours = {id(p) for layer in self.layers for p in layer.parameters()}
@@ -71,7 +71,7 @@ class KFAC:
         joined = [_join(layer, [next(gradients) for _ in layer.parameters()]) for layer in self.layers]
         directions = [self._solve(i, g) for i, g in enumerate(joined)]
         length = self.lr**2 * sum(float((d * g).sum()) for d, g in zip(directions, joined, strict=True))
-        clip = 1.0 if self.kl_clip is None or length <= self.kl_clip else (self.kl_clip / length) ** 0.5
+        clip = 1.0 if length <= self.kl_clip else (self.kl_clip / length) ** 0.5
         old = self._velocity or [torch.zeros_like(d) for d in directions]
         self._velocity = [self.momentum * v + clip * d for v, d in zip(old, directions, strict=True)]
         with torch.no_grad():

@@ -70,9 +70,9 @@ def hessian_free(problem: Problem) -> Iterator[None]:
         yield
 
 
-def kfac(problem: Problem, lr: float, damping: float, share: float) -> Iterator[None]:
+def kfac(problem: Problem, lr: float, damping: float, share: float, kl_clip: float) -> Iterator[None]:
     """K-FAC on batches of a share of the data."""
-    optimizer = KFAC(problem.model, lr, damping)
+    optimizer = KFAC(problem.model, lr, damping, kl_clip=kl_clip)
     few = max(50, problem.cases // 5)
     for chosen in _batches(problem, max(1, round(share * problem.cases))):
 
@@ -154,8 +154,9 @@ SEARCHED: dict[str, list[dict[str, Any]]] = {
     "sgd": _grid(lr=(0.001, 0.003, 0.01, 0.03, 0.1, 1.0)),
     "adam": _grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "kfac": [
-        *_grid(lr=(0.1, 0.3), damping=(1e-4, 1e-3, 1e-2, 1e-1), share=(0.1,)),
-        *_grid(lr=(0.3,), damping=(1e-3, 1e-2), share=(1.0,)),
+        *_grid(lr=(0.1, 0.3), damping=(1e-4, 1e-3, 1e-2, 1e-1), share=(0.1,), kl_clip=(1e-3,)),
+        *_grid(lr=(0.3,), damping=(1e-4, 1e-3, 1e-2), share=(0.1,), kl_clip=(1e-2,)),
+        *_grid(lr=(0.3,), damping=(1e-4, 1e-3, 1e-2), share=(1.0,), kl_clip=(1e-3, 1e-2)),
     ],
 }
 """Settings that are tried for each task, with a part of the race's seconds, from a start of its own."""

@@ -26,8 +26,9 @@ __all__ = ["Glide"]
 
 _RATE = 0.3  # of a preconditioned gradient; with momentum 0.95 a lasting one adds up to six of them
 _RADIUS = 0.1  # longest new part of a step in the preconditioner's coordinates, for a loss of 1
-_ASTRAY = 0.1  # rise above the turn's best loss, in losses at the start, after which the way is taken back
+_ASTRAY = 0.2  # rise above the turn's best loss, in losses at the start, after which the way is taken back
 _SHORTER, _LONGER = 0.5, 1.02  # factors on the radius after a way taken back, and after any other step
+_RARER = 3  # a preconditioner is asked to refresh itself at every third momentum step: they are that much shorter
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Glide:
         best: The lowest loss of this turn, and the parameters there, shape ``(n,)``.
         unit: The size of the loss when it was first seen, by which the radius is measured.
         shrink: Factor on the radius, at most 1.
+        steps: Momentum steps since the preconditioner was last asked to refresh itself.
     """
 
     momentum: float
@@ -49,10 +51,17 @@ class Glide:
     best: tuple[float, Tensor] | None = None
     unit: float | None = None
     shrink: float = 1.0
+    steps: int = 0
 
     def forget(self) -> None:
         """Forgets what belongs to other parameters."""
-        self.pace, self.velocity, self.best, self.unit, self.shrink = Pace(), None, None, None, 1.0
+        self.pace, self.velocity, self.best, self.unit, self.shrink, self.steps = Pace(), None, None, None, 1.0, 0
+
+    def copy(self) -> "Glide":
+        """The same state apart: what is done with one is not seen in the other."""
+        pace = Pace()
+        pace.load_state_dict(self.pace.state_dict())
+        return replace(self, pace=pace)  # tensors are replaced, never written to
 
     def settle(self, parameters: FlatParameters, losses: Losses, carried: Carried) -> Losses:
         """Looks at the loss, takes a way back that led astray, and decides whose turn it is.
@@ -76,7 +85,7 @@ class Glide:
             carried.memory.abandon()
             self.velocity, self.best = None, None
             self.shrink *= _SHORTER
-            self.pace.fail()
+            self.pace.end_momentum()
             known = gradient_of(losses.objective, parameters)
         losses = replace(losses, known=known)
         if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
@@ -117,7 +126,8 @@ class Glide:
         try:
             loss, gradient = losses.at(parameters, operator)
             carried.complete_secant(loss, gradient, losses.same_function, store)
-            descent.preconditioner.refresh(operator, descent.generator)
+            if self.steps == 0:
+                descent.preconditioner.refresh(operator, descent.generator)
         finally:
             operator.close()
         origin = parameters.read()
@@ -125,6 +135,7 @@ class Glide:
             self.best = (loss, origin)
         step = clip(self._next(clip(gradient, descent.max_grad_norm), descent), descent.max_step_norm)
         self.velocity, self.shrink = step, min(1.0, self.shrink * _LONGER)
+        self.steps = (self.steps + 1) % _RARER
         taken = step * descent.learning_rates
         parameters.write(origin + taken)
         carried.memory.record(store.local(taken), store.local(gradient))
@@ -156,11 +167,11 @@ class Glide:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and numbers."""
-        own = {"velocity": self.velocity, "best": self.best, "unit": self.unit, "shrink": self.shrink}
-        return own | {"pace": self.pace.state_dict()}
+        own = {"velocity": self.velocity, "best": self.best, "unit": self.unit}
+        return own | {"shrink": self.shrink, "steps": self.steps, "pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
         self.velocity, self.best = state["velocity"], state["best"]
-        self.unit, self.shrink = state["unit"], state["shrink"]
+        self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
         self.pace.load_state_dict(state["pace"])

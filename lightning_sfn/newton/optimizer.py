@@ -256,31 +256,40 @@ class SaddleFreeNewton(Optimizer):
         if not self._carried.checked:
             self._require_same_model(parameters)
         losses = Losses(objective, curvature or objective, trial or objective, same_function, loss_and_gradient)
-        origin = parameters.read()
-        while True:
-            try:
-                with torch.no_grad():
-                    record = self._one_step(parameters, losses)
-                    self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
-                break
-            except BaseException as error:
-                parameters.write(origin)
-                self._carried.memory.abandon()
-                # Other processes would go on without the repeated products, and wait for what never comes.
-                if objective.is_shared or not (is_out_of_memory(error) and self._economise()):
-                    raise
-            finally:
-                if self._processes is not None:
-                    self._processes.release()
-            if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
-                torch.cuda.empty_cache()
+        origin, glide = parameters.read(), None if self._glide is None else self._glide.copy()
+        try:
+            with torch.no_grad():
+                if self._glide is not None:
+                    losses = self._glide.settle(parameters, losses, self._carried)
+                record = self._with_what_memory_allows(parameters, losses)
+                self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
+        except BaseException:
+            parameters.write(origin)
+            self._carried.memory.abandon()
+            self._glide = glide
+            raise
+        finally:
+            if self._processes is not None:
+                self._processes.release()
         if self._check_ranks:
             self._require_same_model(parameters)
         return self.last_step
 
+    def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses) -> StepRecord:
+        origin = parameters.read()
+        while True:
+            try:
+                return self._one_step(parameters, losses)
+            except BaseException as error:
+                # Other processes would go on without the repeated products, and wait for what never comes.
+                if losses.objective.is_shared or not (is_out_of_memory(error) and self._economise()):
+                    raise
+            parameters.write(origin)
+            self._carried.memory.abandon()
+            if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
+                torch.cuda.empty_cache()
+
     def _one_step(self, parameters: FlatParameters, losses: Losses) -> StepRecord:
-        if self._glide is not None:
-            losses = self._glide.settle(parameters, losses, self._carried)
         operator, descent = self.operator(losses.curvature, parameters), self._descent(parameters)
         carried, store = self._carried, self._store()
         if self._glide is not None and self._glide.pace.kind == "momentum":

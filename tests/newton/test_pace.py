@@ -1,7 +1,5 @@
 """Turns of subspace and momentum steps, on losses that fall as the test says."""
 
-import math
-
 import pytest
 
 from lightning_sfn.newton.pace import Pace
@@ -36,9 +34,20 @@ def test_the_kind_that_achieves_more_for_its_price_gets_most_of_it(better: str) 
 
 
 def test_rates_are_decreases_for_each_gradient() -> None:
+    """The first two subspace steps after momentum (price 8) count as its own, after a turn of price 40."""
     pace = Pace()
-    walk(pace, {"subspace": 3.0, "momentum": 2.0}, 100)
-    assert pace.rates == {"subspace": pytest.approx(3.0), "momentum": pytest.approx(2.0)}
+    walk(pace, {"subspace": 3.0, "momentum": 2.0}, 2 + 40 + 2 + 2 + 1)
+    assert pace.rates == {"subspace": pytest.approx(3.0), "momentum": pytest.approx((40 * 2.0 + 8 * 3.0) / 48)}
+
+
+def test_an_oscillation_that_subspaces_end_is_not_held_against_momentum() -> None:
+    """Momentum leaves the loss where it was; two subspace steps then bring a fall of 48, and others nothing more."""
+    pace = Pace()
+    losses = [100.0] * (2 + 40 + 2) + [52.0] * 3
+    for loss in losses:
+        pace.observe(loss)
+    assert pace.rates == {"subspace": 0.0, "momentum": 1.0}
+    assert pace.favourite == "momentum"
 
 
 def test_a_change_of_the_landscape_changes_the_favourite() -> None:
@@ -49,13 +58,16 @@ def test_a_change_of_the_landscape_changes_the_favourite() -> None:
     assert pace.favourite == "momentum"
 
 
-def test_a_turn_that_leads_astray_ends_and_counts_as_nothing() -> None:
+def test_a_turn_that_leads_astray_ends_and_is_measured_by_what_it_cost() -> None:
     pace = Pace()
     while pace.observe(1.0) != "momentum":
         pass
-    pace.fail()
+    pace.observe(1.0)
+    pace.end_momentum()
     assert pace.kind == "subspace"
-    assert pace.rates["momentum"] == -math.inf
+    kinds = [pace.observe(1.0 - 0.5 * (step == 2)) for step in range(3)]
+    assert kinds == ["subspace"] * 3
+    assert pace.rates["momentum"] == pytest.approx(0.5 / (2 + 8))
 
 
 def test_a_restored_pace_goes_on_alike() -> None:
