@@ -128,6 +128,10 @@ class SaddleFreeNewton(Optimizer):
         require_at_least("lr", lr, 0.0)
         require_whole("inner_steps", inner_steps, 1)
         require_at_least("exploration", exploration, 0.0)
+        require_whole("previous_directions", previous_directions, 0)
+        require_whole("graph_bytes", graph_bytes, 0)
+        if processes is not None and not isinstance(processes, Processes):
+            raise ValueError(f"processes is {processes!r}, but a Processes() or None is expected.")
         if not (isinstance(heavy_ball, (int, float)) and 0 <= heavy_ball < 1):
             raise ValueError(f"heavy_ball is {heavy_ball!r}, but a number from 0 to less than 1 is expected.")
         require_positive_or_none("max_grad_norm", max_grad_norm)

@@ -1,6 +1,9 @@
 """Momentum steps against closed forms, and what they do to an optimizer's bookkeeping."""
 
 import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +114,85 @@ def test_a_way_that_leads_astray_is_taken_back_to_its_best_point() -> None:
     assert optimizer.last_step.kind == "subspace"
     assert optimizer.last_step.loss_before == pytest.approx(best_loss)
     assert glide.shrink < 1.0
+
+
+def astray() -> tuple[SaddleFreeNewton, torch.nn.Module, Callable[[], Tensor]]:
+    """An optimizer whose network was moved far off in the middle of a momentum turn."""
+    model, x, y = network()
+    optimizer = optimizer_for(model)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    assert optimizer._glide is not None
+    while optimizer._glide.best is None:
+        optimizer.step(closure)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(30.0)
+    return optimizer, model, closure
+
+
+def fail_once(optimizer: SaddleFreeNewton, error: Exception) -> list[Tensor]:
+    """Lets the optimizer's next step fail after the way back; the parameters that each attempt starts from."""
+    original, starts = optimizer._one_step, []
+
+    def one_step(parameters: Any, losses: Any) -> Any:
+        starts.append(parameters.read().clone())
+        if len(starts) == 1:
+            raise error
+        return original(parameters, losses)
+
+    optimizer._one_step = one_step  # type: ignore[method-assign]
+    return starts
+
+
+def test_a_retry_for_want_of_memory_starts_where_the_way_back_ended() -> None:
+    optimizer, _, closure = astray()
+    reference, _, reference_closure = astray()
+    reference.step(reference_closure)
+    assert optimizer._glide is not None
+    assert optimizer._glide.best is not None
+    best = optimizer._glide.best[1].clone()
+    starts = fail_once(optimizer, torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.warns(UserWarning, match="Memory ran out"):
+        optimizer.step(closure)
+    assert len(starts) == 2
+    assert all(torch.equal(start, best) for start in starts)
+    assert reference._glide is not None
+    assert optimizer._glide.pace == reference._glide.pace
+
+
+def test_an_error_gives_back_the_parameters_and_the_way_back() -> None:
+    optimizer, model, closure = astray()
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    assert optimizer._glide is not None
+    best, state = optimizer._glide.best, copy.deepcopy(optimizer._glide.state_dict())
+    fail_once(optimizer, ArithmeticError("boom"))
+    with pytest.raises(ArithmeticError, match="boom"):
+        optimizer.step(closure)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()).detach(), before)
+    assert optimizer._glide.best is not None
+    assert best is not None
+    assert torch.equal(optimizer._glide.best[1], best[1])
+    assert optimizer._glide.state_dict()["pace"] == state["pace"]
+    assert optimizer._glide.shrink == state["shrink"]
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.loss_before == pytest.approx(best[0])
+
+
+def test_factors_are_estimated_less_often_between_momentum_steps() -> None:
+    """Every third subspace step, and every ninth momentum step."""
+    model, x, y = network()
+    optimizer = optimizer_for(model)
+    factors = optimizer.preconditioner
+    assert isinstance(factors, KroneckerFactors)
+    asked = []
+    original = factors._estimated
+    factors._estimated = lambda *args: (asked.append(len(kinds)), original(*args))[1]  # type: ignore[func-returns-value,method-assign]
+    kinds: list[str] = []
+    while kinds.count("momentum") < 30:
+        kinds += kinds_of(optimizer, lambda: F.cross_entropy(model(x), y), 1)
+    between = [last - first for first, last in pairwise(asked) if kinds[first] == kinds[last - 1] == "momentum"]
+    assert set(between) == {9}
 
 
 @pytest.mark.parametrize("before", [1, 5, 25])

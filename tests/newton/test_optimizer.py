@@ -718,8 +718,11 @@ def test_no_more_steps_are_remembered_than_wanted() -> None:
         ({"max_grad_norm": 0.0}, ["max_grad_norm is 0.0", "positive"]),
         ({"max_step_norm": -1.0}, ["max_step_norm is -1.0", "positive"]),
         ({"max_step_norm": math.nan}, ["max_step_norm is nan", "positive"]),
-        ({"previous_directions": -1}, ["previous_directions is -1", "zero or more"]),
-        ({"graph_bytes": -1}, ["graph_bytes is -1", "zero or more"]),
+        ({"previous_directions": -1}, ["previous_directions is -1", "at least 0"]),
+        ({"previous_directions": 2.5}, ["previous_directions is 2.5", "whole number"]),
+        ({"graph_bytes": -1}, ["graph_bytes is -1", "at least 0"]),
+        ({"graph_bytes": "1GB"}, ["graph_bytes is '1GB'", "number of at least 0"]),
+        ({"processes": 2}, ["processes is 2", "Processes()"]),
     ],
     ids=str,
 )
