@@ -27,6 +27,9 @@ __all__ = ["KroneckerFactors", "Targets"]
 Targets = Literal["sampled", "given"]
 """Where output gradients come from: targets drawn from the model, or those of the data."""
 
+_RELATIVE_SHIFT = 0.1  # the same, relative to the outputs: for layers that are large for another reason
+_SHIFT = 1.0  # quadratic mean of a layer's change of outputs that is always allowed: units saturate over a few of these
+
 
 class KroneckerFactors(Preconditioner):
     """Kronecker-factored coordinates (after Martens and Grosse 2015), from the data that products see.
@@ -35,6 +38,9 @@ class KroneckerFactors(Preconditioner):
     ``nn.LSTM`` and ``nn.GRU`` have two factors; embeddings have a diagonal for their rows; layer norms a diagonal.
     Every other parameter is scaled by one number; so is a weight that is used in two ways (tied weights), one inside
     ``nn.MultiheadAttention`` or a packed sequence, and layers over the memory limit. `unfactored` names them.
+
+    A step is shortened so that no layer's outputs change by more than 1, or a tenth of their size, in the quadratic
+    mean over units and cases: the first steps away from a saddle would otherwise saturate units.
 
     Factors come from targets drawn from the model where the loss is a cross entropy or squared error of
     `torch.nn.functional` (or a module of it), else from the gradients of the loss as it is.
@@ -94,6 +100,7 @@ class KroneckerFactors(Preconditioner):
         """Forgets the factors."""
         self._blocks: list[Block] = []
         self._roots: list[BlockRoot] = []
+        self._limits: list[float] = []  # largest change of outputs for each layer with two factors
         self._shapes: list[torch.Size] = []
         self._age = 0
         self._unfactored: tuple[str, ...] = ()
@@ -141,6 +148,9 @@ class KroneckerFactors(Preconditioner):
             return
         self._shapes = list(parameters.shapes)
         self._adopt(self._averaged(blocks))
+        self._limits = [
+            max(_SHIFT, _RELATIVE_SHIFT * float(size)) for size in self._shifts(parameters.read().unsqueeze(0))
+        ]
         self._unfactored = tuple(
             self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
@@ -206,13 +216,31 @@ class KroneckerFactors(Preconditioner):
         """``D^2 v``, by one rotation there and back."""
         return self._map(vectors, 2)
 
+    def shares(self, steps: Tensor) -> Tensor:
+        """So much of each step that no layer's outputs change by more than 1, or a tenth of their size.
+
+        Longer steps saturate units. Their gradients vanish with them, and no curvature tells the way back.
+        """
+        if not self._limits:
+            return super().shares(steps)
+        shifts = torch.stack(self._shifts(steps)).double().cpu()
+        limits = torch.tensor(self._limits, dtype=torch.float64).unsqueeze(1)
+        return (limits / shifts).amin(0).clamp_max(1.0)
+
+    def _shifts(self, steps: Tensor) -> list[Tensor]:
+        pieces = self._pieces(steps)
+        return [block.shift(pieces) for block in self._blocks if block.signature[0] in ("dense", "embedding")]
+
+    def _pieces(self, rows: Tensor) -> list[Tensor]:
+        """Rows of shape ``(c, n)`` taken apart by parameters."""
+        split = torch.split(rows, [shape.numel() for shape in self._shapes], dim=1)
+        return [piece.reshape(-1, *shape) for piece, shape in zip(split, self._shapes, strict=True)]
+
     def _map(self, vectors: Tensor, power: int) -> Tensor:
         if not self._roots:
             return vectors
         rows = vectors.reshape(-1, vectors.shape[-1])
-        sizes = [shape.numel() for shape in self._shapes]
-        split = torch.split(rows, sizes, dim=1)
-        pieces = [piece.reshape(-1, *shape) for piece, shape in zip(split, self._shapes, strict=True)]
+        pieces = self._pieces(rows)
         for block in self._roots:
             block.apply(pieces, power)
         return torch.cat([piece.reshape(len(rows), -1) for piece in pieces], 1).view_as(vectors)
@@ -225,7 +253,8 @@ class KroneckerFactors(Preconditioner):
             return {}
         blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
         shapes = [list(shape) for shape in self._shapes]
-        return {"blocks": blocks, "shapes": shapes, "age": self._age, "unfactored": list(self.unfactored)}
+        own = {"blocks": blocks, "shapes": shapes, "limits": list(self._limits)}
+        return own | {"age": self._age, "unfactored": list(self.unfactored)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over factors."""
@@ -237,6 +266,7 @@ class KroneckerFactors(Preconditioner):
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
         self._adopt(blocks)
+        self._limits = list(state["limits"])
         self._age, self._unfactored = int(state["age"]), tuple(state["unfactored"])
 
 

@@ -77,6 +77,24 @@ class Block:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         self.inputs += inputs.T @ inputs * (weight / len(inputs))
 
+    def shift(self, steps: list[Tensor]) -> Tensor:
+        """By how much steps change the layer's outputs, in the quadratic mean over units and cases.
+
+        Args:
+            steps: One tensor for each parameter, shape ``(c, *shape)``.
+
+        Returns:
+            Shape ``(c,)``.
+        """
+        kind, weight, bias = self.signature
+        change = steps[weight]
+        if kind == "embedding":
+            return (self.inputs[:, None] * change.square()).sum((1, 2)).div(change.shape[-1]).sqrt()
+        change = change.flatten(2)
+        if bias >= 0:
+            change = torch.cat([change, steps[bias].unsqueeze(-1)], -1)
+        return ((change @ self.inputs) * change).sum((1, 2)).clamp_min(0).div(change.shape[1]).sqrt()
+
     @property
     def magnitude(self) -> float:
         """Product of the mean diagonals: how large the block's entries are."""

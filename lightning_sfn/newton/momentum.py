@@ -25,8 +25,9 @@ from lightning_sfn.newton.step import StepRecord, clip
 __all__ = ["Glide"]
 
 _RATE = 0.3  # of a preconditioned gradient; with momentum 0.95 a lasting one adds up to six of them
-_RADIUS = 0.1  # longest new part of a step in the preconditioner's coordinates, for a loss of 1
-_ASTRAY = 0.2  # rise above the turn's best loss, in losses at the start, after which the way is taken back
+_RADIUS = 0.1  # longest new part of a step in the preconditioner's coordinates, in square roots of the turn's best loss
+_ASTRAY = 0.25  # rise above the turn's best loss, relative to it, after which the way is taken back
+_LEAST = 0.01  # share of the first loss that a loss counts as at least, in both: losses may cross zero
 _SHORTER, _LONGER = 0.5, 1.02  # factors on the radius after a way taken back, and after any other step
 _RARER = 3  # a preconditioner is asked to refresh itself at every third momentum step: they are that much shorter
 
@@ -38,9 +39,9 @@ class Glide:
     Attributes:
         momentum: Share of the last step in the next one, from 0 to less than 1.
         pace: Whose turn it is.
-        velocity: The last momentum step, shape ``(n,)``.
+        velocity: The last momentum step of this turn, shape ``(n,)``.
         best: The lowest loss of this turn, and the parameters there, shape ``(n,)``.
-        unit: The size of the loss when it was first seen, by which the radius is measured.
+        unit: The size of the loss when it was first seen.
         shrink: Factor on the radius, at most 1.
         steps: Momentum steps since the preconditioner was last asked to refresh itself.
     """
@@ -89,13 +90,19 @@ class Glide:
             known = gradient_of(losses.objective, parameters)
         losses = replace(losses, known=known)
         if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
-            self.best = None
+            self.velocity, self.best = None, None
         return losses
 
     def _is_on_the_way(self, loss: float, gradient: Tensor) -> bool:
         assert self.best is not None
+        return loss <= self.best[0] + _ASTRAY * self._size and bool(torch.isfinite(gradient).all())
+
+    @property
+    def _size(self) -> float:
+        """Size of this turn's best loss."""
+        assert self.best is not None
         assert self.unit is not None
-        return loss <= self.best[0] + _ASTRAY * self.unit and bool(torch.isfinite(gradient).all())
+        return max(abs(self.best[0]), _LEAST * self.unit)
 
     def step(
         self,
@@ -134,6 +141,7 @@ class Glide:
         if self.best is None or loss < self.best[0]:
             self.best = (loss, origin)
         step = clip(self._next(clip(gradient, descent.max_grad_norm), descent), descent.max_step_norm)
+        step = step * float(descent.preconditioner.shares((step * descent.learning_rates).unsqueeze(0)))
         self.velocity, self.shrink = step, min(1.0, self.shrink * _LONGER)
         self.steps = (self.steps + 1) % _RARER
         taken = step * descent.learning_rates
@@ -158,8 +166,7 @@ class Glide:
         """``momentum d - c rate D^2 g``."""
         direction = descent.preconditioner.precondition(gradient)
         length = _RATE * math.sqrt(max(float(dot(direction, gradient)), 0.0))
-        assert self.unit is not None
-        radius = self.shrink * _RADIUS * math.sqrt(self.unit)
+        radius = self.shrink * _RADIUS * math.sqrt(self._size)
         new = direction * (-_RATE * min(1.0, radius / length if length > 0 else 1.0))
         return new if self.velocity is None else self.momentum * self.velocity + new
 

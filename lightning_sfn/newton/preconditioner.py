@@ -47,6 +47,17 @@ class Preconditioner(ABC):
         """``D^2 v``: a gradient turned into a step of the length that the curvature suggests."""
         return self.scale(self.scale(vectors))
 
+    def shares(self, steps: Tensor) -> Tensor:
+        """How much of each step may be taken; all of it unless a map knows better.
+
+        Args:
+            steps: Shape ``(c, n)``, in parameter units.
+
+        Returns:
+            Numbers above 0 and at most 1, shape ``(c,)``, float64, on the CPU.
+        """
+        return torch.ones(len(steps), dtype=torch.float64)
+
     def on_parts(self, store: BasisStore, size: int) -> "Preconditioner":
         """The same map for vectors of which each process keeps a part.
 

@@ -205,10 +205,11 @@ class SubspaceModel:
         values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
         along = -self.rule.inverse(self.space.eigenvalues, values) * coordinates
         steps = self.preconditioner.scale(self.space.lift(along)) * self.learning_rates
-        shrink = torch.ones(len(dampings), dtype=torch.float64)
+        shrink = self.preconditioner.shares(steps)
         if self.max_step_norm is not None:
             lengths = torch.stack([norm(step) for step in steps]).cpu()
-            shrink = (self.max_step_norm / lengths).clamp_max(1.0)
+            shrink = torch.minimum(shrink, self.max_step_norm / lengths)
+        if bool((shrink < 1).any()):
             steps = steps * shrink.to(steps).unsqueeze(1)
         if isinstance(self.learning_rates, float):
             shrink = shrink * self.learning_rates

@@ -234,6 +234,68 @@ def test_factors_are_estimated_every_few_steps() -> None:
     assert seen[3] is seen[5]
 
 
+def rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) -> None:
+    """By 1 at most, or by a tenth of what they are; measured at the layers."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), inputs=x, outputs=2)
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+    factors = refreshed(model, loss)
+    seen = [x, torch.tanh(model[0](x).detach())]
+    layers = [model[0], model[2]]
+    limits = [max(1.0, 0.1 * rms(layer(into).detach())) for layer, into in zip(layers, seen, strict=True)]
+    assert (limits[1] > 1.0) == (size > 1.0)
+    steps = torch.randn(5, 26, dtype=D) * torch.tensor([1e-3, 0.1, 1.0, 10.0, 1e3], dtype=D).unsqueeze(1)
+    expected = []
+    for step in steps:
+        weight, bias, last_weight, last_bias = step.split([12, 4, 8, 2])
+        changes = [seen[0] @ weight.view(4, 3).T + bias, seen[1] @ last_weight.view(2, 4).T + last_bias]
+        expected.append(min(1.0, *(limit / rms(change) for limit, change in zip(limits, changes, strict=True))))
+    shares = factors.shares(steps)
+    torch.testing.assert_close(shares, torch.tensor(expected, dtype=D))
+    assert float(shares[0]) == 1.0 > float(shares[-1])
+    restored = KroneckerFactors(model)
+    restored.load_state_dict(copy.deepcopy(factors.state_dict()))
+    assert torch.equal(restored.shares(steps), shares)
+
+
+def test_without_factors_a_step_is_taken_whole() -> None:
+    assert KroneckerFactors().shares(torch.full((2, 3), 1e6)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("heavy_ball", [0.0, 0.95])
+def test_no_step_of_an_optimizer_changes_a_layers_outputs_by_more(heavy_ball: float) -> None:
+    """From a start of almost equal units, where unlimited steps are long; factors from all data, not averaged."""
+    torch.manual_seed(0)
+    x = torch.rand(60, 6, dtype=D)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6)).double()
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.mul_(1e-2)
+    factors = KroneckerFactors(model, refresh_every=1, average=0.0)
+    optimizer = SaddleFreeNewton(
+        model.parameters(), inner_steps=1, preconditioner=factors, heavy_ball=heavy_ball, damping=1e-6
+    )
+    loss = lambda: F.mse_loss(model(x), x, reduction="sum") / len(x)  # noqa: E731
+    longest = 0.0
+    for _ in range(60):
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        here = float(loss().detach())
+        if float(optimizer.step(loss)) != pytest.approx(here):  # a way was taken back
+            continue
+        step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
+        shifts = [float(shift) for shift in factors._shifts(step.unsqueeze(0))]
+        assert all(shift <= limit * (1 + 1e-6) for shift, limit in zip(shifts, factors._limits, strict=True))
+        longest = max(longest, *shifts)
+    assert longest == pytest.approx(1.0)  # the bound was needed
+
+
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     x, y = torch.randn(40, 3), torch.randn(40, 2)
     torch.manual_seed(1)

@@ -98,6 +98,24 @@ def test_a_table_counts_how_often_its_rows_are_used() -> None:
     torch.testing.assert_close(block.outputs, first.T @ first + second.T @ second)
 
 
+@pytest.mark.parametrize("signature", [DENSE, BARE])
+def test_a_shift_is_the_quadratic_mean_of_the_change_of_a_layers_outputs(signature: Signature) -> None:
+    block, inputs = Block.zeros(signature, SHAPES, LIKE), torch.randn(6, 3, dtype=D)
+    block.observe(inputs, torch.randn(6, 2, dtype=D), 1.0)
+    steps = [torch.randn(4, *shape, dtype=D) for shape in SHAPES]
+    changes = inputs @ steps[1].transpose(1, 2)
+    if signature == DENSE:
+        changes = changes + steps[0].unsqueeze(1)
+    torch.testing.assert_close(block.shift(steps), changes.square().mean((1, 2)).sqrt())
+
+
+def test_a_shift_of_a_table_is_that_of_the_rows_in_use() -> None:
+    block, indices = Block.zeros(EMBEDDING, SHAPES, LIKE), torch.tensor([0, 1, 1, 1])
+    block.observe(indices, torch.randn(4, 3, dtype=D), 1.0)
+    steps = [torch.randn(2, *shape, dtype=D) for shape in SHAPES]
+    torch.testing.assert_close(block.shift(steps), steps[2][:, indices].square().mean((1, 2)).sqrt())
+
+
 @pytest.mark.parametrize("bias", [0, -1])
 def test_what_acts_element_by_element_sums_squared_gradients(bias: int) -> None:
     block = Block.zeros(("norm", 3, bias), SHAPES, LIKE)
