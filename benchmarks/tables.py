@@ -326,7 +326,7 @@ def engine(part: str) -> str:
     return table + (_measured(results, "python benchmarks/engine.py") if part == "products" else "")
 
 
-_OURS = "recipe"  # what the targets are for
+_OURS = "turns"  # what the targets are for
 _RACE, _PEERS = "python benchmarks/race.py", "make bench-peers"
 
 TABLES: dict[str, Callable[[], str]] = {
