@@ -26,7 +26,7 @@ __all__ = ["Glide"]
 
 _RATE = 0.3  # of a preconditioned gradient; with momentum 0.95 a lasting one adds up to six of them
 _RADIUS = 0.1  # longest new part of a step in the preconditioner's coordinates, in square roots of the turn's best loss
-_ASTRAY = 0.25  # rise above the turn's best loss, relative to it, after which the way is taken back
+_ASTRAY = 0.25  # rise above the turn's best loss, relative to it, after which the way is taken back, before a harvest
 _LEAST = 0.01  # share of the first loss that a loss counts as at least, in both: losses may cross zero
 _SHORTER, _LONGER = 0.5, 1.02  # factors on the radius after a way taken back, and after any other step
 _RARER = 3  # a preconditioner is asked to refresh itself at every third momentum step: they are that much shorter
@@ -84,18 +84,20 @@ class Glide:
         if self.best is not None and not self._is_on_the_way(*known):
             parameters.write(self.best[1])
             carried.memory.abandon()
-            self.velocity, self.best = None, None
+            self.best = None
             self.shrink *= _SHORTER
             self.pace.end_momentum()
             known = gradient_of(losses.objective, parameters)
-        losses = replace(losses, known=known)
         if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
-            self.velocity, self.best = None, None
-        return losses
+            self.velocity = None
+            if self.pace.gathered is not None:
+                self.best = None
+        return replace(losses, known=known)
 
     def _is_on_the_way(self, loss: float, gradient: Tensor) -> bool:
         assert self.best is not None
-        return loss <= self.best[0] + _ASTRAY * self._size and bool(torch.isfinite(gradient).all())
+        allowed = 0.0 if self.pace.has_harvested else _ASTRAY * self._size
+        return loss <= self.best[0] + allowed and bool(torch.isfinite(gradient).all())
 
     @property
     def _size(self) -> float:

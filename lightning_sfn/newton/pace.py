@@ -59,8 +59,15 @@ class Pace:
         self.spent += _PRICE[self.kind]
         return self.kind
 
+    @property
+    def has_harvested(self) -> bool:
+        """Whether the loss that is observed next is what the last momentum turn has come to."""
+        return self.kind == "subspace" and self.sown is not None and self.gathered is None and self.spent >= _HARVEST
+
     def end_momentum(self) -> None:
-        """Ends a momentum turn, at its length or where it has led astray."""
+        """Ends a momentum turn, at its length or where it has led astray; nothing to end in a turn of subspaces."""
+        if self.kind == "subspace":
+            return
         if self.sown is not None:
             self.sown = (self.sown[0], self.spent)
         self.kind, self.spent = "subspace", 0.0
