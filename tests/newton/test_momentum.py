@@ -130,6 +130,35 @@ def astray() -> tuple[SaddleFreeNewton, torch.nn.Module, Callable[[], Tensor]]:
     return optimizer, model, closure
 
 
+def test_no_cycle_ends_above_the_best_point_of_its_momentum_turn() -> None:
+    """Where the harvest brings nothing, here since subspace steps are kept from moving."""
+    model, x, y = network()
+    optimizer = optimizer_for(model)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    glide = optimizer._glide
+    assert glide is not None
+    while glide.pace.kind == "subspace" or glide.pace.spent < 10:
+        optimizer.step(closure)
+    assert glide.best is not None
+    best_loss, best = glide.best[0], glide.best[1].clone()
+    with torch.no_grad():  # a little uphill: not astray
+        for parameter in model.parameters():
+            parameter.mul_(1 - 1e-3)
+    assert best_loss < float(closure().detach()) < 1.1 * best_loss
+    glide.pace.end_momentum()
+    optimizer.param_groups[0]["lr"] = 1e-12
+    for _ in range(2):
+        optimizer.step(closure)
+        assert glide.best is not None
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.loss_before == pytest.approx(best_loss, abs=1e-12)
+    torch.testing.assert_close(
+        torch.nn.utils.parameters_to_vector(model.parameters()).detach(), best, rtol=0, atol=1e-9
+    )
+    assert glide.best is None
+
+
 def fail_once(optimizer: SaddleFreeNewton, error: Exception) -> list[Tensor]:
     """Lets the optimizer's next step fail after the way back; the parameters that each attempt starts from."""
     original, starts = optimizer._one_step, []

@@ -70,6 +70,23 @@ def test_a_turn_that_leads_astray_ends_and_is_measured_by_what_it_cost() -> None
     assert pace.rates["momentum"] == pytest.approx(0.5 / (2 + 8))
 
 
+def test_a_harvest_takes_two_subspace_steps_after_momentum() -> None:
+    pace, harvested = Pace(), []
+    for _ in range(2 + 40 + 5):
+        harvested.append(pace.has_harvested)
+        pace.observe(1.0)
+    assert [index for index, yes in enumerate(harvested) if yes] == [2 + 40 + 2]
+
+
+def test_a_turn_of_subspaces_is_not_ended_by_momentum() -> None:
+    pace = Pace()
+    walk(pace, {"subspace": 1.0, "momentum": 1.0}, 2 + 40 + 1)
+    before = pace.state_dict()
+    pace.end_momentum()
+    assert pace.kind == "subspace"
+    assert pace.state_dict() == before
+
+
 def test_a_restored_pace_goes_on_alike() -> None:
     rates = {"subspace": 1.0, "momentum": 1.3}
     pace, restored = Pace(), Pace()
