@@ -56,8 +56,9 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
 
 def _measured(results: dict[str, Any], command: str) -> str:
     with_ = results["conditions"]
+    processor = with_["processor"].replace("(R)", "").removesuffix(" Processor")
     return (
-        f"\nMeasured {with_['date']} by `{command}` on {with_['cores']} cores of {with_['processor']}, "
+        f"\nMeasured {with_['date']} by `{command}` on {with_['cores']} cores of {processor}, "
         f"{with_['threads']} thread, torch {with_['torch']}.\n"
     )
 

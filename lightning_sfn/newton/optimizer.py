@@ -130,7 +130,7 @@ class SaddleFreeNewton(Optimizer):
         require_at_least("exploration", exploration, 0.0)
         require_whole("previous_directions", previous_directions, 0)
         require_whole("graph_bytes", graph_bytes, 0)
-        if processes is not None and not isinstance(processes, Processes):
+        if processes is not None and not hasattr(processes, "size"):
             raise ValueError(f"processes is {processes!r}, but a Processes() or None is expected.")
         if not (isinstance(heavy_ball, (int, float)) and 0 <= heavy_ball < 1):
             raise ValueError(f"heavy_ball is {heavy_ball!r}, but a number from 0 to less than 1 is expected.")

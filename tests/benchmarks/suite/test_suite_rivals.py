@@ -1,5 +1,7 @@
 """The rivals against dense matrices, and all methods on a small task."""
 
+import math
+
 import pytest
 import torch
 from suite.hessian_free import HessianFree, conjugate_gradients
@@ -48,7 +50,7 @@ def test_kfac_is_the_natural_gradient_where_that_is_a_kronecker_product() -> Non
     problem = regression()
     model = problem.model
     weights = torch.cat([model.weight, model.bias[:, None]], 1).detach().clone()
-    optimizer = KFAC(model, lr=0.3, damping=1e-2, kl_clip=None)
+    optimizer = KFAC(model, lr=0.3, damping=1e-2, kl_clip=math.inf)
     output = problem.output()
     signs = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).double().repeat(10, 1)
     drawn = output.detach() + signs * 0.5**0.5  # a sample whose second moment is exactly that of the distribution
@@ -93,7 +95,7 @@ def test_kfac_is_exact_for_an_embedding_and_a_layer_norm() -> None:
 
 def test_kfac_shortens_a_step_to_its_bound_and_refuses_unknown_parameters() -> None:
     steps = []
-    for bound in (None, 1e-4):
+    for bound in (math.inf, 1e-4):
         torch.manual_seed(1)
         problem = regression()
         before = problem.model.weight.detach().clone()
