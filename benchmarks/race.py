@@ -1,6 +1,6 @@
 """Every method on every task of the suite, each with the same seconds from the same start.
 
-    python benchmarks/race.py [--seeds 5] [--seconds 15] [--tasks NAME ...] [--methods NAME ...] [--data FOLDER]
+    python benchmarks/race.py [--seeds 5] [--seconds 12] [--tasks NAME ...] [--methods NAME ...] [--data FOLDER]
 
 Seconds are those of one thread of this process, evaluations of the full training loss left out. A step that ends after
 the budget does not count. The settings of SGD, Adam and K-FAC are searched for each task first, on a seed that does not
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help="all by default")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0")
-    parser.add_argument("--seconds", type=float, default=15.0, help="processor time of each run")
+    parser.add_argument("--seconds", type=float, default=12.0, help="processor time of each run")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10 and ptb")
     parser.add_argument("--quick", action="store_true", help="tiny tasks and budgets, results thrown away")
     options = parser.parse_args()
