@@ -85,7 +85,7 @@ $(MUTATION)/.installed: pyproject.toml constraints.txt
 
 mutation: $(MUTATION)/.installed ## change one file of newton in every small way, and list the changes that no test notices; FILE=name
 	@rm -f mutants/mutmut-stats.json
-	@OMP_NUM_THREADS=1 PYTEST_ADDOPTS="-k $(TESTS)" $(MUTATION)/bin/mutmut run --max-children 1 "lightning_sfn.newton.$(FILE).*"
+	@OMP_NUM_THREADS=1 PYTEST_ADDOPTS="-k '$(TESTS)'" $(MUTATION)/bin/mutmut run --max-children 1 "lightning_sfn.newton.$(FILE).*"
 	@$(MUTATION)/bin/mutmut results --all true | awk '/newton\.$(FILE)\./ { count[$$NF]++; if ($$NF != "killed") print } END { for (state in count) print count[state], state }'
 
 docs: $(INSTALLED) ## build the documentation into build/site; warnings are errors
