@@ -33,6 +33,16 @@ def test_the_kind_that_achieves_more_for_its_price_gets_most_of_it(better: str) 
     assert spent[better] > 0.85 * sum(spent.values())
 
 
+def test_the_turns_of_the_better_kind_double_up_to_a_limit() -> None:
+    pace, lengths, loss = Pace(), [], 1e6
+    for _ in range(1500):
+        loss -= 8.0 if pace.observe(loss) == "momentum" else 4.0
+        if not lengths or lengths[-1] != pace.lengths["momentum"]:
+            lengths.append(pace.lengths["momentum"])
+    assert lengths == [40.0, 80.0, 160.0, 320.0]
+    assert pace.lengths["subspace"] == 8.0
+
+
 def test_rates_are_decreases_for_each_gradient() -> None:
     """The first two subspace steps after momentum (price 8) count as its own, after a turn of price 40."""
     pace = Pace()
