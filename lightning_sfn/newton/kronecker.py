@@ -27,8 +27,8 @@ __all__ = ["KroneckerFactors", "Targets"]
 Targets = Literal["sampled", "given"]
 """Where output gradients come from: targets drawn from the model, or those of the data."""
 
-_RELATIVE_SHIFT = 0.1  # the same, relative to the outputs: for layers that are large for another reason
 _SHIFT = 1.0  # quadratic mean of a layer's change of outputs that is always allowed: units saturate over a few of these
+_RELATIVE_SHIFT = 0.1  # the same, relative to the outputs: for layers that are large for another reason
 
 
 class KroneckerFactors(Preconditioner):
@@ -229,7 +229,7 @@ class KroneckerFactors(Preconditioner):
 
     def _shifts(self, steps: Tensor) -> list[Tensor]:
         pieces = self._pieces(steps)
-        return [block.shift(pieces) for block in self._blocks if block.signature[0] in ("dense", "embedding")]
+        return [block.shift(pieces) for block in self._blocks if block.is_product]
 
     def _pieces(self, rows: Tensor) -> list[Tensor]:
         """Rows of shape ``(c, n)`` taken apart by parameters."""

@@ -96,6 +96,11 @@ class Block:
         return ((change @ self.inputs) * change).sum((1, 2)).clamp_min(0).div(change.shape[1]).sqrt()
 
     @property
+    def is_product(self) -> bool:
+        """Whether the block is a product of two factors: elsewhere A is one."""
+        return self.signature[0] in ("dense", "embedding")
+
+    @property
     def magnitude(self) -> float:
         """Product of the mean diagonals: how large the block's entries are."""
         return _mean_diagonal(self.inputs) * _mean_diagonal(self._square)
@@ -103,7 +108,7 @@ class Block:
     @property
     def _square(self) -> Tensor:
         """S as `_eigen` and `_mean_diagonal` expect it: a matrix or a vector."""
-        return self.outputs if self.signature[0] in ("dense", "embedding") else self.outputs.reshape(-1)
+        return self.outputs if self.is_product else self.outputs.reshape(-1)
 
     def root(self, damping: float) -> "BlockRoot":
         """``(A x S + damping)^(-1/2)``, by the eigenvectors of both factors.
@@ -114,7 +119,7 @@ class Block:
         Args:
             damping: A positive number.
         """
-        if self.signature[0] not in ("dense", "embedding"):  # A is one
+        if not self.is_product:  # A is one
             return BlockRoot(self.signature, None, None, (self.outputs + damping).rsqrt())
         rows, left = _eigen(self.outputs)
         columns, right = _eigen(self.inputs)
