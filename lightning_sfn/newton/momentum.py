@@ -54,10 +54,6 @@ class Glide:
     shrink: float = 1.0
     steps: int = 0
 
-    def forget(self) -> None:
-        """Forgets what belongs to other parameters."""
-        self.pace, self.velocity, self.best, self.unit, self.shrink, self.steps = Pace(), None, None, None, 1.0, 0
-
     def copy(self) -> "Glide":
         """The same state apart: what is done with one is not seen in the other."""
         pace = Pace()

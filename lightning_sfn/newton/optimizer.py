@@ -260,12 +260,14 @@ class SaddleFreeNewton(Optimizer):
         if not self._carried.checked:
             self._require_same_model(parameters)
         losses = Losses(objective, curvature or objective, trial or objective, same_function, loss_and_gradient)
-        origin, glide = parameters.read(), None if self._glide is None else self._glide.copy()
+        origin = start = parameters.read()
+        glide = None if self._glide is None else self._glide.copy()
         try:
             with torch.no_grad():
                 if self._glide is not None:
                     losses = self._glide.settle(parameters, losses, self._carried)
-                record = self._with_what_memory_allows(parameters, losses)
+                    start = parameters.read()
+                record = self._with_what_memory_allows(parameters, losses, start)
                 self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
         except BaseException:
             parameters.write(origin)
@@ -279,8 +281,7 @@ class SaddleFreeNewton(Optimizer):
             self._require_same_model(parameters)
         return self.last_step
 
-    def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses) -> StepRecord:
-        origin = parameters.read()
+    def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses, start: Tensor) -> StepRecord:
         while True:
             try:
                 return self._one_step(parameters, losses)
@@ -288,7 +289,7 @@ class SaddleFreeNewton(Optimizer):
                 # Other processes would go on without the repeated products, and wait for what never comes.
                 if losses.objective.is_shared or not (is_out_of_memory(error) and self._economise()):
                     raise
-            parameters.write(origin)
+            parameters.write(start)
             self._carried.memory.abandon()
             if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
                 torch.cuda.empty_cache()
@@ -344,7 +345,7 @@ class SaddleFreeNewton(Optimizer):
             self._carried.forget()
             self.preconditioner.reset()
             if self._glide is not None:
-                self._glide.forget()
+                self._glide = Glide(self._glide.momentum)
         self._parameters = parameters
         return parameters
 
