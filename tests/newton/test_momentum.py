@@ -240,6 +240,20 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(before: int) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_momentum_starts_anew_where_other_parameters_train() -> None:
+    model, x, y = network()
+    optimizer = optimizer_for(model)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    while optimizer._glide is None or optimizer._glide.velocity is None:
+        optimizer.step(closure)
+    model[0].weight.requires_grad_(False)  # type: ignore[index]
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.kind == "subspace"
+    assert optimizer._glide is not None
+    assert (optimizer._glide.momentum, optimizer._glide.velocity, optimizer._glide.best) == (0.95, None, None)
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
 def test_a_momentum_out_of_range_is_refused(momentum: float) -> None:
     with pytest.raises(ValueError, match="heavy_ball is"):
