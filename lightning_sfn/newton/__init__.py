@@ -5,6 +5,7 @@ it), `krylov` (a subspace from those products), `trust_region` and `damping` (a 
 parts of a step), `outer_step` (Algorithm 1 from them), `optimizer` (the class that keeps the books).
 """
 
+from lightning_sfn.newton.coordinates import AutoPreconditioner
 from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator
 from lightning_sfn.newton.damping import Damping, FixedDamping, GridDamping, LevenbergMarquardt, WarmDamping
 from lightning_sfn.newton.density import SpectralDensity, spectral_density
@@ -23,6 +24,7 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, hessian_sp
 from lightning_sfn.newton.step import StepRecord
 
 __all__ = [
+    "AutoPreconditioner",
     "CurvatureError",
     "CurvatureOperator",
     "Damping",

@@ -110,14 +110,15 @@ class BasisStore:
         return self.keep(basis, row, part / divisor.to(part.dtype))
 
     def local(self, vector: Tensor) -> Tensor:
-        """The part of a whole vector of shape ``(n,)``."""
+        """The part of a whole vector of shape ``(n,)``, or of each of several, shape ``(c, n)``."""
         owners = self._owners
         if owners is None:
             return vector
-        length = owners.part_length(vector.numel())
-        part = vector[owners.rank * length : (owners.rank + 1) * length]
+        length = owners.part_length(vector.shape[-1])
+        part = vector[..., owners.rank * length : (owners.rank + 1) * length]
         # A copy, so that the whole vector can go; padded like what a reduce-scatter gives.
-        return torch.nn.functional.pad(part, (0, length - len(part))) if len(part) < length else part.clone()
+        missing = length - part.shape[-1]
+        return torch.nn.functional.pad(part, (0, missing)) if missing > 0 else part.clone()
 
     def whole(self, parts: Tensor, size: int) -> Tensor:
         """The whole vectors that this and the other processes' parts make up.

@@ -22,13 +22,18 @@ from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.weight_uses import Use, WatchingWeights
 
-__all__ = ["KroneckerFactors", "Targets"]
+__all__ = ["FactorsError", "KroneckerFactors", "Targets"]
 
 Targets = Literal["sampled", "given"]
 """Where output gradients come from: targets drawn from the model, or those of the data."""
 
+_DIM, _DIM_IF_BENT = 1, 4  # Lanczos vectors: the factors know most of what further ones would tell
 _SHIFT = 1.0  # quadratic mean of a layer's change of outputs that is always allowed: units saturate over a few of these
 _RELATIVE_SHIFT = 0.1  # the same, relative to the outputs: for layers that are large for another reason
+
+
+class FactorsError(Exception):
+    """Factors cannot be had: the loss cannot be evaluated while it is watched, or they are zero or not finite."""
 
 
 class KroneckerFactors(Preconditioner):
@@ -51,6 +56,7 @@ class KroneckerFactors(Preconditioner):
         refresh_every: Steps between estimates.
         average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1.
         damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
+        max_width: Factors wider than this are diagonal, as eigenvectors cost the cube of the width.
         max_memory: Bytes for factors, eigenvectors and scales; the layers that need most give way. No limit by default.
 
     Attributes:
@@ -78,6 +84,7 @@ class KroneckerFactors(Preconditioner):
         refresh_every: int = 3,
         average: float = 0.8,
         damping: float = 1e-4,
+        max_width: int = 1536,
         max_memory: int | None = None,
     ) -> None:
         """See the class."""
@@ -89,11 +96,14 @@ class KroneckerFactors(Preconditioner):
             raise ValueError(f"average is {average}, but a number from 0 to less than 1 is expected.")
         if not (math.isfinite(damping) and damping > 0):
             raise ValueError(f"damping is {damping}, but a positive number is expected.")
+        if max_width < 0 or int(max_width) != max_width:
+            raise ValueError(f"max_width is {max_width}, but a whole number of at least 0 is expected.")
         if max_memory is not None and max_memory < 0:
             raise ValueError(f"max_memory is {max_memory}, but a number of bytes or None is expected.")
         self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
         self.targets: Targets = targets
-        self.refresh_every, self.average, self.damping, self.max_memory = refresh_every, average, damping, max_memory
+        self.refresh_every, self.average, self.damping = refresh_every, average, damping
+        self.max_width, self.max_memory = max_width, max_memory
         self.reset()
 
     def reset(self) -> None:
@@ -114,12 +124,28 @@ class KroneckerFactors(Preconditioner):
     def memory(self) -> int:
         """Bytes of factors, eigenvectors and scales."""
         itemsize = self._blocks[0].outputs.element_size() if self._blocks else 0
-        return sum(Block.cost(block.signature, self._shapes, itemsize) for block in self._blocks)
+        return sum(Block.cost(block.signature, self._shapes, itemsize, self.max_width) for block in self._blocks)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are factors; until then the map is the identity."""
+        return bool(self._roots)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that belong to a layer with a rule, from 0 to 1; 0 as long as nothing is known."""
+        sizes = [shape.numel() for shape in self._shapes]
+        numbers = {block.signature[1] for block in self._blocks if block.signature[0] == "number"}
+        return 1 - sum(sizes[index] for index in numbers) / sum(sizes) if self._blocks else 0.0
+
+    def default_krylov_dim(self, bent: bool) -> int:
+        """4 while there is much negative curvature, else 1."""
+        return _DIM_IF_BENT if bent else _DIM
 
     # ------------------------------------------------------------------------------------------------ estimation
 
     def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
-        """Estimates the factors anew, every few steps.
+        """Estimates the factors anew, every few steps; warns where they cannot be had.
 
         Args:
             operator: The curvature of the coming step; the factors see its objective.
@@ -128,24 +154,32 @@ class KroneckerFactors(Preconditioner):
         Raises:
             ProcessError: Another process failed.
         """
+        try:
+            self.renew(operator, generator)
+        except FactorsError as error:
+            warnings.warn(f"{error}: those of an earlier step, if any, stay in use.", stacklevel=3)
+
+    def renew(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+        """Estimates the factors anew, every few steps.
+
+        Args:
+            operator: The curvature of the coming step; the factors see its objective.
+            generator: Source of the sampled targets.
+
+        Raises:
+            FactorsError: They cannot be had, on all processes alike; those of an earlier step, if any, stay.
+            ProcessError: Another process failed.
+        """
         if 0 < self._age < self.refresh_every:
             self._age += 1
             return
-        parameters, objective = operator.parameters, operator.objective
+        parameters = operator.parameters
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self._age = 1
-        try:
-            blocks = self._estimated(objective, parameters, seed)
-        except (RuntimeError, TypeError, ValueError) as error:
-            # What is wrong with the loss itself shows in the products too, and is raised there.
-            if objective.is_shared or is_out_of_memory(error):
-                raise
-            _warn(f"cannot be estimated ({type(error).__name__}: {error})")
-            return
+        blocks = self._estimated(operator.objective, parameters, seed)
         scale = max(block.magnitude for block in blocks)
         if not (math.isfinite(scale) and scale > 0):
-            _warn("are zero or not finite at the present parameters")
-            return
+            raise FactorsError("Kronecker factors are zero or not finite at the present parameters")
         self._shapes = list(parameters.shapes)
         self._adopt(self._averaged(blocks))
         self._limits = [
@@ -172,27 +206,10 @@ class KroneckerFactors(Preconditioner):
 
     def _estimated(self, objective: Objective, parameters: FlatParameters, seed: int) -> list[Block]:
         """The factors of all parameters, the mean over processes."""
-        observation: _Observation | None = None
-        failure: Exception | None = None
-        processes = objective.processes
-        rank = 0 if processes is None else processes.rank
-        try:
-            observation = _observe(objective, parameters, seed + rank, self.targets)
-        except Exception as error:
-            if processes is None:
-                raise
-            failure = error
-        signatures = set() if observation is None else observation.signatures
-        if processes is not None:
-            reports = processes.collect(None if observation is None else sorted(signatures))
-            if failure is not None:
-                raise failure
-            if None in reports:
-                raise ProcessError(f"Rank {reports.index(None)} of {processes.size} could not estimate its factors.")
-            signatures = {tuple(signature) for report in reports for signature in report}
-        assert observation is not None
-        chosen = _resolve(signatures, parameters, self.max_memory)
-        blocks = [Block.zeros(signature, parameters.shapes, parameters.tensors[0].detach()) for signature in chosen]
+        observation, signatures = self._observed(objective, parameters, seed)
+        chosen = _resolve(signatures, parameters, self.max_width, self.max_memory)
+        like = parameters.tensors[0].detach()
+        blocks = [Block.zeros(signature, parameters.shapes, like, self.max_width) for signature in chosen]
         for block in blocks:
             observation.fill(block)
         factors = [factor for block in blocks for factor in (block.inputs, block.outputs)]
@@ -201,6 +218,32 @@ class KroneckerFactors(Preconditioner):
         for factor, mean in zip(factors, torch.split(means, sizes), strict=True):
             factor.copy_(mean.view_as(factor))
         return blocks
+
+    def _observed(
+        self, objective: Objective, parameters: FlatParameters, seed: int
+    ) -> tuple["_Observation", set[Signature]]:
+        """What this process sees, and the kinds of uses that all processes see."""
+        processes = objective.processes
+        observation: _Observation | None = None
+        failure: Exception | None = None
+        try:
+            observation = _observe(objective, parameters, seed + (processes.rank if processes else 0), self.targets)
+        except Exception as error:
+            failure = error
+        # What is wrong with the loss itself shows in the products too, and is raised there.
+        fatal = not isinstance(failure, (RuntimeError, TypeError, ValueError)) or is_out_of_memory(failure)
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        own = (None if observation is None else sorted(observation.signatures), message, fatal)
+        reports = [own] if processes is None else processes.collect(own)
+        if failure is not None and fatal:
+            raise failure
+        for rank, (found, message, fatal) in enumerate(reports):
+            if found is None and fatal:
+                raise ProcessError(f"Rank {rank} of {len(reports)} failed in the middle of a step: {message}")
+        if hindrances := [message for _, message, _ in reports if message is not None]:
+            raise FactorsError(f"Kronecker factors cannot be estimated ({hindrances[0]})") from failure
+        assert observation is not None
+        return observation, {tuple(signature) for found, _, _ in reports for signature in found or ()}
 
     # ------------------------------------------------------------------------------------------------ the map
 
@@ -268,10 +311,6 @@ class KroneckerFactors(Preconditioner):
         self._adopt(blocks)
         self._limits = list(state["limits"])
         self._age, self._unfactored = int(state["age"]), tuple(state["unfactored"])
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"Kronecker factors {what}: those of an earlier step, if any, stay in use.", stacklevel=4)
 
 
 class _Observation:
@@ -347,7 +386,9 @@ def _heads(loss: Tensor, elements: list[Tensor], weight: float) -> tuple[list[Te
     return [element for element, _ in pairs], [share for _, share in pairs]
 
 
-def _resolve(signatures: set[Signature], parameters: FlatParameters, max_memory: int | None) -> list[Signature]:
+def _resolve(
+    signatures: set[Signature], parameters: FlatParameters, max_width: int, max_memory: int | None
+) -> list[Signature]:
     """One block for each parameter: as seen where it was seen in one way and fits, one number elsewhere."""
     owners: dict[int, list[Signature]] = {}
     for signature in signatures:
@@ -355,7 +396,7 @@ def _resolve(signatures: set[Signature], parameters: FlatParameters, max_memory:
             owners.setdefault(index, []).append(signature)
     single = [s for s in signatures if all(len(owners[i]) == 1 for i in {s[1], s[2]} - {-1})]
     itemsize = parameters.tensors[0].element_size()
-    costs = {signature: Block.cost(signature, parameters.shapes, itemsize) for signature in single}
+    costs = {signature: Block.cost(signature, parameters.shapes, itemsize, max_width) for signature in single}
     kept, spent = [], 0
     for signature in sorted(single, key=lambda s: (costs[s], s)):
         if max_memory is None or spent + costs[signature] <= max_memory:

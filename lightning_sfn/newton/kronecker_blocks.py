@@ -24,9 +24,10 @@ class Block:
 
     Attributes:
         signature: Which parameters it is about, and how they act.
-        inputs: A: ``(i, i)`` for a matrix (the bias is its last input), ``(i,)`` for a table of i rows, ``(1,)`` for
-            what acts element by element.
-        outputs: S: ``(o, o)``; ``(b, o)`` for what acts element by element (weight, then bias).
+        inputs: A: ``(i, i)`` for a matrix (the bias is its last input), ``(i,)`` for a table of i rows and where only
+            the diagonal is kept, ``(1,)`` for what acts element by element.
+        outputs: S: ``(o, o)``; ``(o,)`` where only the diagonal is kept; ``(b, o)`` for what acts element by element
+            (weight, then bias).
     """
 
     signature: Signature
@@ -34,23 +35,31 @@ class Block:
     outputs: Tensor
 
     @classmethod
-    def zeros(cls, signature: Signature, shapes: Sequence[torch.Size], like: Tensor) -> "Block":
-        """A block of zeros for parameters of the given shapes, in the dtype and on the device of ``like``."""
+    def zeros(
+        cls, signature: Signature, shapes: Sequence[torch.Size], like: Tensor, max_width: float = math.inf
+    ) -> "Block":
+        """A block of zeros for parameters of the given shapes, in the dtype and on the device of ``like``.
+
+        Factors that are wider than ``max_width`` are diagonal.
+        """
         kind, weight, bias = signature
         shape = shapes[weight]
+
+        def factor(width: int) -> Tensor:
+            return like.new_zeros(width) if width > max_width else like.new_zeros(width, width)
+
         if kind == "dense":
-            rows, columns = shape[0], math.prod(shape[1:]) + (bias >= 0)
-            return cls(signature, like.new_zeros(columns, columns), like.new_zeros(rows, rows))
+            return cls(signature, factor(math.prod(shape[1:]) + (bias >= 0)), factor(shape[0]))
         if kind == "embedding":
-            return cls(signature, like.new_zeros(shape[0]), like.new_zeros(shape[1], shape[1]))
+            return cls(signature, like.new_zeros(shape[0]), factor(shape[1]))
         if kind == "norm":
             return cls(signature, like.new_ones(1), like.new_zeros(1 + (bias >= 0), shape[0]))
         return cls(signature, like.new_ones(1), like.new_zeros(1, 1))  # "number": one for the whole tensor
 
     @staticmethod
-    def cost(signature: Signature, shapes: Sequence[torch.Size], itemsize: int) -> int:
+    def cost(signature: Signature, shapes: Sequence[torch.Size], itemsize: int, max_width: float = math.inf) -> int:
         """Bytes of a block: its factors, their eigenvectors, and a scale for each parameter."""
-        block = Block.zeros(signature, shapes, torch.empty(0, device="meta"))
+        block = Block.zeros(signature, shapes, torch.empty(0, device="meta"), max_width)
         scales = sum(shapes[index].numel() for index in signature[1:] if index >= 0) if signature[0] != "number" else 1
         return (2 * (block.inputs.numel() + block.outputs.numel()) + scales) * itemsize
 
@@ -68,17 +77,19 @@ class Block:
             if bias >= 0:
                 self.outputs[1] += gradients.square().sum(0)
             return
-        self.outputs += gradients.T @ gradients
+        self.outputs += _second_moment(gradients, self.outputs)
         if kind == "embedding":
             counts = torch.bincount(inputs, minlength=len(self.inputs)).to(self.inputs)
             self.inputs += counts * (weight / len(inputs))
             return
         if bias >= 0:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self.inputs += inputs.T @ inputs * (weight / len(inputs))
+        self.inputs += _second_moment(inputs, self.inputs) * (weight / len(inputs))
 
     def shift(self, steps: list[Tensor]) -> Tensor:
         """By how much steps change the layer's outputs, in the quadratic mean over units and cases.
+
+        A diagonal A takes inputs as uncorrelated.
 
         Args:
             steps: One tensor for each parameter, shape ``(c, *shape)``.
@@ -93,7 +104,8 @@ class Block:
         change = change.flatten(2)
         if bias >= 0:
             change = torch.cat([change, steps[bias].unsqueeze(-1)], -1)
-        return ((change @ self.inputs) * change).sum((1, 2)).clamp_min(0).div(change.shape[1]).sqrt()
+        response = change * self.inputs if self.inputs.dim() == 1 else change @ self.inputs
+        return (response * change).sum((1, 2)).clamp_min(0).div(change.shape[1]).sqrt()
 
     @property
     def is_product(self) -> bool:
@@ -155,15 +167,12 @@ class BlockRoot:
         scale = self.scale if power == 1 else self.scale**power
         vectors = pieces[weight]
         if kind == "embedding":
-            assert self.left is not None
-            pieces[weight] = ((vectors @ self.left) * scale) @ self.left.T
+            pieces[weight] = _in_eigenbasis(vectors, None, self.left, scale)
         elif kind == "dense":
-            assert self.left is not None
-            assert self.right is not None
             joined = vectors.flatten(2)
             if bias >= 0:
                 joined = torch.cat([joined, pieces[bias].unsqueeze(-1)], -1)
-            product = self.left @ ((self.left.T @ joined @ self.right) * scale) @ self.right.T
+            product = _in_eigenbasis(joined, self.left, self.right, scale)
             if bias >= 0:
                 pieces[bias] = product[..., -1]
                 product = product[..., :-1]
@@ -172,6 +181,19 @@ class BlockRoot:
             pieces[weight] = vectors * scale[0]
             if bias >= 0:
                 pieces[bias] = pieces[bias] * scale[1]
+
+
+def _in_eigenbasis(matrices: Tensor, left: Tensor | None, right: Tensor | None, scale: Tensor) -> Tensor:
+    """Matrices of shape ``(c, r, s)`` rotated, scaled and rotated back; ``None`` stands for the identity."""
+    rotated = matrices if left is None else left.T @ matrices
+    scaled = (rotated if right is None else rotated @ right) * scale
+    scaled = scaled if left is None else left @ scaled
+    return scaled if right is None else scaled @ right.T
+
+
+def _second_moment(rows: Tensor, factor: Tensor) -> Tensor:
+    """Sum of outer products of rows of shape ``(u, w)``; of their diagonals alone for a diagonal factor."""
+    return rows.square().sum(0) if factor.dim() == 1 else rows.T @ rows
 
 
 def _mean_diagonal(factor: Tensor) -> float:

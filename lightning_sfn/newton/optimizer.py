@@ -15,12 +15,11 @@ from lightning_sfn.newton.coordinates import make_preconditioner
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
-from lightning_sfn.newton.kronecker import KroneckerFactors
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.momentum import Glide
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
-from lightning_sfn.newton.options import require_at_least, require_positive_or_none, require_whole, resolve_krylov_dim
+from lightning_sfn.newton.options import require_at_least, require_krylov_dim, require_positive_or_none, require_whole
 from lightning_sfn.newton.outer_step import Descent, Losses, Search, take_outer_step
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -53,8 +52,8 @@ class SaddleFreeNewton(Optimizer):
         params: Parameters or parameter groups; groups may differ in ``lr``.
         lr: Factor on each step. Newton steps have a natural length of 1.
         krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
-            When left out, 16, or fewer if there are fewer parameters; in Kronecker-factored coordinates 4 as long as
-            the subspace shows negative curvature of at least a tenth of its largest curvature, else 1.
+            When left out, 4 in Kronecker-factored coordinates as long as the subspace shows negative curvature of at
+            least a tenth of its largest curvature, else 1; 16 in all other coordinates.
         inner_steps: Steps m with one subspace and one Hessian, each with a fresh gradient.
         damping: ``"warm"`` (a few values around the last one), ``"grid"`` (the paper's 1e0 to 1e-5),
             ``"levenberg_marquardt"``, a positive number, or a `Damping`.
@@ -67,8 +66,9 @@ class SaddleFreeNewton(Optimizer):
         previous_directions: How many past steps join the subspace.
         heavy_ball: Momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with momentum
             in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
-        preconditioner: ``"diagonal"`` (equilibration), ``"kronecker"`` (see `KroneckerFactors`), ``None``, or a
-            `Preconditioner`. The default is ``"diagonal"``, and ``None`` for the exact method.
+        preconditioner: ``"kronecker"`` (see `KroneckerFactors`), ``"diagonal"`` (equilibration), ``None``, or a
+            `Preconditioner`. The default, ``"auto"``, is Kronecker factors where most parameters belong to layers that
+            have them, else the diagonal, and none for the exact method (see `AutoPreconditioner`).
         secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
             same function, as full-batch closures give). Otherwise each costs one product.
         exploration: Share of a random vector and of the last most negative Ritz vector in the start vector, so that a
@@ -143,11 +143,11 @@ class SaddleFreeNewton(Optimizer):
         for group in self.param_groups:
             require_at_least("lr", float(group["lr"]), 0.0)
         self._parameters = FlatParameters.of_groups(self.param_groups)
-        if preconditioner == "auto":
-            preconditioner = None if krylov_dim == "full" else "diagonal"
+        require_krylov_dim(krylov_dim, self._parameters.size)
+        self.krylov_dim = krylov_dim
+        if preconditioner == "auto" and krylov_dim == "full":
+            preconditioner = None  # nothing to make flat where every direction is known
         self.preconditioner = make_preconditioner(preconditioner)
-        self._chooses_dim = krylov_dim is None and isinstance(self.preconditioner, KroneckerFactors)
-        self.krylov_dim = resolve_krylov_dim(krylov_dim, self._parameters.size, self.preconditioner)
         self.inner_steps = inner_steps
         self.damping = make_damping(damping)
         self.trust_region = find_trust_region(trust_region)
@@ -287,7 +287,7 @@ class SaddleFreeNewton(Optimizer):
                 return self._one_step(parameters, losses)
             except BaseException as error:
                 # Other processes would go on without the repeated products, and wait for what never comes.
-                if losses.objective.is_shared or not (is_out_of_memory(error) and self._economise()):
+                if losses.objective.is_shared or not (is_out_of_memory(error) and self._economise(parameters)):
                     raise
             parameters.write(start)
             self._carried.memory.abandon()
@@ -302,19 +302,19 @@ class SaddleFreeNewton(Optimizer):
         search = Search(self.damping, self.inner_steps)
         return take_outer_step(parameters, losses, operator, descent, search, carried, store)
 
-    def _economise(self) -> bool:
+    def _economise(self, parameters: FlatParameters) -> bool:
         """Gives up memory after a shortage: first kept graphs, then Lanczos vectors. Whether there was any to give."""
+        dimension = self._descent(parameters).dimension(self._carried, parameters.size)
         if self.hvp in ("auto", "retain") and self._budget.limit > 0:
             self.hvp = "auto"
             self._budget.limit = self._budget.limit // 4 if self._budget.limit > _SMALL_BUDGET else 0
-        elif self.krylov_dim is not None and self.krylov_dim > 1:
-            self.krylov_dim //= 2
+        elif dimension is not None and dimension > 1:
+            self.krylov_dim = dimension = dimension // 2
         else:
             return False
-        dimension = "all" if self.krylov_dim is None else self.krylov_dim
         warnings.warn(
             f"Memory ran out in a Newton step. It is tried again with graph_bytes={self._budget.limit} and "
-            f"krylov_dim={dimension}: pass these values to begin with.",
+            f"krylov_dim={'all' if dimension is None else dimension}: pass these values to begin with.",
             stacklevel=3,
         )
         return True
@@ -351,7 +351,7 @@ class SaddleFreeNewton(Optimizer):
 
     def _descent(self, parameters: FlatParameters) -> Descent:
         return Descent(
-            krylov_dim=1 if self._chooses_dim and not self._carried.bent else self.krylov_dim,
+            krylov_dim=self.krylov_dim,
             preconditioner=self.preconditioner,
             rule=self.trust_region,
             exploration=self.exploration,

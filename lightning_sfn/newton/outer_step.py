@@ -6,6 +6,7 @@ losses which of them are taken. Either can be replaced without the other.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Descent:
     """From curvature and gradient to a model of steps.
 
     Attributes:
-        krylov_dim: Number of Lanczos vectors; ``None`` for the whole space.
+        krylov_dim: Lanczos vectors; ``"full"`` for the whole space, ``None`` for what pays in its coordinates.
         preconditioner: Map from the subspace's coordinates to the parameters.
         rule: How eigenvalues scale the gradient.
         exploration: Share of a random vector and of the last escape direction in the start vector.
@@ -78,7 +79,7 @@ class Descent:
         max_step_norm: Bound on the norm of each inner step.
     """
 
-    krylov_dim: int | None
+    krylov_dim: int | Literal["full"] | None
     preconditioner: Preconditioner
     rule: TrustRegion
     exploration: float
@@ -86,6 +87,20 @@ class Descent:
     learning_rates: float | Tensor
     max_grad_norm: float | None
     max_step_norm: float | None
+
+    def dimension(self, carried: Carried, size: int) -> int | None:
+        """Number of Lanczos vectors of the next subspace.
+
+        Args:
+            carried: What the last step left.
+            size: Number of parameters.
+
+        Returns:
+            The number; ``None`` for the whole space.
+        """
+        if self.krylov_dim == "full":
+            return None
+        return self.krylov_dim or min(self.preconditioner.default_krylov_dim(carried.bent), size)
 
     def model(
         self, operator: CurvatureOperator, gradient: Tensor, carried: Carried, store: BasisStore
@@ -111,7 +126,7 @@ class Descent:
         space = build_subspace(
             operator,
             clip(gradient, self.max_grad_norm),
-            krylov_dim=self.krylov_dim,
+            krylov_dim=self.dimension(carried, gradient.numel()),
             preconditioner=self.preconditioner,
             memory=carried.memory,
             seed=seed,

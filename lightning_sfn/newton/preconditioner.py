@@ -15,6 +15,8 @@ from lightning_sfn.newton.curvature import CurvatureOperator
 
 __all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner"]
 
+_DEFAULT_KRYLOV_DIM = 16
+
 
 class Preconditioner(ABC):
     """A symmetric positive definite map D."""
@@ -34,6 +36,14 @@ class Preconditioner(ABC):
     def unfactored(self) -> tuple[str, ...]:
         """Names of parameters that a map by layers scales by one number, for want of a rule."""
         return ()
+
+    def default_krylov_dim(self, bent: bool) -> int:
+        """Lanczos vectors that pay in these coordinates, where no number is asked for.
+
+        Args:
+            bent: Whether the last subspace showed negative curvature of at least a tenth of its largest curvature.
+        """
+        return _DEFAULT_KRYLOV_DIM
 
     @abstractmethod
     def scale(self, vectors: Tensor) -> Tensor:

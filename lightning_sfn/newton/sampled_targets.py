@@ -30,7 +30,9 @@ class ElementwiseLosses:
         self.elements: list[Tensor] = []
 
     def answer(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
-        """The loss with sampled targets.
+        """The loss with the gradient that sampled targets give it.
+
+        Its value is that of the true targets, so that a model or a closure that looks at its loss sees no other one.
 
         Args:
             function: A function of `torch.nn.functional`.
@@ -47,6 +49,7 @@ class ElementwiseLosses:
         given = call.arguments
         if any(given.get(name) is not None for name in ("weight", "pos_weight", "size_average", "reduce")):
             return None
+        true: Tensor = function(*args, **kwargs).detach()
         reduction, target = given["reduction"], given["target"]
         counted = torch.ones((), device=target.device)
         drawn = _SAMPLERS[function](given["input"].detach(), self._generator)
@@ -59,9 +62,8 @@ class ElementwiseLosses:
         given["target"], given["reduction"] = drawn, "none"
         losses: Tensor = function(**given)
         self.elements.append(losses)
-        if reduction == "none":
-            return losses
-        return losses.sum() if reduction == "sum" else losses.mean() / counted
+        reduced = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean() / counted
+        return true + (reduced - reduced.detach())
 
 
 def _normal(prediction: Tensor, generator: torch.Generator) -> Tensor:

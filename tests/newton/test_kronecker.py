@@ -394,6 +394,8 @@ def test_ranks_share_one_estimate() -> None:
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"max_memory": -1}, "max_memory is -1"),
+        ({"max_width": -1}, "max_width is -1"),
+        ({"max_width": 1.5}, "max_width is 1.5"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -401,7 +403,11 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         KroneckerFactors(**options)
 
 
-def test_four_lanczos_vectors_are_enough_by_default() -> None:
-    model = nn.Linear(30, 2)
-    assert SaddleFreeNewton(model.parameters(), preconditioner="kronecker").krylov_dim == 4
-    assert SaddleFreeNewton(model.parameters()).krylov_dim == 16
+def test_four_lanczos_vectors_are_enough_by_default_and_one_without_negative_curvature() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(30, 2), torch.randn(50, 30)
+    optimizer = SaddleFreeNewton(model.parameters(), previous_directions=0)
+    for expected in (4, 1, 1):  # the loss is convex; before the first subspace nobody knows
+        optimizer.step(lambda: F.mse_loss(model(x), x[:, :2].square()))
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.subspace_dim == expected

@@ -135,6 +135,67 @@ def test_the_magnitude_is_the_mean_of_the_diagonal_of_the_kronecker_product() ->
     assert norm.magnitude == pytest.approx(3.0)
 
 
+# ------------------------------------------------------------------------------------------------ wide factors
+
+WIDE = [  # signature, the most that a factor may be wide, shapes of the factors: a weight of 2 x 3 (4 with its bias)
+    (DENSE, 3, (4,), (2, 2)),
+    (DENSE, 1, (4,), (2,)),
+    (BARE, 3, (3, 3), (2, 2)),
+    (BARE, 2, (3,), (2, 2)),
+    (EMBEDDING, 2, (4,), (3,)),
+    (NORM, 0, (1,), (2, 2)),
+]
+
+
+@pytest.mark.parametrize(("signature", "max_width", "inputs", "outputs"), WIDE)
+def test_factors_over_the_width_keep_their_diagonals_and_cost_no_more_than_these(
+    signature: Signature, max_width: int, inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> None:
+    block, whole = Block.zeros(signature, SHAPES, LIKE, max_width), Block.zeros(signature, SHAPES, LIKE)
+    assert (block.inputs.shape, block.outputs.shape) == (inputs, outputs)
+    saved = sum(f.numel() - g.numel() for f, g in [(whole.inputs, block.inputs), (whole.outputs, block.outputs)])
+    costs = [Block.cost(signature, SHAPES, 4, *width) for width in [(), (max_width,)]]
+    assert costs[0] - costs[1] == 4 * 2 * saved
+
+
+@pytest.mark.parametrize("max_width", [3, 1])
+def test_a_wide_layer_observes_the_diagonals_of_its_second_moments(max_width: int) -> None:
+    wide, whole = (Block.zeros(DENSE, SHAPES, LIKE, width) for width in (max_width, 9))
+    for weight in (0.25, 0.75):
+        inputs, gradients = torch.randn(6, 3, dtype=D), torch.randn(6, 2, dtype=D)
+        wide.observe(inputs, gradients, weight)
+        whole.observe(inputs, gradients, weight)
+    torch.testing.assert_close(wide.inputs, whole.inputs.diagonal())
+    torch.testing.assert_close(wide.outputs, whole.outputs if max_width == 3 else whole.outputs.diagonal())
+    assert wide.magnitude == pytest.approx(whole.magnitude)
+
+
+def test_a_wide_layers_shift_takes_its_inputs_as_uncorrelated() -> None:
+    wide, whole = (Block.zeros(BARE, SHAPES, LIKE, width) for width in (2, 9))
+    signs = torch.tensor([[1, 1, 1], [1, 1, -1], [1, -1, 1], [1, -1, -1]], dtype=D)  # orthogonal columns
+    for block in (wide, whole):
+        block.observe(signs * torch.tensor([1.0, 2.0, 3.0], dtype=D), torch.randn(4, 2, dtype=D), 1.0)
+    steps = [torch.randn(4, *shape, dtype=D) for shape in SHAPES]
+    torch.testing.assert_close(wide.shift(steps), whole.shift(steps))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("diagonal", ["inputs", "outputs", "both"])
+@pytest.mark.parametrize("signature", [BARE, EMBEDDING])
+def test_roots_of_diagonal_factors_are_those_of_the_kronecker_product(
+    signature: Signature, diagonal: str, inverse: bool
+) -> None:
+    rows, columns = SHAPES[signature[1]]
+    a, s = (definite(columns, 1), definite(rows, 2)) if signature == BARE else (definite(rows, 1), definite(columns, 2))
+    a = a.diagonal() if diagonal != "outputs" or signature == EMBEDDING else a
+    s = s.diagonal() if diagonal != "inputs" else s
+    whole = [factor if factor.dim() == 2 else torch.diag(factor) for factor in (a, s)]
+    product = torch.kron(*(whole if signature == EMBEDDING else whole[::-1]))
+    expected = power(product + 0.3 * torch.eye(rows * columns, dtype=D), 0.5 if inverse else -0.5)
+    roots = Block(signature, a, s).root(0.3)
+    torch.testing.assert_close(applied(roots, [signature[1]], inverse=inverse), expected)
+
+
 # ------------------------------------------------------------------------------------------------ roots
 
 

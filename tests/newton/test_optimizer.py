@@ -65,7 +65,8 @@ def wall_around(parameters: list[Tensor]) -> Callable[[], Tensor]:
         {"preconditioner": None, "exploration": 0.0},
         {"hvp": "finite_difference"},
         {"curvature": "gauss_newton"},
-        {"lr": 0.5, "max_grad_norm": 1.0, "max_step_norm": 0.5},
+        {"preconditioner": "diagonal"},
+        {"lr": 0.5, "max_grad_norm": 1.0, "max_step_norm": 0.5, "preconditioner": "diagonal"},
     ],
     ids=str,
 )
@@ -127,19 +128,26 @@ def _gradient(case: Case, state: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize("secants", [True, False])
-def test_products_trials_and_gradients_are_counted(inner_steps: int, secants: bool) -> None:
+@pytest.mark.parametrize("factored", [True, False])
+def test_products_trials_and_gradients_are_counted(inner_steps: int, secants: bool, factored: bool) -> None:
+    """A diagonal takes one product in each step, factors one evaluation in every third."""
     case = make("mlp")
     closure = mock.Mock(side_effect=case.closure)
-    optimizer = SaddleFreeNewton(case.parameters, krylov_dim=5, inner_steps=inner_steps, secants=secants, hvp="retain")
+    options: dict[str, Any] = {"inner_steps": inner_steps, "secants": secants, "hvp": "retain"}
+    coordinates = "auto" if factored else "diagonal"
+    optimizer = SaddleFreeNewton(case.parameters, krylov_dim=5, preconditioner=coordinates, **options)
     for step in range(4):
         closure.reset_mock()
         remembered = len(optimizer.memory)
         with mock.patch.object(HessianOperator, "_matvec", autospec=True, side_effect=HessianOperator._matvec) as spy:
             optimizer.step(closure)
         record = record_of(optimizer)
-        assert record.products == spy.call_count == 1 + 5 + (0 if secants else remembered)
+        # A remembered step that lies in the subspace already is left out.
+        assert 5 <= record.subspace_dim <= 5 + remembered + inner_steps
+        assert record.products == spy.call_count == (5 if secants else record.subspace_dim) + (not factored)
         # The first step checks once that the closure gives the same value again.
-        assert closure.call_count == record.trials + record.gradients + (step == 0)
+        others = (step == 0) + (factored and step % 3 == 0)
+        assert closure.call_count == record.trials + record.gradients + others
         assert record.gradients <= inner_steps
 
 

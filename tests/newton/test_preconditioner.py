@@ -12,7 +12,6 @@ from lightning_sfn.newton import (
     Preconditioner,
 )
 from lightning_sfn.newton.basis import BasisStore
-from lightning_sfn.newton.coordinates import make_preconditioner
 
 from .cases import quadratic, symmetric
 from .ranks import Reversing
@@ -131,15 +130,6 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=rf"^{name} is {value}, but a .* is expected\.$"):
         DiagonalPreconditioner(**options)
-
-
-def test_names_and_objects_are_understood() -> None:
-    own = IdentityPreconditioner()
-    assert make_preconditioner(own) is own
-    assert isinstance(make_preconditioner("diagonal"), DiagonalPreconditioner)
-    assert isinstance(make_preconditioner(None), IdentityPreconditioner)
-    with pytest.raises(ValueError, match=r"^preconditioner is 'adam', but None, 'diagonal', 'kronecker' or a"):
-        make_preconditioner("adam")
 
 
 def test_the_identity_keeps_nothing() -> None:

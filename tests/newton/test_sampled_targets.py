@@ -58,16 +58,19 @@ def test_probabilities_and_log_probabilities_are_drawn_from_like_logits() -> Non
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_loss_is_reduced_as_asked_for(reduction: str) -> None:
-    logits, target = torch.randn(6, 3, 4, dtype=D), torch.randint(3, (6, 4))
+def test_the_loss_is_the_true_one_with_the_gradient_of_drawn_targets(reduction: str) -> None:
+    logits, target = torch.randn(6, 3, 4, dtype=D, requires_grad=True), torch.randint(3, (6, 4))
     target[0] = -100  # ignored
     losses = ElementwiseLosses(torch.Generator().manual_seed(0))
     answer = losses.answer(F.cross_entropy, (logits, target), {"reduction": reduction})
     (elements,) = losses.elements
     assert torch.equal(elements == 0, target == -100)
-    whole = {"mean": elements.sum() / 20, "sum": elements.sum(), "none": elements}[reduction]
     assert answer is not None
-    torch.testing.assert_close(answer, whole)
+    assert torch.equal(answer, F.cross_entropy(logits, target, reduction=reduction))
+    whole = {"mean": elements.sum() / 20, "sum": elements.sum(), "none": elements}[reduction]
+    (expected,) = torch.autograd.grad(whole.sum(), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(answer.sum(), logits)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_losses_that_weight_their_elements_and_other_functions_are_left_alone() -> None:

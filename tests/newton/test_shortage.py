@@ -54,7 +54,11 @@ class Limited(SaddleFreeNewton):
         matvec = operator.matvec
 
         def limited(vector: Tensor) -> Tensor:
-            if self._budget.limit > self.graphs or (self.krylov_dim or 99) > self.vectors:
+            if (
+                self._budget.limit > self.graphs
+                or not isinstance(self.krylov_dim, int)
+                or self.krylov_dim > self.vectors
+            ):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return matvec(vector)
 
@@ -95,7 +99,7 @@ class Shared(ProcessMean):
     """Stands for the mean over several processes."""
 
     def __init__(self) -> None:
-        self.processes = mock.Mock(guard=lambda compute, like: compute())
+        self.processes = mock.Mock(guard=lambda compute, like: compute(), collect=lambda value: [value], rank=0)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor

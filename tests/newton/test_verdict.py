@@ -140,6 +140,8 @@ def test_processes_try_the_step_together() -> None:
             super().__init__()
             self.processes = SimpleNamespace(  # type: ignore[assignment]
                 size=1,
+                rank=0,
+                collect=lambda value: [value],
                 release=lambda: released.append(1),
                 require_equal=lambda *_: None,
                 guard=lambda compute, like: compute(),
@@ -196,9 +198,9 @@ class BrokenError(RuntimeError):
     """What a user's closure may raise."""
 
 
-@pytest.mark.parametrize("evaluation", range(1, 7))
+@pytest.mark.parametrize("evaluation", [1, 2, 3, 5, 6, 7])  # the fourth is of Kronecker factors, which are not needed
 def test_parameters_survive_a_closure_that_raises(evaluation: int) -> None:
-    """Evaluations from the fourth on see parameters that have been moved."""
+    """Evaluations from the fifth on see parameters that have been moved."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     data = torch.randn(9, 3, dtype=torch.float64)
@@ -217,4 +219,4 @@ def test_parameters_survive_a_closure_that_raises(evaluation: int) -> None:
     with pytest.raises(BrokenError):
         try_newton_step(Objective([closure]), FlatParameters(net.parameters()))
     assert bits(list(net.parameters())) == before
-    assert moved == (evaluation >= 4)
+    assert moved == (evaluation >= 5)

@@ -186,14 +186,14 @@ class Small(SaddleFreeNewton):
 
     def operator(self, objective: Any, parameters: Any) -> CurvatureOperator:
         operator = super().operator(objective, parameters)
-        matvec = operator.matvec
+        matvec = operator.local_matvec
 
         def limited(vector: Tensor) -> Tensor:
-            if self._budget.limit > 0 or (self.krylov_dim or 0) > self.room:
+            if self._budget.limit > 0 or not isinstance(self.krylov_dim, int) or self.krylov_dim > self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return matvec(vector)
 
-        operator.matvec = limited  # type: ignore[method-assign]
+        operator.local_matvec = limited  # type: ignore[method-assign]
         return operator
 
 

@@ -60,10 +60,10 @@ def test_one_device_is_one_device() -> None:
 
 def test_newton_trains_from_the_first_step_and_is_logged() -> None:
     module, logger = Factorised(), MemoryLogger()
-    trainer = make_trainer(6, strategy="sfn", logger=logger)
+    trainer = make_trainer(8, strategy="sfn", logger=logger)
     trainer.fit(module, factorised_loader())
     assert isinstance(trainer.optimizers[0], SaddleFreeNewton)
-    assert len(logger.values("sfn/loss_after")) == 6
+    assert len(logger.values("sfn/loss_after")) == 8
     assert trainer.callback_metrics["train_loss"] < 1.0
     assert trainer.callbacks == make_trainer(1).callbacks  # it leaves nothing behind
     assert "training_step" not in trainer.strategy.__dict__ or callable(trainer.strategy.training_step)

@@ -229,7 +229,7 @@ def neutral_run(callbacks: list[Callback], accumulate: int) -> tuple[Any, ...]:
 def test_newton_steps_of_length_zero_leave_no_trace(options: dict[str, Any], accumulate: int) -> None:
     plain = neutral_run([], accumulate)
     assert {"train_loss_step", "train_loss_epoch", "error_step", "error_epoch"} <= {k for _, r in plain[0] for k in r}
-    callback = forced(newton={"lr": 0.0}, probe_dim=4, **options)
+    callback = forced(newton={"lr": 0.0, "krylov_dim": 16}, probe_dim=4, **options)
     switched = neutral_run([callback], accumulate)
     assert callback.report is not None
     assert callback.report.newton_steps >= 3

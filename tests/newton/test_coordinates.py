@@ -1,0 +1,172 @@
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_sfn.newton import (
+    AutoPreconditioner,
+    DiagonalPreconditioner,
+    HessianOperator,
+    IdentityPreconditioner,
+    KroneckerFactors,
+    Objective,
+    SaddleFreeNewton,
+)
+from lightning_sfn.newton.coordinates import make_preconditioner
+from lightning_sfn.newton.preconditioner import Preconditioner
+
+D = torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (None, IdentityPreconditioner),
+        ("auto", AutoPreconditioner),
+        ("diagonal", DiagonalPreconditioner),
+        ("kronecker", KroneckerFactors),
+    ],
+)
+def test_names_are_understood(name: str | None, kind: type[Preconditioner]) -> None:
+    assert type(make_preconditioner(name)) is kind
+
+
+def test_objects_are_taken_as_they_are_and_other_names_refused() -> None:
+    own = IdentityPreconditioner()
+    assert make_preconditioner(own) is own
+    with pytest.raises(ValueError, match=r"^preconditioner is 'adam', but None, 'auto', 'diagonal', 'kronecker' or a"):
+        make_preconditioner("adam")
+
+
+@pytest.mark.parametrize(("krylov_dim", "kind"), [(None, AutoPreconditioner), ("full", IdentityPreconditioner)])
+def test_an_optimizer_chooses_its_coordinates_unless_it_sees_the_whole_space(
+    krylov_dim: Any, kind: type[Preconditioner]
+) -> None:
+    optimizer = SaddleFreeNewton(nn.Linear(3, 2).parameters(), krylov_dim=krylov_dim)
+    assert type(optimizer.preconditioner) is kind
+
+
+class Partly(nn.Module):
+    """A linear layer of four numbers after numbers that belong to no layer."""
+
+    def __init__(self, loose: int) -> None:
+        super().__init__()
+        self.loose = nn.Parameter(torch.linspace(0.5, 1.5, loose, dtype=D))
+        self.layer = nn.Linear(4, 1, bias=False, dtype=D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x).squeeze(-1) * self.loose.prod()
+        return output
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(20, 4, dtype=D, generator=generator), torch.randn(20, dtype=D, generator=generator)
+
+
+def operator_of(model: nn.Module, scale: float = 1.0) -> HessianOperator:
+    x, y = data()
+    return HessianOperator(Objective([lambda: F.mse_loss(model(x * scale), y)]), model.parameters())
+
+
+def refreshed(model: nn.Module, chosen: AutoPreconditioner, times: int = 1, scale: float = 1.0) -> AutoPreconditioner:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(times):
+        chosen.refresh(operator_of(model, scale), generator)
+    return chosen
+
+
+@pytest.mark.parametrize(("loose", "factored"), [(4, True), (5, False)])
+def test_factors_are_taken_where_half_of_the_parameters_have_a_rule(loose: int, factored: bool) -> None:
+    chosen = refreshed(Partly(loose), AutoPreconditioner())
+    kind = KroneckerFactors if factored else DiagonalPreconditioner
+    assert type(chosen.present) is kind
+    assert chosen.factors.coverage == pytest.approx(4 / (4 + loose))
+    assert chosen.unfactored == (("parameter 0",) if factored else ())
+    assert [chosen.default_krylov_dim(bent) for bent in (True, False)] == ([4, 1] if factored else [16, 16])
+
+
+@pytest.mark.parametrize("loose", [4, 5])
+def test_the_map_is_that_of_the_chosen_coordinates(loose: int) -> None:
+    model = Partly(loose)
+    chosen = refreshed(model, AutoPreconditioner())
+    vectors = torch.randn(3, 4 + loose, dtype=D)
+    for name in ("scale", "unscale", "precondition", "shares"):
+        assert torch.equal(getattr(chosen, name)(vectors), getattr(chosen.present, name)(vectors))
+    assert not torch.equal(chosen.scale(vectors), vectors)
+    torch.testing.assert_close(chosen.unscale(chosen.scale(vectors)), vectors)
+
+
+def test_before_the_first_step_it_is_the_identity() -> None:
+    vector = torch.randn(4)
+    assert torch.equal(AutoPreconditioner().scale(vector), vector)
+    assert torch.equal(AutoPreconditioner().unscale(vector), vector)
+
+
+def test_the_diagonal_steps_in_as_long_as_factors_are_zero() -> None:
+    """Inputs of zero give a layer no gradient: the next estimate, three steps later, finds it."""
+    model, chosen = Partly(2), AutoPreconditioner()
+    refreshed(model, chosen, scale=0.0)
+    assert chosen.present is chosen.diagonal
+    refreshed(model, chosen, times=2)
+    assert chosen.present is chosen.diagonal
+    assert chosen.diagonal.state_dict()["refreshes"] == 3
+    refreshed(model, chosen)
+    assert chosen.present is chosen.factors
+    assert chosen.diagonal.state_dict()["refreshes"] == 3
+    refreshed(model, chosen, times=3, scale=0.0)
+    assert chosen.present is chosen.factors  # those of an earlier step
+
+
+def test_a_loss_that_cannot_be_watched_gets_the_diagonal() -> None:
+    model, (x, y) = Partly(2), data()
+    before = F.mse_loss(model(x), y).item()
+    optimizer = SaddleFreeNewton(model.parameters(), krylov_dim=4)
+    with mock.patch("lightning_sfn.newton.kronecker._observe", side_effect=TypeError("no modes here")) as refused:
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+    refused.assert_called_once()
+    assert isinstance(optimizer.preconditioner, AutoPreconditioner)
+    assert optimizer.preconditioner.present is optimizer.preconditioner.diagonal
+    assert F.mse_loss(model(x), y).item() < before
+
+
+def test_other_parameters_are_looked_at_anew() -> None:
+    chosen = refreshed(Partly(5), AutoPreconditioner())
+    chosen.reset()
+    assert chosen.diagonal.state_dict() == {}
+    assert refreshed(Partly(2), chosen).present is chosen.factors
+    chosen.reset()
+    assert not chosen.factors.is_known
+
+
+@pytest.mark.parametrize("loose", [2, 5])
+def test_a_resumed_run_goes_on_bit_for_bit(loose: int) -> None:
+    x, y = data()
+
+    def steps(optimizer: SaddleFreeNewton, model: nn.Module, count: int) -> Tensor:
+        for _ in range(count):
+            optimizer.step(lambda: F.mse_loss(model(x).tanh(), y))
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    torch.manual_seed(0)
+    model = Partly(loose)
+    optimizer = SaddleFreeNewton(model.parameters(), krylov_dim=3)
+    steps(optimizer, model, 4)
+    torch.manual_seed(1)
+    twin = Partly(loose)
+    twin.load_state_dict(model.state_dict())
+    resumed = SaddleFreeNewton(twin.parameters(), krylov_dim=3)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert type(resumed.preconditioner.present) is type(optimizer.preconditioner.present)  # type: ignore[attr-defined]
+    assert torch.equal(steps(optimizer, model, 4), steps(resumed, twin, 4))
+
+
+def test_the_size_of_a_subspace_is_at_most_that_of_the_parameters() -> None:
+    x = torch.tensor([1.0, 0.5, -0.2], dtype=D, requires_grad=True)
+    optimizer = SaddleFreeNewton([x])
+    optimizer.step(lambda: (x**4 - x**2).sum())
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.subspace_dim == 3
