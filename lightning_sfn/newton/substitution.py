@@ -5,25 +5,21 @@ place computes the same function with exact derivatives; only their cost differs
 which has no second derivative, is not used.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
 from lightning_sfn.newton.activations import sigmoid, tanh
 from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.recurrence import tanh_recurrence
+from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
 from lightning_sfn.newton.unrolled import stacked
 
 __all__ = ["FastSecondDerivatives"]
-
-_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class FastSecondDerivatives(TorchFunctionMode):
@@ -36,7 +32,7 @@ class FastSecondDerivatives(TorchFunctionMode):
     def __init__(self) -> None:
         """See the class."""
         super().__init__()
-        self._hooks = _saved_tensor_hooks()
+        self._hooks = saved_tensor_hooks()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers one call of a torch function."""
@@ -56,18 +52,8 @@ class FastSecondDerivatives(TorchFunctionMode):
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled(first.device.type)
             and not torch._C._are_functorch_transforms_active()
-            and _saved_tensor_hooks() == self._hooks
+            and saved_tensor_hooks() == self._hooks
         )
-
-
-def _saved_tensor_hooks() -> Any:
-    """What identifies the hooks that are active; up to torch 2.7 the one kind that matters, checkpointing."""
-    if _TOP_HOOKS is not None:
-        return _TOP_HOOKS(True)
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
-        frame = frame.f_back
-    return frame
 
 
 def _tanh(input: Tensor, **others: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sfn.newton.convolution import for_each_dimension
 from lightning_sfn.newton.sampled_targets import ElementwiseLosses
+from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
 from lightning_sfn.newton.unrolled import unrolled
 
 __all__ = ["Kind", "Use", "WatchingWeights"]
@@ -52,6 +53,9 @@ class Use:
 class WatchingWeights(TorchFunctionMode):
     """Watches the calls of one evaluation of a loss.
 
+    Under activation checkpointing functions that hide their products are left alone: they are evaluated a second time
+    later, unwatched, and must then do the same.
+
     Args:
         parameters: The parameters whose uses count.
         losses: What answers known loss functions, if targets are to be sampled.
@@ -65,6 +69,7 @@ class WatchingWeights(TorchFunctionMode):
         super().__init__()
         self._ids = {id(p) for p in parameters}
         self._losses = losses
+        self._hooks = saved_tensor_hooks()
         self.uses: list[Use] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,9 +82,13 @@ class WatchingWeights(TorchFunctionMode):
             return output
         if self._losses is not None and (loss := self._losses.answer(func, args, kwargs)) is not None:
             return loss
-        if not kwargs and (results := unrolled(func, args, self._linear)) is not None:
+        if saved_tensor_hooks() == self._hooks and (results := self._written_out(func, args, kwargs)) is not None:
             return results
         return func(*args, **kwargs)
+
+    def _written_out(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+        """The results of a function whose products are out of sight, by products that are watched."""
+        return None if kwargs else unrolled(func, args, self._linear)
 
     def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = F.linear(inputs, weight, bias)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from scipy.linalg import fractional_matrix_power
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_sfn import SaddleFreeNewton
 from lightning_sfn.newton import HessianOperator, KroneckerFactors, Objective
@@ -352,6 +353,21 @@ def test_compiled_models_are_watched_as_written() -> None:
     factors = refreshed(model, lambda: F.mse_loss(compiled(x), torch.zeros(10, 2)))
     assert factors.unfactored == ()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("old_torch", [False, True])
+def test_checkpointed_recurrent_layers_are_left_alone(old_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are evaluated again in the backward pass, unwatched, and must then do the same."""
+    if old_torch:
+        monkeypatch.setattr("lightning_sfn.newton.saved_tensors._TOP_HOOKS", None)
+    layers, x = nn.ModuleDict({"first": nn.GRU(3, 4), "last": nn.GRU(4, 2)}), torch.randn(5, 6, 3)
+
+    def loss() -> Tensor:
+        states = checkpoint(layers["first"], x, use_reentrant=False)[0]
+        return F.mse_loss(layers["last"](states)[0], torch.zeros(5, 6, 2))
+
+    factors = refreshed(layers, loss)
+    assert factors.unfactored == tuple(f"first.{name}" for name, _ in layers["first"].named_parameters())
 
 
 def test_global_random_numbers_and_modules_are_left_alone() -> None:

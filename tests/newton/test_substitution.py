@@ -152,7 +152,7 @@ def test_autocast_functorch_and_constants_are_left_to_torch() -> None:
 @pytest.mark.parametrize("old_torch", [False, True])
 def test_checkpointed_layers_see_the_same_operations_twice(old_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if old_torch:
-        monkeypatch.setattr("lightning_sfn.newton.substitution._TOP_HOOKS", None)
+        monkeypatch.setattr("lightning_sfn.newton.saved_tensors._TOP_HOOKS", None)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, parameters = torch.randn(5, 3, dtype=torch.float64), list(model.parameters())
     plain = HessianOperator(Objective([lambda: model(x).square().sum()]), parameters)
