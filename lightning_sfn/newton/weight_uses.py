@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_sfn.newton.attention import attended
 from lightning_sfn.newton.convolution import for_each_dimension
 from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
@@ -88,6 +89,8 @@ class WatchingWeights(TorchFunctionMode):
 
     def _written_out(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...] | None:
         """The results of a function whose products are out of sight, by products that are watched."""
+        if (results := attended(func, args, kwargs, self._linear)) is not None:
+            return results
         return None if kwargs else unrolled(func, args, self._linear)
 
     def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -174,12 +174,13 @@ def test_parts_are_averaged_by_their_weights() -> None:
 
 
 class Mixed(nn.Module):
-    """A loose parameter, tied weights, attention of torch's own, and a layer that is not used."""
+    """A loose parameter, tied weights, attention to learned keys too, and a layer that is not used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.words, self.scale = nn.Embedding(5, 4), nn.Parameter(torch.ones(4))
-        self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)
+        self.norm = nn.LayerNorm(4)
         self.head, self.unused = nn.Linear(4, 5, bias=False), nn.Linear(2, 2)
         self.hidden = nn.Linear(4, 4)
         self.head.weight = self.words.weight
@@ -206,6 +207,8 @@ def test_what_has_no_rule_is_scaled_by_one_number_and_named() -> None:
         "words.weight",
         "attention.in_proj_weight",
         "attention.in_proj_bias",
+        "attention.bias_k",
+        "attention.bias_v",
         "attention.out_proj.weight",
         "attention.out_proj.bias",
         "unused.weight",
