@@ -39,10 +39,19 @@ class FactorsError(Exception):
 class KroneckerFactors(Preconditioner):
     """Kronecker-factored coordinates (after Martens and Grosse 2015), from the data that products see.
 
-    Linear maps, convolutions (one and two spatial dimensions, ungrouped) and the recurrent layers ``nn.RNN``,
-    ``nn.LSTM`` and ``nn.GRU`` have two factors; embeddings have a diagonal for their rows; layer norms a diagonal.
-    Every other parameter is scaled by one number; so is a weight that is used in two ways (tied weights), one inside
-    ``nn.MultiheadAttention`` or a packed sequence, and layers over the memory limit. `unfactored` names them.
+    Linear maps, convolutions (one and two spatial dimensions, ungrouped), the recurrent layers ``nn.RNN``, ``nn.LSTM``
+    and ``nn.GRU``, and ``nn.MultiheadAttention`` have two factors; embeddings have a diagonal for their rows; layer
+    norms a diagonal. Every other parameter is scaled by one number, and so are
+
+    * a weight that is used in two ways (tied weights), and layers over the memory limit;
+    * recurrent layers on packed sequences, or with projections;
+    * attention with ``add_bias_kv`` or ``add_zero_attn``, and the joint bias of separate projections (``kdim``);
+    * recurrent layers and attention under activation checkpointing.
+
+    `unfactored` names them.
+
+    The packed projection of attention is one layer. Where query and key differ (cross attention), its input factor is
+    that of both together.
 
     A step is shortened so that no layer's outputs change by more than 1, or a tenth of their size, in the quadratic
     mean over units and cases: the first steps away from a saddle would otherwise saturate units.
