@@ -10,26 +10,39 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_sfn import SwitchToSFN
+from lightning_sfn import SFNStrategy, SwitchToSFN
 from lightning_sfn.experiments.autoencoder import Autoencoder
-from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, krylov, outer_step, step
+from lightning_sfn.newton import (
+    HessianOperator,
+    KroneckerFactors,
+    Objective,
+    SaddleFreeNewton,
+    krylov,
+    outer_step,
+    step,
+)
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.trainer.window import WindowedNewton
 
 from .timing import Clock, now
 
+Make = Callable[[Any], SaddleFreeNewton]
+Way = Callable[[Make, torch.device, bool], int]
+
 TARGETS = {"trial losses": 0.15, "everything else": 0.05}
 
 
 def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Shares of the shipped recipe's network, each way to run it."""
+    """Shares of the shipped recipe's network, each way to run it, in both coordinates."""
+    ways = {"plain torch": plain, "SwitchToSFN": switched, "strategy 'sfn'": strategy}
     return [
-        {"where": name, **shares(way, device, quick)}
-        for name, way in {"plain torch": plain, "SwitchToSFN": switched, "strategy 'sfn'": strategy}.items()
+        {"where": name, "coordinates": coordinates, **shares(way, coordinates, device, quick)}
+        for name, way in ways.items()
+        for coordinates in ("diagonal", "kronecker")
     ]
 
 
-def shares(way: Callable[[torch.device, bool], int], device: torch.device, quick: bool) -> dict[str, Any]:
+def shares(way: Way, coordinates: str, device: torch.device, quick: bool) -> dict[str, Any]:
     """Times every call inside the steps of a run."""
     clock = Clock(partial(now, device))
     for owner, method, part in (
@@ -45,14 +58,17 @@ def shares(way: Callable[[torch.device, bool], int], device: torch.device, quick
         (HessianOperator, "loss_and_gradient", "gradients"),
         (Objective, "value", "trial losses"),
         (Objective, "local_value", "trial losses"),
+        (KroneckerFactors, "refresh", "factors"),
+        (KroneckerFactors, "_map", "factors"),
+        (KroneckerFactors, "shares", "factors"),
     ):
         clock.wrap(owner, method, part)
     try:
-        steps = way(device, quick)
+        steps = way(partial(SaddleFreeNewton, preconditioner=coordinates), device, quick)
     finally:
         clock.unwrap()
     total = sum(clock.seconds.values())
-    parts = ("products", "gradients", "trial losses", "orthogonalisation", "everything else")
+    parts = ("products", "gradients", "trial losses", "orthogonalisation", "factors", "everything else")
     return {
         "steps": steps,
         "seconds_per_step": total / max(steps, 1),
@@ -65,29 +81,29 @@ def _data(device: torch.device, quick: bool) -> Tensor:
     return torch.rand(200 if quick else 5000, 100, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def plain(device: torch.device, quick: bool) -> int:
-    """`SaddleFreeNewton(params)` with full-batch closures."""
+def plain(make: Make, device: torch.device, quick: bool) -> int:
+    """Full-batch closures."""
     torch.manual_seed(0)
     model, images = Autoencoder(sizes=[100, 64, 32, 16, 4]).to(device), _data(device, quick)
-    newton = SaddleFreeNewton(model.parameters())
+    newton = make(model.parameters())
     steps = 2 if quick else 8
     for _ in range(steps):
         newton.step(lambda: model.reconstruction_loss(images))
     return steps
 
 
-def switched(device: torch.device, quick: bool) -> int:
-    """The callback's default optimizer on windows of an epoch."""
-    switch = SwitchToSFN(switch_at_epoch=1, probe_dim=0)
+def switched(make: Make, device: torch.device, quick: bool) -> int:
+    """The callback on windows of an epoch."""
+    switch = SwitchToSFN(switch_at_epoch=1, probe_dim=0, optimizer=make)
     _fit(device, quick, [switch], "auto", 3 if quick else 6)
     assert switch.report is not None
     return switch.report.newton_steps
 
 
-def strategy(device: torch.device, quick: bool) -> int:
+def strategy(make: Make, device: torch.device, quick: bool) -> int:
     """The strategy, which takes saddle-free Newton steps from the first batch."""
     counter = _Steps()
-    _fit(device, quick, [counter], "sfn", 1)
+    _fit(device, quick, [counter], SFNStrategy(make), 1)
     return counter.count
 
 
@@ -99,7 +115,7 @@ class _Steps(Callback):
         self.count += 1
 
 
-def _fit(device: torch.device, quick: bool, callbacks: list[Callback], strategy: str, epochs: int) -> None:
+def _fit(device: torch.device, quick: bool, callbacks: list[Callback], strategy: Any, epochs: int) -> None:
     seed_everything(0, verbose=False)
     loader = DataLoader(_data(torch.device("cpu"), quick), batch_size=100)  # type: ignore[arg-type]
     module = Autoencoder(sizes=[100, 64, 32, 16, 4])

@@ -101,9 +101,9 @@ def memory(rows: list[dict[str, Any]]) -> Table:
 def steps(rows: list[dict[str, Any]]) -> Table:
     """Shares of a Newton step."""
     parts = list(rows[0]["shares"])
-    header = ["run by", "steps", *parts, "targets"]
+    header = ["run by", "coordinates", "steps", *parts, "targets"]
     return header, [
-        [row["where"], str(row["steps"])]
+        [row["where"], row["coordinates"], str(row["steps"])]
         + [f"{row['shares'][part]:.1%}" for part in parts]
         + ["; ".join(f"{part} < {bound:.0%}: {_below(row, part, bound)}" for part, bound in row["targets"].items())]
         for row in rows

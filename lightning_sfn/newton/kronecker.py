@@ -27,7 +27,6 @@ __all__ = ["FactorsError", "KroneckerFactors", "Targets"]
 Targets = Literal["sampled", "given"]
 """Where output gradients come from: targets drawn from the model, or those of the data."""
 
-_DIM, _DIM_IF_BENT = 1, 4  # Lanczos vectors: the factors know most of what further ones would tell
 _SHIFT = 1.0  # quadratic mean of a layer's change of outputs that is always allowed: units saturate over a few of these
 _RELATIVE_SHIFT = 0.1  # the same, relative to the outputs: for layers that are large for another reason
 
@@ -84,6 +83,8 @@ class KroneckerFactors(Preconditioner):
         >>> optimizer.preconditioner.unfactored
         ()
     """
+
+    default_inner_steps = 1  # so small a subspace is used up by one
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class KroneckerFactors(Preconditioner):
 
     def default_krylov_dim(self, bent: bool) -> int:
         """4 while there is much negative curvature, else 1."""
-        return _DIM_IF_BENT if bent else _DIM
+        return 4 if bent else 1  # the factors know most of what further ones would tell
 
     # ------------------------------------------------------------------------------------------------ estimation
 

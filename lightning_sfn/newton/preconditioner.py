@@ -15,11 +15,15 @@ from lightning_sfn.newton.curvature import CurvatureOperator
 
 __all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner"]
 
-_DEFAULT_KRYLOV_DIM = 16
-
 
 class Preconditioner(ABC):
-    """A symmetric positive definite map D."""
+    """A symmetric positive definite map D.
+
+    Attributes:
+        default_inner_steps: Steps that pay in one subspace of these coordinates, where no number is asked for.
+    """
+
+    default_inner_steps: int = 2
 
     def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:  # noqa: B027
         """Brings the map up to date before a step.
@@ -43,7 +47,7 @@ class Preconditioner(ABC):
         Args:
             bent: Whether the last subspace showed negative curvature of at least a tenth of its largest curvature.
         """
-        return _DEFAULT_KRYLOV_DIM
+        return 16
 
     @abstractmethod
     def scale(self, vectors: Tensor) -> Tensor:
