@@ -66,11 +66,6 @@ class AutoPreconditioner(Preconditioner):
         """Names of parameters that are scaled by one number, for want of a rule."""
         return self.present.unfactored
 
-    @property
-    def default_inner_steps(self) -> int:  # type: ignore[override]
-        """As the present coordinates have it."""
-        return self.present.default_inner_steps
-
     def default_krylov_dim(self, bent: bool) -> int:
         """As the present coordinates have it."""
         return self.present.default_krylov_dim(bent)

@@ -84,8 +84,6 @@ class KroneckerFactors(Preconditioner):
         ()
     """
 
-    default_inner_steps = 1  # so small a subspace is used up by one
-
     def __init__(
         self,
         model: nn.Module | None = None,

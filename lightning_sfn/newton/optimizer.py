@@ -54,8 +54,7 @@ class SaddleFreeNewton(Optimizer):
         krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
             When left out, 4 in Kronecker-factored coordinates as long as the subspace shows negative curvature of at
             least a tenth of its largest curvature, else 1; 16 in all other coordinates.
-        inner_steps: Steps m with one subspace and one Hessian, each with a fresh gradient. When left out, 1 in
-            Kronecker-factored coordinates, whose subspaces are small, else 2.
+        inner_steps: Steps m with one subspace and one Hessian, each with a fresh gradient.
         damping: ``"warm"`` (a few values around the last one), ``"grid"`` (the paper's 1e0 to 1e-5),
             ``"levenberg_marquardt"``, a positive number, or a `Damping`.
         trust_region: ``"saddle_free"``, ``"newton"``, ``"damped_newton"``, ``"truncated_newton"`` or ``"gradient"``.
@@ -105,7 +104,7 @@ class SaddleFreeNewton(Optimizer):
         lr: float = 1.0,
         *,
         krylov_dim: int | Literal["full"] | None = None,
-        inner_steps: int | None = None,
+        inner_steps: int = 2,
         damping: str | float | Damping = "warm",
         trust_region: str = "saddle_free",
         curvature: CurvatureName = "hessian",
@@ -127,8 +126,7 @@ class SaddleFreeNewton(Optimizer):
     ) -> None:
         """See the class."""
         require_at_least("lr", lr, 0.0)
-        if inner_steps is not None:
-            require_whole("inner_steps", inner_steps, 1)
+        require_whole("inner_steps", inner_steps, 1)
         require_at_least("exploration", exploration, 0.0)
         require_whole("previous_directions", previous_directions, 0)
         require_whole("graph_bytes", graph_bytes, 0)

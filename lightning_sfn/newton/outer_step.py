@@ -150,11 +150,11 @@ class Search:
 
     Attributes:
         damping: How the damping of each inner step is chosen.
-        inner_steps: The most steps in one subspace; ``None`` for what pays in its coordinates.
+        inner_steps: The most steps in one subspace.
     """
 
     damping: Damping
-    inner_steps: int | None
+    inner_steps: int
 
     def run(
         self,
@@ -183,7 +183,7 @@ class Search:
             The record with the inner steps added.
         """
         before, origin = record, parameters.read()
-        for inner in range(self.inner_steps or model.preconditioner.default_inner_steps):
+        for inner in range(self.inner_steps):
             if inner > 0:
                 loss, gradient = gradient_of(objective, parameters, far=True)
                 spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)

@@ -17,13 +17,7 @@ __all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner"]
 
 
 class Preconditioner(ABC):
-    """A symmetric positive definite map D.
-
-    Attributes:
-        default_inner_steps: Steps that pay in one subspace of these coordinates, where no number is asked for.
-    """
-
-    default_inner_steps: int = 2
+    """A symmetric positive definite map D."""
 
     def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:  # noqa: B027
         """Brings the map up to date before a step.
