@@ -43,12 +43,14 @@ class Course:
         data: Folder of the data sets that are not embedded.
         results: Folder of the results files.
         starts: Folder of the starts.
+        name: Name of the results file.
     """
 
     seconds: float
     data: Path = DATA
     results: Path = record.RESULTS
     starts: Path = STARTS
+    name: str = "race"
 
     def load(self, name: str) -> list[dict[str, Any]]:
         """The runs of a results file."""
@@ -69,11 +71,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0")
     parser.add_argument("--seconds", type=float, default=12.0, help="processor time of each run")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10 and ptb")
+    parser.add_argument("--name", default="race", help="name of the results file")
     parser.add_argument("--quick", action="store_true", help="tiny tasks and budgets, results thrown away")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.quick:
-        race(Course(options.seconds, options.data), options.tasks, options.methods, options.seeds)
+        race(Course(options.seconds, options.data, name=options.name), options.tasks, options.methods, options.seeds)
         return
     with tempfile.TemporaryDirectory() as folder:
         course = Course(_QUICK_SECONDS, options.data, Path(folder), Path(folder))
@@ -82,7 +85,7 @@ def main() -> None:
 
 def race(course: Course, tasks: list[str], methods: list[str], seeds: int, *, tiny: bool = False) -> int:
     """Runs what is missing, all tasks with the first seed first; returns how many tasks could not run."""
-    done = {_key(run) for run in course.load("race")}
+    done = {_key(run) for run in course.load(course.name)}
     jobs = [(seed, task, method) for seed in range(seeds) for task in tasks for method in methods]
     absent: dict[str, str] = {}
     with tqdm([job for job in jobs if (*job, course.seconds) not in done], desc="race") as bar:
@@ -97,7 +100,7 @@ def race(course: Course, tasks: list[str], methods: list[str], seeds: int, *, ti
             except FileNotFoundError as error:
                 absent[name] = str(error)
                 continue
-            course.append("race", run)
+            course.append(course.name, run)
     for name, reason in absent.items():
         print(f"{name} was left out. {reason}", file=sys.stderr)
     return len(absent)
@@ -108,11 +111,13 @@ def search(course: Course, task: Task, method: str) -> dict[str, Any]:
     candidates = SEARCHED.get(method, [{}])
     if len(candidates) == 1:
         return candidates[0]
-    known = {json.dumps(run["settings"]): run for run in course.load("race_search") if _same(run, task, method)}
+    known = {
+        json.dumps(run["settings"]): run for run in course.load(f"{course.name}_search") if _same(run, task, method)
+    }
     for settings in candidates:
         if json.dumps(settings) not in known:
             run = measure(course, task, method, SEARCH_SEED, settings, course.seconds / 3)
-            course.append("race_search", run)
+            course.append(f"{course.name}_search", run)
             known[json.dumps(settings)] = run
     return min(candidates, key=lambda s: _or_infinity(known[json.dumps(s)]["final"]))
 

@@ -216,17 +216,17 @@ def claims(name: str) -> str:
     return _rows(["claim", "measured", "verdict"], rows) + note + _measured(results, results["command"])
 
 
-def _standings(*, tuning: bool) -> tuple[list[Standing], dict[str, Any]]:
-    """The tasks of one half, at the budget with most runs."""
-    results = _load("race")
+def _standings(*, tuning: bool | None, name: str = "race") -> tuple[list[Standing], dict[str, Any]]:
+    """The tasks of one half (of both for ``None``), at the budget with most runs."""
+    results = _load(name)
     budgets = [run["seconds"] for run in results["runs"]]
     runs = [run for run in results["runs"] if run["seconds"] == max(set(budgets), key=budgets.count)]
-    return standings(runs, {t.name: t.kind for t in TASKS.values() if t.tuning == tuning}), results
+    return standings(runs, {t.name: t.kind for t in TASKS.values() if tuning in (t.tuning, None)}), results
 
 
-def race(*, tuning: bool) -> str:
-    """Final losses of all methods on one half of the suite."""
-    rows, results = _standings(tuning=tuning)
+def race(*, tuning: bool | None, name: str = "race", command: str = "python benchmarks/race.py") -> str:
+    """Final losses of all methods on one half of the suite, or on both."""
+    rows, results = _standings(tuning=tuning, name=name)
     methods = [m for m in METHODS if any(m in row.losses for row in rows)]
     table = [
         [row.task, row.kind, str(len(next(iter(row.losses.values())))), f"{row.start:.4g}"]
@@ -235,7 +235,7 @@ def race(*, tuning: bool) -> str:
     ]
     seconds = results["runs"][0]["seconds"]
     note = f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold.\n"
-    return _rows(["task", "kind", "seeds", "start", *methods], table) + note + _measured(results, _RACE)
+    return _rows(["task", "kind", "seeds", "start", *methods], table) + note + _measured(results, command)
 
 
 def targets(*, tuning: bool) -> str:
@@ -328,7 +328,8 @@ def engine(part: str) -> str:
 
 
 _OURS = "turns"  # what the targets are for
-_RACE, _PEERS = "python benchmarks/race.py", "make bench-peers"
+_PEERS = "make bench-peers"
+_COORDINATES = "python benchmarks/race.py --name race_coordinates --methods diagonal default"
 
 TABLES: dict[str, Callable[[], str]] = {
     "escape": escape,
@@ -341,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "suite": suite,
     "race_tuning": partial(race, tuning=True),
     "race_held_out": partial(race, tuning=False),
+    "race_coordinates": partial(race, tuning=None, name="race_coordinates", command=_COORDINATES),
     "targets_tuning": partial(targets, tuning=True),
     "targets_held_out": partial(targets, tuning=False),
     "searched": searched,

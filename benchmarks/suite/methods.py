@@ -90,15 +90,22 @@ def paper(problem: Problem) -> Iterator[None]:
     """The paper's SFN on all data, with a small basis."""
     parameters = list(problem.model.parameters())
     krylov_dim = min(_PAPER_KRYLOV, sum(p.numel() for p in parameters))
-    optimizer = SaddleFreeNewton.as_in_paper(parameters, krylov_dim=krylov_dim, inner_steps=_PAPER_INNER)
-    while True:
-        optimizer.step(problem.loss)
-        yield
+    yield from _on_all(
+        problem, SaddleFreeNewton.as_in_paper(parameters, krylov_dim=krylov_dim, inner_steps=_PAPER_INNER)
+    )
 
 
 def default(problem: Problem) -> Iterator[None]:
     """`SaddleFreeNewton(params)` on all data."""
-    optimizer = SaddleFreeNewton(problem.model.parameters())
+    yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters()))
+
+
+def diagonal(problem: Problem) -> Iterator[None]:
+    """The same in equilibrated coordinates."""
+    yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters(), preconditioner="diagonal"))
+
+
+def _on_all(problem: Problem, optimizer: SaddleFreeNewton) -> Iterator[None]:
     while True:
         optimizer.step(problem.loss)
         yield
@@ -145,7 +152,13 @@ RIVALS: dict[str, Method] = {
 }
 """Other people's methods."""
 
-OURS: dict[str, Method] = {"paper": paper, "default": default, "recipe": recipe, "turns": turns}
+OURS: dict[str, Method] = {
+    "paper": paper,
+    "diagonal": diagonal,
+    "default": default,
+    "recipe": recipe,
+    "turns": turns,
+}
 """Ours."""
 
 METHODS = RIVALS | OURS
