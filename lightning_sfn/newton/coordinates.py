@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
-from lightning_sfn.newton.kronecker import FactorsError, KroneckerFactors
+from lightning_sfn.newton.kronecker import KroneckerFactors
+from lightning_sfn.newton.kronecker_estimate import FactorsError
 from lightning_sfn.newton.preconditioner import DiagonalPreconditioner, IdentityPreconditioner, Preconditioner
 
 __all__ = ["AutoPreconditioner", "make_preconditioner"]

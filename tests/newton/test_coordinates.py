@@ -125,7 +125,9 @@ def test_a_loss_that_cannot_be_watched_gets_the_diagonal() -> None:
     model, (x, y) = Partly(2), data()
     before = F.mse_loss(model(x), y).item()
     optimizer = SaddleFreeNewton(model.parameters(), krylov_dim=4)
-    with mock.patch("lightning_sfn.newton.kronecker._observe", side_effect=TypeError("no modes here")) as refused:
+    with mock.patch(
+        "lightning_sfn.newton.kronecker_estimate._observe", side_effect=TypeError("no modes here")
+    ) as refused:
         optimizer.step(lambda: F.mse_loss(model(x), y))
     refused.assert_called_once()
     assert isinstance(optimizer.preconditioner, AutoPreconditioner)
