@@ -26,8 +26,8 @@ class KroneckerFactors(Preconditioner):
     """Kronecker-factored coordinates (after Martens and Grosse 2015), from the data that products see.
 
     Linear maps, convolutions (one and two spatial dimensions, ungrouped), the recurrent layers ``nn.RNN``, ``nn.LSTM``
-    and ``nn.GRU``, and ``nn.MultiheadAttention`` have two factors; embeddings have a diagonal for their rows; layer
-    norms a diagonal. Every other parameter is scaled by one number, and so are
+    and ``nn.GRU``, and ``nn.MultiheadAttention`` have two factors; embeddings have a diagonal for their rows; layer,
+    batch, group and root-mean-square norms a diagonal. Every other parameter is scaled by one number, and so are
 
     * a weight that is used in two ways (tied weights), and layers over the memory limit;
     * recurrent layers on packed sequences, or with projections;

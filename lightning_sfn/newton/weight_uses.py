@@ -132,6 +132,46 @@ def _of_layer_norm(
     )
 
 
+def _of_rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> _Seen | None:
+    if weight is None or weight.dim() != 1:
+        return None
+    return _Seen(
+        "norm", weight, None, lambda: F.rms_norm(input.detach(), normalized_shape, eps=eps).reshape(-1, len(weight))
+    )
+
+
+def _of_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> _Seen | None:
+    if weight is None:
+        return None
+    known = (None, None) if training else (running_mean, running_var)  # watching must not count the batch once more
+    return _of_channels(input, weight, bias, lambda x: F.batch_norm(x, *known, training=training, eps=eps))
+
+
+def _of_group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> _Seen | None:
+    if weight is None:
+        return None
+    return _of_channels(input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
+
+
+def _of_channels(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: Callable[[Tensor], Tensor]) -> _Seen:
+    """A norm whose entries belong to channels, the second dimension of its input."""
+    rows = lambda: normalize(input.detach()).movedim(1, -1).reshape(-1, len(weight))  # noqa: E731
+    return _Seen("norm", weight, bias, rows, channels=1)
+
+
 def _of_convolution(
     input: Tensor,
     weight: Tensor,
@@ -162,6 +202,9 @@ _RULES: dict[Callable[..., Any], Callable[..., _Seen | None]] = {
     F.linear: _of_linear,
     F.embedding: _of_embedding,
     F.layer_norm: _of_layer_norm,
+    F.rms_norm: _of_rms_norm,
+    F.batch_norm: _of_batch_norm,
+    F.group_norm: _of_group_norm,
     F.conv1d: _of_convolution,
     F.conv2d: _of_convolution,
 }

@@ -137,6 +137,52 @@ def test_a_layer_norm_has_the_diagonal_of_the_squared_gradients_of_single_cases(
     torch.testing.assert_close(block.outputs, squares)
 
 
+def evaluating(norm: nn.Module) -> nn.Module:
+    """With running statistics that are not those of the batch."""
+    norm.running_mean.copy_(torch.linspace(-1, 1, 4))  # type: ignore[operator,union-attr]
+    norm.running_var.copy_(torch.linspace(0.5, 2, 4))  # type: ignore[operator,union-attr]
+    return norm.eval()
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "channels"),
+    [
+        (nn.LayerNorm(4), (6, 3, 4), -1),
+        (nn.RMSNorm(4), (6, 3, 4), -1),
+        (nn.RMSNorm(4, eps=0.1), (6, 4), -1),
+        (nn.BatchNorm1d(4), (6, 4), 1),
+        (nn.BatchNorm2d(4, eps=0.1), (3, 4, 2, 2), 1),
+        (evaluating(nn.BatchNorm2d(4)), (3, 4, 2, 2), 1),
+        (nn.GroupNorm(2, 4, eps=0.1), (3, 4, 5), 1),
+    ],
+    ids=lambda value: str(value).split("(")[0] if isinstance(value, nn.Module) else "",
+)
+def test_norms_have_the_diagonal_of_the_squared_gradients_of_single_places(
+    norm: nn.Module, shape: tuple[int, ...], channels: int
+) -> None:
+    """The output is weight times normalized input plus bias, so a place's gradients are products with its residual."""
+    norm = copy.deepcopy(norm).double()
+    x, y = torch.randn(shape, dtype=D), torch.randn(shape, dtype=D)
+    buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    expected = norm(x).detach()
+    norm.load_state_dict(buffers, strict=False)
+    block = only_block(norm, lambda: F.mse_loss(norm(x), y, reduction="sum"), targets="given")
+    residuals, normalized = (t.movedim(channels, -1).reshape(-1, 4) for t in (2 * (expected - y), expected))
+    rows = [residuals * normalized, residuals][: len(list(norm.parameters()))]
+    torch.testing.assert_close(block.outputs, torch.stack([row.square().sum(0) for row in rows]))
+    assert block.signature[0] == "norm"
+
+
+def test_a_batch_norm_counts_its_batch_once_for_each_evaluation() -> None:
+    norm, x = nn.BatchNorm1d(3).double(), torch.randn(8, 3, dtype=D)
+    twin, evaluations = copy.deepcopy(norm), []
+    norm.register_forward_hook(lambda *_: evaluations.append(twin(x)))
+    only_block(norm, lambda: F.mse_loss(norm(x), x), targets="given")
+    assert evaluations
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(norm.get_buffer(name), buffer)
+
+
 @pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
 def test_recurrent_layers_have_two_factors_for_each_matrix(layer: Callable[..., nn.RNNBase]) -> None:
     model, x = layer(3, 4, batch_first=True).double(), torch.randn(6, 5, 3, dtype=D)
