@@ -165,7 +165,7 @@ class Glide:
         direction = descent.preconditioner.precondition(gradient)
         length = _RATE * math.sqrt(max(float(dot(direction, gradient)), 0.0))
         radius = self.shrink * _RADIUS * math.sqrt(self._size)
-        new = direction * (-_RATE * min(1.0, radius / length if length > 0 else 1.0))
+        new = direction * (-_RATE * (radius / max(length, radius)))
         return new if self.velocity is None else self.momentum * self.velocity + new
 
     # ------------------------------------------------------------------------------------------------ state

@@ -19,7 +19,7 @@ from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.reductions import norm
-from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
+from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, take_inner_step
 from lightning_sfn.newton.trust_region import TrustRegion
 
 __all__ = ["Descent", "Losses", "Search", "take_outer_step"]
@@ -125,7 +125,7 @@ class Descent:
             seed = self.exploration * carried.start_seed(gradient, self.preconditioner, self.generator)
         space = build_subspace(
             operator,
-            clip(gradient, self.max_grad_norm),
+            gradient,
             krylov_dim=self.dimension(carried, gradient.numel()),
             preconditioner=self.preconditioner,
             memory=carried.memory,

@@ -240,8 +240,8 @@ def build_subspace(
         krylov_dim: Number of Lanczos vectors; ``None`` for the whole space.
         preconditioner: Map from the subspace's coordinates to the parameters, up to date.
         memory: Past steps that join the subspace.
-        seed: A vector of shape ``(n,)`` in parameter coordinates that is mixed into the start vector, already scaled
-            relative to a unit gradient.
+        seed: A vector of shape ``(n,)`` in the subspace's coordinates that is mixed into the start vector, already
+            scaled relative to a unit gradient.
         generator: Source of random vectors.
         store: How the basis is kept; the memory's vectors are kept likewise. The exact method keeps it whole.
 

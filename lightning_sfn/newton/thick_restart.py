@@ -108,7 +108,7 @@ def extreme_ritz_values(
     while True:
         converged = finite and ends.converged(space)
         full = j == capacity
-        stuck = full and (coupling == 0.0 or capacity <= ends.smallest + ends.largest)
+        stuck = full and capacity <= ends.smallest + ends.largest
         if converged or stuck or not finite or counted.calls >= max_products:
             return _combined(first, space, ends, counted.calls, converged)
         if full:

@@ -98,11 +98,12 @@ def test_a_table_counts_how_often_its_rows_are_used() -> None:
     torch.testing.assert_close(block.outputs, first.T @ first + second.T @ second)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
 @pytest.mark.parametrize("signature", [DENSE, BARE])
-def test_a_shift_is_the_quadratic_mean_of_the_change_of_a_layers_outputs(signature: Signature) -> None:
+def test_a_shift_is_the_quadratic_mean_of_the_change_of_a_layers_outputs(signature: Signature, size: float) -> None:
     block, inputs = Block.zeros(signature, SHAPES, LIKE), torch.randn(6, 3, dtype=D)
     block.observe(inputs, torch.randn(6, 2, dtype=D), 1.0)
-    steps = [torch.randn(4, *shape, dtype=D) for shape in SHAPES]
+    steps = [size * torch.randn(4, *shape, dtype=D) for shape in SHAPES]
     changes = inputs @ steps[1].transpose(1, 2)
     if signature == DENSE:
         changes = changes + steps[0].unsqueeze(1)
@@ -249,6 +250,14 @@ def test_the_square_is_the_root_applied_twice(signature: Signature) -> None:
         block.root(0.2).apply(once, 1)
     for piece, other in zip(pieces, once, strict=True):
         torch.testing.assert_close(piece, other)
+
+
+@pytest.mark.parametrize("signature", [DENSE, EMBEDDING])
+def test_roots_have_the_dtype_of_the_factors(signature: Signature) -> None:
+    block = Block.zeros(signature, SHAPES, LIKE.float())
+    pieces = [torch.ones(1, *shape) for shape in SHAPES]
+    block.root(0.25).apply(pieces, 1)
+    torch.testing.assert_close(pieces[signature[1]], torch.full((1, *SHAPES[signature[1]]), 2.0))
 
 
 @pytest.mark.parametrize("empty", [lambda a, s: (0 * a, s), lambda a, s: (a, 0 * s), lambda a, s: (0 * a, 0 * s)])

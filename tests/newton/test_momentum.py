@@ -1,7 +1,9 @@
 """Momentum steps against closed forms, and what they do to an optimizer's bookkeeping."""
 
 import copy
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_sfn import SaddleFreeNewton
-from lightning_sfn.newton import KroneckerFactors
+from lightning_sfn.newton import (
+    CurvatureOperator,
+    FlatParameters,
+    HessianOperator,
+    IdentityPreconditioner,
+    KroneckerFactors,
+    Objective,
+)
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.carried import Carried
+from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.momentum import Glide
+from lightning_sfn.newton.outer_step import Descent, Losses
+from lightning_sfn.newton.pace import Pace
+from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.newton.trust_region import RULES
 
 D = torch.float64
 CURVATURE = torch.tensor([1.0, 0.3, 0.05], dtype=D)
@@ -30,6 +47,16 @@ def kinds_of(optimizer: SaddleFreeNewton, closure: object, steps: int) -> list[s
     return found
 
 
+def step_until(optimizer: SaddleFreeNewton, closure: object, reached: Callable[[Glide], bool]) -> Glide:
+    """Takes steps, not too many, up to a state of the momentum."""
+    assert optimizer._glide is not None
+    for _ in range(200):
+        if reached(optimizer._glide):
+            return optimizer._glide
+        optimizer.step(closure)  # type: ignore[arg-type]
+    raise AssertionError("200 steps have not come there.")
+
+
 def test_without_momentum_every_step_has_a_subspace() -> None:
     x = torch.ones(3, dtype=D, requires_grad=True)
     assert set(kinds_of(SaddleFreeNewton([x]), lambda: bowl(x), 30)) == {"subspace"}
@@ -40,8 +67,7 @@ def test_momentum_steps_are_those_of_the_heavy_ball() -> None:
     x = torch.full((3,), 1e-3, dtype=D, requires_grad=True)
     optimizer = SaddleFreeNewton([x], preconditioner=None, heavy_ball=0.9, trust_region="gradient", lr=1e-9)
     optimizer.param_groups[0]["lr"] = 1e-9  # subspace steps go nowhere, so that the start is known
-    while optimizer._glide is not None and optimizer._glide.pace.kind == "subspace":
-        optimizer.step(lambda: bowl(x) + 1.0)
+    step_until(optimizer, lambda: bowl(x) + 1.0, lambda glide: glide.pace.kind == "momentum")
     optimizer.param_groups[0]["lr"] = 1.0
     ours, start = [], x.detach().clone()
     for _ in range(12):
@@ -89,11 +115,9 @@ def test_a_step_stays_within_the_radius() -> None:
 def test_a_way_that_leads_astray_is_taken_back_to_its_best_point() -> None:
     model, x, y = network()
     optimizer = optimizer_for(model)
-    glide = optimizer._glide
-    assert glide is not None
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    while glide.best is None:
-        optimizer.step(closure)
+    glide = step_until(optimizer, closure, lambda glide: glide.best is not None)
+    assert glide.best is not None
     best_loss, best = glide.best[0], glide.best[1].clone()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,9 +145,7 @@ def astray() -> tuple[SaddleFreeNewton, torch.nn.Module, Callable[[], Tensor]]:
     model, x, y = network()
     optimizer = optimizer_for(model)
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    assert optimizer._glide is not None
-    while optimizer._glide.best is None:
-        optimizer.step(closure)
+    step_until(optimizer, closure, lambda glide: glide.best is not None)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(30.0)
@@ -135,10 +157,7 @@ def test_no_cycle_ends_above_the_best_point_of_its_momentum_turn() -> None:
     model, x, y = network()
     optimizer = optimizer_for(model)
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    glide = optimizer._glide
-    assert glide is not None
-    while glide.pace.kind == "subspace" or glide.pace.spent < 10:
-        optimizer.step(closure)
+    glide = step_until(optimizer, closure, lambda glide: glide.pace.kind == "momentum" and glide.pace.spent >= 10)
     assert glide.best is not None
     best_loss, best = glide.best[0], glide.best[1].clone()
     with torch.no_grad():  # a little uphill: not astray
@@ -218,7 +237,7 @@ def test_factors_are_estimated_less_often_between_momentum_steps() -> None:
     original = factors._estimated
     factors._estimated = lambda *args: (asked.append(len(kinds)), original(*args))[1]  # type: ignore[func-returns-value,method-assign]
     kinds: list[str] = []
-    while kinds.count("momentum") < 30:
+    while kinds.count("momentum") < 30 and len(kinds) < 200:
         kinds += kinds_of(optimizer, lambda: F.cross_entropy(model(x), y), 1)
     between = [last - first for first, last in pairwise(asked) if kinds[first] == kinds[last - 1] == "momentum"]
     assert set(between) == {9}
@@ -244,8 +263,7 @@ def test_momentum_starts_anew_where_other_parameters_train() -> None:
     model, x, y = network()
     optimizer = optimizer_for(model)
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    while optimizer._glide is None or optimizer._glide.velocity is None:
-        optimizer.step(closure)
+    step_until(optimizer, closure, lambda glide: glide.velocity is not None)
     model[0].weight.requires_grad_(False)  # type: ignore[index]
     optimizer.step(closure)
     assert optimizer.last_step is not None
@@ -258,3 +276,351 @@ def test_momentum_starts_anew_where_other_parameters_train() -> None:
 def test_a_momentum_out_of_range_is_refused(momentum: float) -> None:
     with pytest.raises(ValueError, match="heavy_ball is"):
         SaddleFreeNewton([torch.ones(2, requires_grad=True)], heavy_ball=momentum)
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+START = torch.tensor([1.0, -2.0, 4.0], dtype=D)
+GRADIENT = torch.tensor([1.0, 2.0, -2.0], dtype=D)  # of norm 3
+BEFORE = torch.tensor([0.5, 0.5, -1.0], dtype=D)  # the step before
+
+
+class Doubling(IdentityPreconditioner):
+    """D = 2, of whose steps a share may be taken; notes what it is asked for."""
+
+    def __init__(self, share: float = 1.0) -> None:
+        self.share, self.refreshes, self.asked = share, 0, torch.zeros(0)
+
+    @property
+    def unfactored(self) -> tuple[str, ...]:
+        return ("odd",)
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+        assert isinstance(generator, torch.Generator)
+        operator.matvec(START)
+        self.refreshes += 1
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return 2 * vectors
+
+    def shares(self, steps: Tensor) -> Tensor:
+        self.asked = steps
+        return torch.full((len(steps),), self.share, dtype=D)
+
+
+class Closing(HessianOperator):
+    """Notes when it is closed."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+def descent(**options: Any) -> Descent:
+    return Descent(
+        **{
+            "krylov_dim": 2,
+            "preconditioner": IdentityPreconditioner(),
+            "rule": RULES["saddle_free"],
+            "exploration": 0.0,
+            "generator": torch.Generator(),
+            "learning_rates": 1.0,
+            "max_grad_norm": None,
+            "max_step_norm": None,
+            **options,
+        }
+    )
+
+
+def remembering() -> Carried:
+    """With a step that waits for the gradient after it."""
+    memory = StepMemory(3, secants=True)
+    memory.record(torch.ones(3, dtype=D), torch.zeros(3, dtype=D))
+    return Carried(memory)
+
+
+class Stage:
+    """One vector of parameters, losses that the test makes up, and the momentum on it."""
+
+    def __init__(self, glide: Glide, loss: float = 1e4, gradient: Tensor = GRADIENT, **options: Any) -> None:
+        self.glide, self.x = glide, START.clone().requires_grad_()
+        self.parameters, objective = FlatParameters([self.x]), Objective([lambda: bowl(self.x)])
+        self.losses = Losses(objective, objective, objective, True, (loss, gradient))
+        self.operator, self.descent = Closing(objective, self.parameters), descent(**options)
+        self.carried = remembering()
+
+    def settle(self) -> Losses:
+        with torch.no_grad():
+            return self.glide.settle(self.parameters, self.losses, self.carried)
+
+    def step(self) -> StepRecord:
+        with torch.no_grad():
+            return self.glide.step(
+                self.parameters, self.losses, self.operator, self.descent, self.carried, BasisStore()
+            )
+
+    @property
+    def moved(self) -> Tensor:
+        return self.x.detach() - START
+
+
+def under_way(**entries: Any) -> Glide:
+    """Half of each last step in the next one; a first loss of 100, and no step yet."""
+    return Glide(0.5, **{"unit": 100.0, **entries})
+
+
+@pytest.mark.parametrize(
+    ("loss", "entries", "factor"),
+    [
+        (1e4, {}, 0.3),  # radius 10, length 0.9
+        (4.0, {}, 0.2 / 3),  # radius 0.2: a tenth of the root
+        (4.0, {"shrink": 0.5}, 0.1 / 3),
+        (0.0, {}, 0.1 / 3),  # a loss counts as a hundredth of the first one at least
+        (-4.0, {}, 0.2 / 3),
+        (9.0, {"best": (4.0, START)}, 0.2 / 3),  # the best loss of the turn counts
+        (4.0, {"best": (9.0, START)}, 0.2 / 3),
+    ],
+)
+@pytest.mark.parametrize("velocity", [None, BEFORE])
+def test_the_new_part_of_a_step_is_within_the_radius(
+    loss: float, entries: dict[str, Any], factor: float, velocity: Tensor | None
+) -> None:
+    stage = Stage(under_way(velocity=velocity, **entries), loss)
+    stage.step()
+    expected = -factor * GRADIENT if velocity is None else 0.5 * BEFORE - factor * GRADIENT
+    torch.testing.assert_close(stage.moved, expected)
+    assert stage.glide.velocity is not None
+    torch.testing.assert_close(stage.glide.velocity, expected)
+
+
+@pytest.mark.parametrize(("loss", "factor"), [(1e4, 1.2), (4.0, 1.2 * 0.2 / 1.8)])
+def test_lengths_are_those_in_the_preconditioners_coordinates(loss: float, factor: float) -> None:
+    """D = 2: the step is 4 * 0.3 times the gradient, its length 0.3 * 6; the radius 10 or 0.2."""
+    stage = Stage(under_way(), loss, preconditioner=Doubling())
+    stage.step()
+    torch.testing.assert_close(stage.moved, -factor * GRADIENT)
+
+
+def test_a_gradient_of_zero_leaves_the_last_step() -> None:
+    stage = Stage(under_way(velocity=BEFORE), gradient=torch.zeros(3, dtype=D))
+    stage.step()
+    torch.testing.assert_close(stage.moved, 0.5 * BEFORE)
+
+
+def test_gradients_steps_and_learning_rates_have_their_bounds() -> None:
+    """The gradient is cut to 0.25, the step of 0.3 to 0.15, of which the preconditioner allows a third."""
+    rates, doubling = torch.tensor([1.0, 0.5, 0.0], dtype=D), Doubling(1 / 3)
+    stage = Stage(under_way(), max_grad_norm=0.25, max_step_norm=0.15, learning_rates=rates, preconditioner=doubling)
+    stage.step()
+    torch.testing.assert_close(stage.moved, -0.05 / 3 * GRADIENT * rates)
+    assert stage.glide.velocity is not None
+    torch.testing.assert_close(stage.glide.velocity, -0.05 / 3 * GRADIENT)
+    torch.testing.assert_close(doubling.asked, (-0.15 / 3 * GRADIENT * rates).unsqueeze(0))
+
+
+def test_the_bound_on_gradients_holds_alone() -> None:
+    stage = Stage(under_way(), max_grad_norm=0.25)
+    stage.step()
+    torch.testing.assert_close(stage.moved, -0.3 * 0.25 * GRADIENT / 3)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_finds_what_it_is_not_told(shared: bool) -> None:
+    stage = Stage(under_way(unit=1e6))
+    curvature = stage.losses.curvature if shared else Objective([lambda: (stage.x**4).sum()])
+    stage.losses = replace(stage.losses, known=None, curvature=curvature)
+    record = stage.step()
+    assert record.loss_before == pytest.approx(float(bowl(START)))
+    torch.testing.assert_close(stage.moved, -0.3 * CURVATURE * START)
+
+
+def test_what_a_momentum_step_books_and_leaves() -> None:
+    """The step is -1.2 g, so that the slope is -10.8."""
+    stage = Stage(under_way(), preconditioner=Doubling())
+    record = stage.step()
+    assert record == StepRecord(
+        loss_before=1e4,
+        loss_after=pytest.approx(1e4 - 5.4),
+        gradient_norm=pytest.approx(3.0),
+        damping=record.damping,
+        predicted_decrease=pytest.approx(5.4),
+        lambda_min=record.lambda_min,
+        lambda_max=record.lambda_max,
+        products=1,
+        gradients=1,
+        inner_steps=1,
+        accepted=True,
+        unfactored=("odd",),
+        kind="momentum",
+    )
+    assert all(math.isnan(number) for number in (record.damping, record.lambda_min, record.lambda_max))
+    assert stage.carried.expected == (pytest.approx(1e4 - 5.4), pytest.approx(10.8))
+    assert stage.operator.closed
+    stage.carried.memory.complete(torch.ones(3, dtype=D))
+    newest, oldest = stage.carried.memory.directions
+    torch.testing.assert_close(newest.vector, -1.2 * GRADIENT)
+    assert newest.product is not None
+    torch.testing.assert_close(newest.product, 1 - GRADIENT)
+    assert oldest.product is not None
+    torch.testing.assert_close(oldest.product, GRADIENT)  # the secant of the step before
+
+
+@pytest.mark.parametrize(("same", "count"), [(True, 2), (False, 1)])
+def test_a_secant_across_two_functions_is_dropped(same: bool, count: int) -> None:
+    stage = Stage(under_way())
+    stage.losses = replace(stage.losses, same_function=same)
+    stage.step()
+    stage.carried.memory.complete(GRADIENT)
+    assert len(stage.carried.memory) == count
+
+
+@pytest.mark.parametrize(("loss", "best"), [(4.0, 4.0), (9.0, 9.0), (10.0, 9.0)])
+def test_the_best_point_of_a_turn_is_the_start_of_a_step(loss: float, best: float) -> None:
+    there = torch.zeros(3, dtype=D)
+    stage = Stage(under_way(best=(9.0, there)), loss)
+    stage.step()
+    assert stage.glide.best is not None
+    assert stage.glide.best[0] == best
+    assert torch.equal(stage.glide.best[1], START if loss < 9.0 else there)
+
+
+def test_the_radius_grows_by_a_fiftieth_up_to_one() -> None:
+    glide, found = under_way(shrink=0.97), []
+    for _ in range(3):
+        Stage(glide).step()
+        found.append(glide.shrink)
+    assert found == [pytest.approx(0.97 * 1.02), 1.0, 1.0]
+
+
+def test_every_third_step_asks_for_a_refresh() -> None:
+    glide, doubling, asked, counted = under_way(), Doubling(), [], []
+    for _ in range(7):
+        Stage(glide, preconditioner=doubling).step()
+        asked.append(doubling.refreshes)
+        counted.append(glide.steps)
+    assert asked == [1, 1, 1, 2, 2, 2, 3]
+    assert counted == [1, 2, 0, 1, 2, 0, 1]
+
+
+def test_an_error_closes_the_operator_and_moves_nothing() -> None:
+    stage = Stage(under_way(), math.nan)
+    with pytest.raises(FloatingPointError):
+        stage.step()
+    assert stage.operator.closed
+    assert torch.equal(stage.x.detach(), START)
+
+
+@pytest.mark.parametrize(
+    ("loss", "best", "harvested", "back"),
+    [
+        (12.5, 10.0, False, False),  # a rise by a quarter of the best loss
+        (12.6, 10.0, False, True),
+        (-7.5, -10.0, False, False),
+        (-7.4, -10.0, False, True),
+        (0.25, 0.0, False, False),  # of a hundredth of the first loss at least
+        (0.26, 0.0, False, True),
+        (10.0, 10.0, True, False),  # and by nothing after a harvest
+        (10.1, 10.0, True, True),
+        (9.0, 10.0, True, False),
+        (math.nan, 10.0, False, True),
+        (math.inf, 10.0, False, True),
+    ],
+)
+def test_a_way_may_rise_so_far(loss: float, best: float, harvested: bool, back: bool) -> None:
+    pace = Pace(sown=(11.0, 40.0), spent=8.0) if harvested else Pace(kind="momentum", sown=(11.0, 40.0), spent=3.0)
+    stage = Stage(under_way(pace=pace, best=(best, torch.ones(3, dtype=D)), shrink=0.75), loss)
+    losses = stage.settle()
+    assert losses.known is not None
+    assert torch.equal(stage.x.detach(), torch.ones(3, dtype=D) if back else START)
+    assert losses.known[0] == (pytest.approx(float(CURVATURE.sum()) / 2) if back else loss)
+    torch.testing.assert_close(losses.known[1], CURVATURE if back else GRADIENT)
+    assert stage.glide.shrink == (0.375 if back else 0.75)
+    assert (stage.glide.best is None) == (back or harvested)
+    assert stage.glide.pace.kind == ("subspace" if back or harvested else "momentum")
+    stage.carried.memory.complete(GRADIENT)
+    assert len(stage.carried.memory) == (0 if back else 1)
+
+
+def test_a_gradient_that_is_not_finite_leads_back() -> None:
+    stage = Stage(under_way(best=(10.0, torch.ones(3, dtype=D))), 9.0, torch.tensor([0.0, math.inf, 0.0], dtype=D))
+    stage.settle()
+    assert torch.equal(stage.x.detach(), torch.ones(3, dtype=D))
+
+
+def test_without_a_way_back_what_is_not_finite_is_left_to_the_step() -> None:
+    stage = Stage(under_way(), math.nan)
+    losses = stage.settle()
+    assert losses.known is not None
+    assert math.isnan(losses.known[0])
+    assert stage.glide.pace == Pace()
+
+
+@pytest.mark.parametrize(("loss", "unit"), [(5.0, 5.0), (-5.0, 5.0), (0.0, 1.0)])
+def test_the_first_loss_is_the_unit(loss: float, unit: float) -> None:
+    glide = Glide(0.5)
+    Stage(glide, loss).settle()
+    assert glide.unit == unit
+    Stage(glide, 7.0).settle()
+    assert glide.unit == unit
+
+
+@pytest.mark.parametrize(
+    ("pace", "velocity", "best"),
+    [
+        (Pace("momentum", 3.0), True, True),
+        (Pace("momentum", 40.0, sown=(11.0, 0.0)), False, True),  # what momentum has gained is gathered first
+        (Pace("subspace", 4.0, sown=(11.0, 40.0)), False, True),
+        (Pace("subspace", 8.0, sown=(11.0, 40.0)), False, False),
+    ],
+)
+def test_a_turn_of_subspaces_ends_the_velocity_and_its_harvest_the_best_point(
+    pace: Pace, velocity: bool, best: bool
+) -> None:
+    stage = Stage(under_way(pace=copy.deepcopy(pace), velocity=BEFORE, best=(10.0, START)), 9.0)
+    stage.settle()
+    assert (stage.glide.velocity is not None) == velocity
+    assert (stage.glide.best is not None) == best
+
+
+class Asked(Objective):
+    """Notes whether it was evaluated far from where it is known to be finite."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__([lambda: bowl(x)])
+        self.far: list[bool] = []
+
+    def require_sound(self, reduced: Tensor, *, far: bool = False) -> None:
+        self.far.append(far)
+
+
+@pytest.mark.parametrize(("best", "far"), [(None, [False]), (-1.0, [True, False]), (1e4, [True])])
+def test_an_overflow_is_nobodys_fault_where_a_way_leads_back(best: float | None, far: list[bool]) -> None:
+    stage = Stage(under_way(best=None if best is None else (best, START)))
+    objective = Asked(stage.x)
+    stage.losses = Losses(objective, objective, objective)
+    losses = stage.settle()
+    assert objective.far == far
+    assert losses.known is not None
+    torch.testing.assert_close(losses.known[1], CURVATURE * START)
+
+
+def test_a_copy_keeps_its_own_turns() -> None:
+    glide = under_way(velocity=BEFORE, best=(9.0, START), shrink=0.5, steps=2, pace=Pace("momentum", 3.0))
+    other = glide.copy()
+    assert other == glide
+    other.pace.observe(1.0)
+    assert (glide.pace.spent, other.pace.spent) == (3.0, 4.0)
+
+
+def test_a_restored_momentum_is_the_same() -> None:
+    glide = under_way(velocity=BEFORE, best=(9.0, START), shrink=0.5, steps=2, pace=Pace("momentum", 3.0))
+    other = Glide(0.5)
+    other.load_state_dict(copy.deepcopy(glide.state_dict()))
+    assert other.velocity is not None
+    assert torch.equal(other.velocity, BEFORE)
+    assert other.best is not None
+    assert other.best[0] == 9.0
+    assert torch.equal(other.best[1], START)
+    assert (other.unit, other.shrink, other.steps, other.pace) == (100.0, 0.5, 2, glide.pace)

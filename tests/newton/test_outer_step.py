@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton import (
+    CurvatureOperator,
     FixedDamping,
     FlatParameters,
     HessianOperator,
@@ -24,6 +26,7 @@ from lightning_sfn.newton.step import StepRecord, SubspaceModel
 from lightning_sfn.newton.trust_region import RULES
 
 from .cases import bits, quadratic, symmetric
+from .ranks import Reversing
 
 ROOT = symmetric(5)
 MATRIX = ROOT @ ROOT.T + torch.eye(5, dtype=torch.float64)
@@ -49,12 +52,19 @@ def descent(**options: Any) -> Descent:
     )
 
 
-def take(x: Tensor, losses: Losses, descent: Descent, search: Search, carried: Carried | None = None) -> StepRecord:
+def take(
+    x: Tensor,
+    losses: Losses,
+    descent: Descent,
+    search: Search,
+    carried: Carried | None = None,
+    store: BasisStore | None = None,
+) -> StepRecord:
     parameters = FlatParameters([x])
     carried = carried or Carried(StepMemory(3, secants=True))
     with torch.no_grad():
         operator = HessianOperator(losses.curvature, parameters)
-        return take_outer_step(parameters, losses, operator, descent, search, carried, BasisStore())
+        return take_outer_step(parameters, losses, operator, descent, search, carried, store or BasisStore())
 
 
 def same(objective: Objective, **entries: Any) -> Losses:
@@ -167,3 +177,348 @@ def test_what_is_not_finite_is_refused_in_one_sentence(known: tuple[float, Tenso
     with pytest.raises(FloatingPointError, match=rf"^{words} at the present parameters, so no step is tried: .*\.$"):
         take(x, same(Objective([quadratic(MATRIX)(x)]), known=known), descent(), Search(FixedDamping(1.0), 1))
     assert bits([x]) == before
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+class Watched(Objective):
+    """Notes what it is asked to vouch for, how often it is evaluated, and which values it shall give again."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.vouched: list[tuple[Tensor, bool]] = []
+        self.again: list[float] = []
+        self.evaluations = 0
+
+    def evaluate(self, index: int) -> Any:
+        self.evaluations += 1
+        return super().evaluate(index)
+
+    def require_sound(self, reduced: Tensor, *, far: bool = False) -> None:
+        self.vouched.append((reduced, far))
+
+    def require_repeatable(self, value: float) -> None:
+        self.again.append(value)
+
+
+class Knowing(HessianOperator):
+    """Has loss and gradient at hand."""
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        return 7.0, torch.ones(5, dtype=torch.float64)
+
+
+def test_the_graphs_of_the_products_give_the_gradient_where_they_are_the_objectives() -> None:
+    x = leaf()
+    objective = Objective([quadratic(MATRIX)(x)])
+    assert same(objective).at(FlatParameters([x]), Knowing(objective, [x]))[0] == 7.0
+    other = replace(same(objective), curvature=Objective([quadratic(MATRIX)(x)]))
+    assert other.at(FlatParameters([x]), Knowing(objective, [x]))[0] != 7.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "blamed"),
+    [
+        (1.0, [1.0, math.nan], [1.0, math.nan]),
+        (math.nan, [1.0, 2.0], math.nan),  # a gradient may be finite where the loss is not
+        (1.0, [1.0, 2.0], [1.0, 2.0]),
+    ],
+)
+def test_processes_look_for_the_one_to_blame_before_all_refuse(loss: float, gradient: Any, blamed: Any) -> None:
+    x = leaf()
+    objective = Watched([quadratic(MATRIX)(x)])
+    losses = same(objective, known=(loss, torch.tensor(gradient)))
+    if math.isnan(loss) or math.isnan(gradient[1]):
+        with pytest.raises(FloatingPointError):
+            losses.at(FlatParameters([x]), Knowing(objective, [x]))
+    else:
+        losses.at(FlatParameters([x]), Knowing(objective, [x]))
+    ((vouched, far),) = objective.vouched
+    torch.testing.assert_close(vouched, torch.tensor(blamed), equal_nan=True)
+    assert not far
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+SCALES = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+
+class Uneven(IdentityPreconditioner):
+    """A diagonal map that differs from entry to entry, and notes by what it is refreshed."""
+
+    def __init__(self) -> None:
+        self.refreshed: list[Any] = []
+
+    @property
+    def unfactored(self) -> tuple[str, ...]:
+        return ("odd",)
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+        self.refreshed.append((operator, generator))
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return vectors * SCALES
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        return vectors / SCALES
+
+
+def model_of(matrix: Tensor, gradient: Tensor, carried: Carried, **options: Any) -> SubspaceModel:
+    x = torch.zeros(len(matrix), dtype=torch.float64, requires_grad=True)
+    operator = HessianOperator(Objective([quadratic(matrix)(x)]), [x])
+    return descent(**options).model(operator, gradient, carried, options.get("store", BasisStore()))
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.1, 1.0])
+def test_a_subspace_explores_so_much(exploration: float) -> None:
+    """The start is the unit gradient with shares of noise and of the last escape, all in the map's coordinates."""
+    escape, gradient = torch.linspace(2.0, -1.0, 5, dtype=torch.float64), torch.arange(5.0).double()
+    carried = Carried(StepMemory(0, secants=True), escape=escape)
+    noise = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    parts = SCALES * gradient, noise, escape / SCALES
+    along, random, out = (part / part.norm() for part in parts)
+    start = along + exploration * (random + out)
+    options = {"krylov_dim": 2, "preconditioner": Uneven(), "generator": torch.Generator().manual_seed(5)}
+    model = model_of(MATRIX, gradient, carried, exploration=exploration, **options)
+    torch.testing.assert_close(model.space.basis[0], start / start.norm())
+    assert len(model.space) == 2
+
+
+def test_a_model_is_made_of_what_the_descent_holds() -> None:
+    uneven, generator = Uneven(), torch.Generator().manual_seed(0)
+    ours = descent(
+        preconditioner=uneven, generator=generator, rule=RULES["newton"], learning_rates=0.5, max_step_norm=3.0
+    )
+    x, store = leaf(), Reversing()
+    operator = HessianOperator(Objective([quadratic(MATRIX)(x)]), [x])
+    model = ours.model(operator, torch.ones(5, dtype=torch.float64), Carried(StepMemory(0, secants=True)), store)
+    assert model.space.store is store
+    assert (model.preconditioner, model.rule, model.learning_rates) == (uneven, RULES["newton"], 0.5)
+    assert (model.max_step_norm, model.max_grad_norm) == (3.0, None)
+    assert uneven.refreshed == [(operator, generator)]
+
+
+def test_where_nothing_shows_the_way_the_generator_does() -> None:
+    starts = [
+        model_of(
+            MATRIX,
+            torch.zeros(5, dtype=torch.float64),
+            Carried(StepMemory(0, secants=True)),
+            krylov_dim=1,
+            generator=torch.Generator().manual_seed(seed),
+        ).space.basis[0]
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_products_that_are_not_finite_are_refused_in_one_sentence() -> None:
+    x = leaf()
+    objective = Watched([quadratic(torch.full((5, 5), math.nan, dtype=torch.float64))(x)])
+    operator, gradient = HessianOperator(objective, [x]), torch.ones(5, dtype=torch.float64)
+    words = r"^A Hessian-vector product is not finite at the present parameters, so no step is tried: .*\.$"
+    with pytest.raises(FloatingPointError, match=words):
+        descent().model(operator, gradient, Carried(StepMemory(0, secants=True)), BasisStore())
+    assert not bool(torch.isfinite(objective.vouched[-1][0]).all())
+    assert objective.vouched[-1][1] is False
+
+
+# ------------------------------------------------------------------------------------------------ inner steps
+
+
+class Listening(FixedDamping):
+    """Notes what it learns of steps."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.heard: list[tuple[bool, float]] = []
+
+    def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
+        self.heard.append((accepted, reduction_ratio))
+
+
+def damped(x: Tensor, curvature: Tensor = MATRIX) -> Tensor:
+    """Where a step with damping 2 ends, by a dense solution."""
+    step: Tensor = torch.linalg.solve(curvature + 2 * torch.eye(5, dtype=torch.float64), -(MATRIX @ x))
+    return x + step
+
+
+def value(x: Tensor, matrix: Tensor = MATRIX) -> float:
+    return float(x @ matrix @ x) / 2
+
+
+def carried(**entries: Any) -> Carried:
+    return Carried(StepMemory(9, secants=True), checked=True, **entries)
+
+
+def test_inner_steps_take_fresh_gradients_in_one_subspace() -> None:
+    x, state = leaf(), carried()
+    objective = Watched([quadratic(MATRIX)(x)])
+    record = take(x, same(objective), descent(), Search(FixedDamping(2.0), 3), state)
+    points = [leaf().detach()]
+    for _ in range(3):
+        points.append(damped(points[-1]))
+    torch.testing.assert_close(x.detach(), points[-1])
+    assert (record.inner_steps, record.gradients, record.trials, record.products) == (3, 3, 3, 5)
+    assert record.loss_after == pytest.approx(value(points[-1]))
+    assert record.predicted_decrease == pytest.approx(value(points[0]) - value(points[-1]))
+    state.memory.complete(MATRIX @ x.detach())
+    steps = [after - before for before, after in pairwise(points)]
+    for remembered, step in zip(state.memory.directions, reversed(steps), strict=True):
+        torch.testing.assert_close(remembered.vector, step)
+        assert remembered.product is not None
+        torch.testing.assert_close(remembered.product, MATRIX @ step)
+    # Beyond the first point an overflow is nobody's fault.
+    assert [far for _, far in objective.vouched] == [False] * 2 + [True] * 5
+    assert objective.evaluations == 1 + 3 + 3  # the first is measured
+
+
+def test_trials_of_a_later_step_have_the_slope_found_there() -> None:
+    """The trial data have half of the curvature: f + g'd + d'(A/2)d / 2 from the point before."""
+    x = leaf()
+    losses = replace(same(Objective([quadratic(MATRIX)(x)])), trial=Objective([quadratic(MATRIX / 2)(x)]))
+    record = take(x, losses, descent(), Search(FixedDamping(2.0), 2), carried())
+    middle = damped(leaf().detach())
+    step = damped(middle) - middle
+    expected = value(middle) + float(step @ MATRIX @ middle) + value(step, MATRIX / 2)
+    torch.testing.assert_close(x.detach(), middle + step)
+    assert record.loss_after == pytest.approx(expected)
+
+
+def walled(x: Tensor, matrix: Tensor = MATRIX) -> Objective:
+    """A quadratic, but far higher where a second step with damping 2 ends."""
+    middle = damped(leaf().detach())
+    limit = float(middle.norm() + damped(middle).norm()) / 2
+    return Objective([lambda: quadratic(matrix)(x)() + 100.0 * (float(x.detach().norm()) < limit)])
+
+
+def test_a_later_step_that_trials_refuse_is_the_end() -> None:
+    """The loss that is booked is that of the objective there, not what the trial data had promised."""
+    x, state = leaf(), carried()
+    losses = replace(same(Objective([quadratic(MATRIX)(x)])), trial=walled(x, MATRIX / 2))
+    damping = Listening(2.0)
+    record = take(x, losses, descent(), Search(damping, 3), state)
+    middle = damped(leaf().detach())
+    torch.testing.assert_close(x.detach(), middle)
+    assert (record.inner_steps, record.gradients, record.trials, record.accepted) == (1, 2, 2, True)
+    assert record.loss_after == pytest.approx(value(middle))
+    assert len(state.memory) == 1
+    assert [accepted for accepted, _ in damping.heard] == [True, False]
+
+
+def test_a_later_step_whose_loss_is_higher_is_taken_back() -> None:
+    x, state = leaf(), carried()
+    losses = replace(same(walled(x)), trial=Objective([quadratic(MATRIX)(x)]))
+    damping = Listening(2.0)
+    record = take(x, losses, descent(), Search(damping, 9), state)
+    middle = damped(leaf().detach())
+    torch.testing.assert_close(x.detach(), middle)
+    assert (record.inner_steps, record.gradients, record.trials, record.accepted) == (1, 3, 2, True)
+    assert record.loss_after == pytest.approx(value(middle))
+    assert record.damping == 2.0
+    state.memory.complete(MATRIX @ middle)
+    assert len(state.memory) == 1  # nothing of the step that was taken back
+    assert [accepted for accepted, _ in damping.heard] == [True, True, False]
+    assert damping.heard[-1] == (False, 0.0)
+
+
+def test_a_first_step_whose_loss_is_higher_is_taken_back_bit_for_bit() -> None:
+    """Curvature and trials see a tenth of it, so that the step is far too long."""
+    x, state, start = leaf(), carried(), bits([leaf()])
+    flat = Objective([quadratic(MATRIX / 10)(x)])
+    losses = replace(same(Objective([quadratic(MATRIX)(x)])), curvature=flat, trial=flat)
+    damping = Listening(1e-9)
+    record = take(x, losses, descent(), Search(damping, 2), state)
+    assert bits([x]) == start
+    assert (record.inner_steps, record.gradients, record.trials, record.accepted) == (0, 2, 1, False)
+    assert record.loss_after == record.loss_before == pytest.approx(value(leaf().detach()))
+    assert (record.predicted_decrease, record.damping) == (0.0, 1e-9)
+    assert state.expected == (record.loss_before, 0.0)
+    assert damping.heard == [(True, pytest.approx(1.0)), (False, 0.0)]
+
+
+def test_a_step_to_a_gradient_that_is_not_finite_is_taken_back() -> None:
+    x, start = leaf(), bits([leaf()])
+
+    def closure() -> Tensor:
+        y = x * 1.0
+        if y.requires_grad and bits([x]) != start:
+            y.register_hook(lambda gradient: gradient * math.inf)
+        return quadratic(MATRIX)(y)()
+
+    losses = replace(same(Objective([closure])), curvature=Objective([quadratic(MATRIX)(x)]))
+    record = take(x, losses, descent(), Search(FixedDamping(2.0), 2), carried())
+    assert bits([x]) == start
+    assert not record.accepted
+
+
+def test_a_first_step_that_trials_refuse_empties_the_memory_and_asks_whether_the_loss_is_fixed() -> None:
+    x, state = leaf(), carried(expected=(value(leaf().detach()), 0.0))
+    state.memory.record(torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
+    objective = Watched([lambda: quadratic(MATRIX)(x)() + 100.0 * (bits([x]) != bits([leaf()]))])
+    record = take(x, same(objective), descent(), Search(FixedDamping(2.0), 2), state)
+    assert (record.inner_steps, record.gradients, record.trials, record.accepted) == (0, 1, 1, False)
+    assert record.subspace_dim == 5
+    assert record.loss_after == record.loss_before
+    assert len(state.memory) == 0
+    assert objective.again == [pytest.approx(value(leaf().detach()))]
+
+
+# ------------------------------------------------------------------------------------------------ the whole step
+
+
+def test_a_record_tells_of_gradient_and_curvature_in_the_parameters_coordinates() -> None:
+    """Rayleigh quotients of the vectors that the extreme eigenvectors of DHD stand for."""
+    x = leaf()
+    record = take(
+        x, same(Objective([quadratic(MATRIX)(x)])), descent(preconditioner=Uneven()), Search(FixedDamping(1.0), 1)
+    )
+    vectors = torch.linalg.eigh(SCALES.unsqueeze(1) * MATRIX * SCALES).eigenvectors
+    lowest, highest = SCALES * vectors[:, 0], SCALES * vectors[:, -1]
+    quotients = [float(v @ MATRIX @ v / (v @ v)) for v in (lowest, highest)]
+    assert [record.lambda_min, record.lambda_max] == pytest.approx(quotients)
+    assert record.gradient_norm == pytest.approx(float((MATRIX @ leaf().detach()).norm()))
+    assert record.unfactored == ("odd",)
+
+
+def test_trials_of_the_objective_itself_cost_no_gradient() -> None:
+    """One evaluation is measured, one keeps its graph, one is the trial."""
+    x = leaf()
+    objective = Watched([quadratic(MATRIX)(x)])
+    take(x, same(objective), descent(), Search(FixedDamping(1.0), 1), carried())
+    assert objective.evaluations == 3
+
+
+@pytest.mark.parametrize(("told", "count"), [(True, 1), (None, 0), (False, 0)])
+def test_a_caller_may_tell_that_the_function_is_the_same(told: bool | None, count: int) -> None:
+    """The loss is not the one that is expected, which speaks against it."""
+    x, state = leaf(), carried(expected=(1e6, 0.0))
+    state.memory.record(torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
+    losses = same(Objective([quadratic(MATRIX)(x)]), same_function=told)
+    take(x, losses, descent(), Search(FixedDamping(1.0), 1), state)
+    assert len(state.memory) == count
+
+
+class Backwards(Reversing):
+    """Products come back to front as well."""
+
+    def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
+        return self.local(vector)
+
+
+def test_how_vectors_are_kept_makes_no_difference() -> None:
+    """Two steps, so that remembered ones join; they are kept as the basis is."""
+    x, y, state, kept = leaf(), leaf(), carried(), carried()
+    for _ in range(2):
+        take(x, same(Objective([quadratic(MATRIX)(x)])), descent(krylov_dim=2), Search(FixedDamping(1.0), 2), state)
+        losses = same(Objective([quadratic(MATRIX)(y)]))
+        take(y, losses, descent(krylov_dim=2), Search(FixedDamping(1.0), 2), kept, Backwards())
+    torch.testing.assert_close(x, y)
+    for ours, theirs in zip(state.memory.directions, kept.memory.directions, strict=True):
+        torch.testing.assert_close(ours.vector, theirs.vector.flip(-1))
+        assert ours.product is not None
+        assert theirs.product is not None
+        torch.testing.assert_close(ours.product, theirs.product.flip(-1))

@@ -1,5 +1,7 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sfn.newton import (
+    Damping,
     DiagonalPreconditioner,
     FixedDamping,
     FlatParameters,
@@ -15,14 +18,18 @@ from lightning_sfn.newton import (
     IdentityPreconditioner,
     KrylovSubspace,
     Objective,
+    Preconditioner,
     SaddleFreeNewton,
     StepRecord,
 )
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.damping import Choice
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.step import SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
 from lightning_sfn.newton.trust_region import RULES
 
 from .cases import DTYPES, bits, make, quadratic, reference, saddle, symmetric
+from .ranks import Reversing
 
 PLAIN = {"previous_directions": 0, "preconditioner": None, "exploration": 0.0, "inner_steps": 1}
 
@@ -114,7 +121,13 @@ def test_the_preconditioner_does_not_change_newton_steps() -> None:
 # ------------------------------------------------------------------------------------------------ inner steps
 
 
-def inner_step(trial: Callable[[Tensor], Tensor], **options: object) -> tuple[StepRecord, Tensor | None, Tensor]:
+def inner_step(
+    trial: Callable[[Tensor], Tensor],
+    damping: Damping | None = None,
+    rule: str = "saddle_free",
+    record: StepRecord | None = None,
+    store: BasisStore | None = None,
+) -> tuple[StepRecord, Tensor | None, Tensor]:
     """One inner step from (1, 0.5) with the model of the saddle and given trial losses."""
     x = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
     operator = HessianOperator(Objective([saddle(x)]), [x])
@@ -128,14 +141,15 @@ def inner_step(trial: Callable[[Tensor], Tensor], **options: object) -> tuple[St
         seed=None,
         generator=torch.Generator(),
     )
-    model = SubspaceModel(space, IdentityPreconditioner(), RULES["saddle_free"], 1.0, None)
+    space = replace(space, store=store or BasisStore())
+    model = SubspaceModel(space, IdentityPreconditioner(), RULES[rule], 1.0, None)
     record, step = take_inner_step(
         model,
         gradient,
         parameters=FlatParameters([x]),
         trial=TrialLoss(Objective([lambda: trial(x)]), loss=4.75, offset=4.75, excess=None),
-        damping=options.get("damping", FixedDamping(1e-9)),  # type: ignore[arg-type]
-        record=StepRecord(4.75, 4.75, 1.0),
+        damping=damping or FixedDamping(1e-9),
+        record=record or StepRecord(4.75, 4.75, 1.0),
     )
     return record, step, x.detach()
 
@@ -171,15 +185,15 @@ def test_the_damping_learns_the_ratio_of_actual_to_predicted_decrease(share: flo
     ],
 )
 def test_a_push_is_as_long_as_can_be_resolved(loss: float, parameters_norm: float, length: float) -> None:
-    """In roots of the rounding unit: curvature -4 lowers the loss by 100 units of it, in parameters halved by D."""
+    """In roots of the rounding unit: curvature -4 lowers the loss by 100 units of it, along a parameter halved by D."""
 
-    class Halving(IdentityPreconditioner):
+    class HalvingOne(IdentityPreconditioner):
         def scale(self, vectors: Tensor) -> Tensor:
-            return 0.5 * vectors
+            return vectors * torch.tensor([0.5, 3.0], dtype=torch.float64)
 
     matrix = torch.diag(torch.tensor([-4.0, 8.0], dtype=torch.float64))
     space = KrylovSubspace(torch.eye(2, dtype=torch.float64), matrix, coupling=0.0, lanczos_dim=2, products=2)
-    model = SubspaceModel(space, Halving(), RULES["saddle_free"], 1.0, None)
+    model = SubspaceModel(space, HalvingOne(), RULES["saddle_free"], 1.0, None)
     gradient = torch.tensor([0.0, 1.0], dtype=torch.float64)
     pushed = model.coordinates(gradient, loss, parameters_norm)
     assert abs(float(pushed[0])) == pytest.approx(4 * length * torch.finfo(torch.float64).eps ** 0.5)
@@ -259,6 +273,367 @@ def test_trial_losses_are_infinite_where_the_point_is_not_finite() -> None:
     estimate, _ = trial.after(FlatParameters([x]), torch.ones(2), torch.tensor([[math.nan, 0.0]]), torch.zeros(1))
     assert estimate == [math.inf]
     assert x.tolist() == [1, 1]
+
+
+def test_a_step_is_added_to_those_before() -> None:
+    before = StepRecord(9.0, 4.75, 1.0, trials=3, gradients=2, inner_steps=4, predicted_decrease=2.0, products=7)
+    record, _, _ = inner_step(lambda x: 5 * x[0] ** 2 - x[1] ** 2, record=before)
+    assert (record.trials, record.inner_steps, record.predicted_decrease) == (4, 5, pytest.approx(2.0 + 5.75))
+    assert (record.loss_before, record.gradients, record.products, record.gradient_norm) == (9.0, 2, 7, 1.0)
+
+
+def test_a_rule_without_damping_asks_for_one_trial_and_books_none() -> None:
+    """Newton's step from (1, 0.5) ends at the saddle."""
+    record, _, x = inner_step(lambda x: x[0] ** 2, GridDamping([20.0, 2.0]), "newton")
+    torch.testing.assert_close(x, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert record.trials == 1
+    assert math.isnan(record.damping)
+
+
+def test_of_two_equal_losses_the_first_counts() -> None:
+    record, _, x = inner_step(lambda x: 0 * x.sum(), GridDamping([2.0, 20.0]))
+    assert record.damping == 2.0
+    assert float(x[0]) == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(("loss", "value", "heard"), [(math.nan, 1e-9, (False, 0.0)), (None, 1e3, (True, 1.0))])
+def test_the_damping_learns_of_failures_and_of_small_decreases(
+    loss: float | None, value: float, heard: tuple[bool, float]
+) -> None:
+    """The model is right about the saddle; it promises 0.1 where the damping is 1000."""
+    damping = Listening(value)
+    inner_step(lambda x: 5 * x[0] ** 2 - x[1] ** 2 + (0.0 if loss is None else loss), damping)
+    assert damping.heard == [(heard[0], pytest.approx(heard[1]))]
+
+
+class Searching(Damping):
+    """Asks twice, the better one first; notes what it is told."""
+
+    told: tuple[float, float] = (0.0, 0.0)
+
+    def choose(self, trial_losses: Any, *, scale: float, baseline: float) -> Choice:
+        self.told = (scale, baseline)
+        return Choice(2.0, min(trial_losses([2.0, 20.0])[0], trial_losses([0.1])[0]), 3)
+
+
+def test_a_damping_is_told_the_unit_and_the_present_loss_and_may_ask_again() -> None:
+    damping = Searching()
+    record, _, x = inner_step(lambda x: (x[0] - 1 / 6) ** 2, damping)
+    assert damping.told == (pytest.approx(10.0), 4.75)
+    assert float(x[0]) == pytest.approx(1 / 6)
+    assert record.loss_after == pytest.approx(0.0)
+
+
+def test_a_model_that_promises_nothing_has_no_ratio() -> None:
+    """Newton's step uphill: the decrease that it predicts is negative."""
+    x = torch.tensor([0.1, 1.0], dtype=torch.float64, requires_grad=True)
+    matrix = torch.diag(torch.tensor([10.0, -2.0], dtype=torch.float64))
+    space = KrylovSubspace(torch.eye(2, dtype=torch.float64), matrix, coupling=0.0, lanczos_dim=2, products=2)
+    model, damping = SubspaceModel(space, IdentityPreconditioner(), RULES["damped_newton"], 1.0, None), Listening(1e-9)
+    record, step = take_inner_step(
+        model,
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+        parameters=FlatParameters([x]),
+        trial=TrialLoss(Objective([lambda: 0 * x.sum() - 2.0]), loss=-0.95, offset=-0.95, excess=None),
+        damping=damping,
+        record=StepRecord(-0.95, -0.95, 1.0),
+    )
+    assert step is not None
+    assert record.predicted_decrease == pytest.approx(-0.95)
+    assert damping.heard == [(True, 0.0)]
+
+
+class Agreeing(BasisStore):
+    """All processes end at a point that another one has computed, and have its eigenvalues."""
+
+    def agreed_point(self, vector: Tensor) -> Tensor:
+        return vector + 1.0
+
+    def agreed_eigen(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return values + 1.0, -vectors
+
+
+def test_processes_agree_on_the_point_and_on_the_eigenvalues() -> None:
+    _, step, x = inner_step(lambda x: 5 * x[0] ** 2 - x[1] ** 2, store=Agreeing())
+    assert step is not None
+    torch.testing.assert_close(x, torch.tensor([1.0, 2.0], dtype=torch.float64), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(step, torch.tensor([0.0, 1.5], dtype=torch.float64), rtol=1e-8, atol=1e-8)
+    space = subspace(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)), store=Agreeing())
+    torch.testing.assert_close(space.eigenvalues, torch.tensor([2.0, 4.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("loss", "slope"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.inf)], ids=["nan", "inf", "gradient"]
+)
+def test_a_trial_objective_that_is_not_finite_here_is_refused(loss: float, slope: float) -> None:
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    trial = Objective([lambda: (slope * x).sum() * (0.0 if slope == 1.0 else 1.0) + (0.0 if loss == 1.0 else loss)])
+    words = (
+        r"^The trial loss or its gradient is not finite \(.*\) at the present parameters, so no step is tried: .*\.$"
+    )
+    with pytest.raises(FloatingPointError, match=words):
+        TrialLoss.at(trial, Objective([lambda: x.sum()]), FlatParameters([x]), 1.0, torch.ones(1))
+
+
+class Watched(Objective):
+    """One of two processes, of which the other is rank zero and has twice the numbers; this one's losses may fail."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.far: list[bool] = []
+
+    def guarded(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        try:
+            return compute()
+        except ArithmeticError:
+            return like
+
+    def reduce_with(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        assert values.dtype == numbers.dtype == torch.float64
+        return values + 1.0, 2 * numbers
+
+    def require_sound(self, reduced: Tensor, *, far: bool = False) -> None:
+        assert reduced.isnan().tolist() == [False, True, True, False]
+        self.far.append(far)
+
+
+def test_several_trials_share_one_reduction_and_what_rank_zero_says() -> None:
+    """The second point is not finite, at the third the loss fails; all others are off by the reduction's 1."""
+    x = torch.zeros(1, dtype=torch.float32, requires_grad=True)
+
+    def loss() -> Tensor:
+        if float(x.detach()) == 7.0:
+            raise ArithmeticError
+        return (x**2).sum()
+
+    objective = Watched([loss])
+    trial = TrialLoss(objective, loss=10.0, offset=1.0, excess=torch.tensor([0.5]))
+    steps = torch.tensor([[2.0], [math.inf], [7.0], [3.0]])
+    predicted = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    estimates, decreases = trial.after(FlatParameters([x]), torch.zeros(1), steps, predicted)
+    # loss + (f + 1 - offset) - 2 * excess * step
+    assert estimates == [10.0 + 4.0 - 2.0, math.inf, math.inf, 10.0 + 9.0 - 3.0]
+    assert decreases == [0.2, 0.4, 0.6, 0.8]
+    assert objective.far == [True]
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def diagonal_model(*eigenvalues: float, **options: Any) -> SubspaceModel:
+    """A model with known eigenvalues along the axes."""
+    values = torch.tensor(eigenvalues, dtype=torch.float64)
+    unit = torch.eye(len(values), dtype=torch.float64)
+    space = KrylovSubspace(unit, torch.diag(values), 0.0, len(values), 0, decomposition=(values, unit))
+    entries = {"preconditioner": IdentityPreconditioner(), "rule": RULES["saddle_free"], "learning_rates": 1.0}
+    return SubspaceModel(space, **{**entries, "max_step_norm": None, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("units", "pushed"), [(99.0, False), (100.0, False), (100.5, True), (-1e9, False)])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_curvature_counts_as_negative_beyond_rounding(
+    units: float, pushed: bool, scale: float, dtype: torch.dtype
+) -> None:
+    """In units of rounding of the largest eigenvalue."""
+    model = diagonal_model(-units * torch.finfo(dtype).eps * scale, scale)
+    coordinates = model.coordinates(torch.tensor([0.0, 1.0], dtype=dtype), 1.0, 1.0)
+    assert (coordinates[0] != 0) == pushed
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_push_keeps_the_sign_and_takes_the_size_of_a_negative_loss(sign: float) -> None:
+    gradient = torch.tensor([sign * 1e-30, 1.0], dtype=torch.float64)
+    pushed = diagonal_model(-4.0, 8.0).coordinates(gradient, -1e8, 1.0)
+    assert float(pushed[0]) == pytest.approx(sign * (200 * torch.finfo(torch.float64).eps * 1e8 / 4) ** 0.5 * 4)
+    assert float(pushed[1]) == 1.0
+
+
+def test_a_gradient_is_clipped_before_it_is_projected() -> None:
+    gradient = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    coordinates = diagonal_model(1.0, 8.0, max_grad_norm=0.5).coordinates(gradient, 1.0, 1.0)
+    torch.testing.assert_close(coordinates, torch.tensor([0.3, 0.4], dtype=torch.float64))
+
+
+class Halving(IdentityPreconditioner):
+    """D = 1/2, of whose steps so many parts may be taken."""
+
+    def __init__(self, *shares: float) -> None:
+        self.allowed = shares
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return 0.5 * vectors
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        return 2.0 * vectors
+
+    def shares(self, steps: Tensor) -> Tensor:
+        return torch.tensor(self.allowed or [1.0] * len(steps), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 0.5), (0.25, 0.5), (1.0, 1e-3)], ids=str)
+@pytest.mark.parametrize("bound", [None, 0.1, 100.0])
+@pytest.mark.parametrize("rates", [1.0, 0.5, torch.tensor([1.0, 0.25], dtype=torch.float64)], ids=str)
+def test_steps_are_shortened_and_predictions_with_them(
+    shares: tuple[float, float], bound: float | None, rates: float | Tensor
+) -> None:
+    """By what the preconditioner allows or the bound; the prediction is the decrease of the quadratic at the step."""
+    hessian = torch.tensor([1.0, 3.0], dtype=torch.float64)  # of the parameters; a fourth of it in coordinates
+    gradient = torch.tensor([0.75, 1.6], dtype=torch.float64)
+    model = diagonal_model(0.25, 0.75, preconditioner=Halving(*shares), learning_rates=rates, max_step_norm=bound)
+    steps, predicted = model.steps(model.coordinates(gradient, 1.0, 1.0), [0.1, 0.3])
+    for step, promise, share, damping in zip(steps, predicted, shares, [0.1, 0.3], strict=True):
+        full = -gradient / (hessian + 4 * damping) * rates
+        expected = full * min(share, math.inf if bound is None else bound / float(full.norm()))
+        torch.testing.assert_close(step, expected, rtol=1e-12, atol=0)
+        decrease = -(gradient @ expected + expected @ (hessian * expected) / 2)
+        torch.testing.assert_close(promise, decrease, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.5,)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_have_the_dtype_of_the_parameters(shares: tuple[float], dtype: torch.dtype) -> None:
+    matrix = torch.tensor([[2.0]], dtype=torch.float64)
+    space = KrylovSubspace(torch.ones(1, 1, dtype=dtype), matrix, coupling=0.0, lanczos_dim=1, products=1)
+    model = SubspaceModel(space, Halving(*shares), RULES["newton"], 1.0, None)
+    steps, predicted = model.steps(torch.ones(1, dtype=torch.float64), [1.0])
+    assert (steps.dtype, predicted.dtype) == (dtype, torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ the subspace
+
+
+def subspace(matrix: Tensor, gradient: Tensor | None = None, **options: Any) -> KrylovSubspace:
+    x = torch.zeros(len(matrix), dtype=matrix.dtype, requires_grad=True)
+    return build_subspace(
+        HessianOperator(Objective([quadratic(matrix)(x)]), [x]),
+        torch.ones(len(matrix), dtype=matrix.dtype) if gradient is None else gradient,
+        **{
+            "krylov_dim": len(matrix),
+            "preconditioner": IdentityPreconditioner(),
+            "memory": StepMemory(0, secants=True),
+            "seed": None,
+            "generator": torch.Generator().manual_seed(0),
+            **options,
+        },
+    )
+
+
+SCALES = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+
+class Uneven(IdentityPreconditioner):
+    """A diagonal map that differs from entry to entry."""
+
+    def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
+        assert size == len(SCALES)
+        return Preconditioner.on_parts(self, store, size)
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return vectors * SCALES
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        return vectors / SCALES
+
+
+@pytest.mark.parametrize("length", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize("seeded", [True, False])
+def test_a_subspace_starts_from_the_unit_gradient_and_the_seed(length: float, seeded: bool) -> None:
+    """Both in the preconditioner's coordinates, where the operator is DHD; from a random vector without either."""
+    matrix, seed = symmetric(5), torch.linspace(0.1, 0.2, 5, dtype=torch.float64) if seeded else None
+    gradient = length * torch.nn.functional.normalize(torch.arange(5.0).double() - 1, dim=0)
+    options = {"krylov_dim": 3, "preconditioner": Uneven(), "seed": seed}
+    space, again = (subspace(matrix, gradient, **options) for _ in range(2))
+    assert torch.equal(space.basis, again.basis)
+    start = torch.zeros(5, dtype=torch.float64) if seed is None else seed
+    if length > 0:
+        start = start + SCALES * gradient / (SCALES * gradient).norm()
+    if length > 0 or seeded:
+        torch.testing.assert_close(space.basis[0], start / start.norm())
+    torch.testing.assert_close(space.basis @ space.basis.T, torch.eye(3, dtype=torch.float64))
+    right = space.basis @ (SCALES.unsqueeze(1) * matrix * SCALES) @ space.basis.T
+    torch.testing.assert_close(space.projected, right)
+    torch.testing.assert_close(space.eigenvalues, torch.linalg.eigvalsh(right))
+
+
+def test_what_nothing_reaches_is_not_carried_along() -> None:
+    """Gradient: entries 0 and 2. Products: 0 and 1. The seed: all of them."""
+    matrix = torch.zeros(5, 5, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    gradient = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    space = subspace(matrix, gradient, krylov_dim=3, seed=torch.full((5,), 0.1, dtype=torch.float64))
+    assert (space.basis != 0).any(dim=0).tolist() == [True, True, True, False, False]
+
+
+def remembered(*steps: tuple[list[float], list[float] | None]) -> StepMemory:
+    memory = StepMemory(len(steps), secants=True)
+    both = [[None if v is None else torch.tensor(v, dtype=torch.float64) for v in step] for step in steps]
+    memory.load_state_dict({"steps": both})
+    return memory
+
+
+def test_remembered_steps_and_their_products_are_brought_into_the_coordinates() -> None:
+    """Along the axes, so that a basis of e0, e4, e3 follows; a product that is given need not be that of the matrix."""
+    matrix = symmetric(5)
+    space = subspace(
+        matrix,
+        torch.tensor([7.0, 0, 0, 0, 0], dtype=torch.float64),
+        krylov_dim=1,
+        preconditioner=Uneven(),
+        memory=remembered(([0, 0, 0, 0, 2.0], None), ([0, 0, 0, 5.0, 0], [10.0, 20.0, 30.0, 40.0, 50.0])),
+    )
+    axes = [0, 4, 3]
+    torch.testing.assert_close(space.basis, torch.eye(5, dtype=torch.float64)[axes])
+    product = SCALES * torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0], dtype=torch.float64) / (5.0 / SCALES[3])
+    expected = (SCALES.unsqueeze(1) * matrix * SCALES)[axes][:, axes]
+    expected[2, :] = expected[:, 2] = product[axes]
+    torch.testing.assert_close(space.projected, expected)
+    assert space.products == 2
+
+
+class Backwards(Reversing):
+    """Products come back to front as well."""
+
+    def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
+        return self.local(vector)
+
+
+def test_remembered_steps_without_products_cost_one_each() -> None:
+    axis = [0.0, 0.0, 0.0, 0.0, 2.0]
+    gradient = torch.tensor([7.0, 0, 0, 0, 0], dtype=torch.float64)
+    space = subspace(symmetric(5), gradient, krylov_dim=1, memory=remembered((axis, None)))
+    torch.testing.assert_close(space.projected, symmetric(5)[[0, 4]][:, [0, 4]])
+    assert space.products == 2
+
+
+@pytest.mark.parametrize("preconditioner", [IdentityPreconditioner(), Uneven()], ids=["identity", "uneven"])
+def test_how_vectors_are_kept_makes_no_difference(preconditioner: Preconditioner) -> None:
+    matrix, gradient = symmetric(5), torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0], dtype=torch.float64)
+    matrix[2:, :] = matrix[:, 2:] = 0.0  # the last entry is reached by nothing
+    step, product = [1.0, 2.0, 3.0, 4.0, 0.0], [3.0, 1.0, 0.0, 1.0, 0.0]
+    backwards = remembered((step[::-1], product[::-1]))
+    options = {"krylov_dim": 2, "preconditioner": preconditioner, "seed": torch.ones(5, dtype=torch.float64)}
+    plain = subspace(matrix, gradient, memory=remembered((step, product)), **options)
+    kept = subspace(matrix, gradient, memory=backwards, store=Backwards(), **options)
+    assert len(kept) == 3
+    torch.testing.assert_close(kept.projected, plain.projected)
+    torch.testing.assert_close(kept.basis.flip(-1), plain.basis)
+    assert bool((plain.basis[:, 4] == 0).all())
+
+
+def test_the_exact_method_keeps_its_basis_whole() -> None:
+    processes: Any = object()
+    space = subspace(symmetric(5), krylov_dim=None, store=Agreeing(processes), preconditioner=Uneven())
+    assert space.store == BasisStore(processes)
+    expected = torch.linalg.eigvalsh(SCALES.unsqueeze(1) * symmetric(5) * SCALES)
+    torch.testing.assert_close(space.eigenvalues, expected + 1.0)
+
+
+@pytest.mark.parametrize("krylov_dim", [2, None])
+def test_products_that_are_not_finite_end_a_subspace(krylov_dim: int | None) -> None:
+    space = subspace(torch.full((3, 3), math.nan, dtype=torch.float64), krylov_dim=krylov_dim)
+    assert not bool(torch.isfinite(space.projected).all())
+    assert space.decomposition is None
 
 
 # ------------------------------------------------------------------------------------------------ escapes

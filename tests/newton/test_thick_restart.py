@@ -224,6 +224,14 @@ def test_a_zero_start_vector_is_replaced() -> None:
     torch.testing.assert_close(ritz.values[[0, -2, -1]].float(), torch.tensor([-0.05, 9.0, 10.0]), rtol=1e-5, atol=0)
 
 
+def test_the_length_of_the_start_vector_does_not_matter() -> None:
+    values, ends = SPECTRA["even"]().double(), Ends(2, 2, 1e-6)
+    ritz = extreme_ritz_values(
+        lambda v: values * v, 1e-6 * start_of(values), 12, ends, max_products=40, generator=torch.Generator()
+    )
+    torch.testing.assert_close(ritz.values, run(values, 12, ends, 40).values)
+
+
 def test_nothing_asked_for_takes_one_basis() -> None:
     ritz = run(SPECTRA["even"](), 9, Ends(0, 0, 1e-12), 900)
     assert (ritz.products, ritz.converged) == (9, True)
