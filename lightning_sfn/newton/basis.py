@@ -137,6 +137,16 @@ class BasisStore:
             return owners.gather(parts, size)
         return torch.stack([owners.gather(part, size) for part in parts])
 
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether each process keeps a part of every vector alone."""
+        return self._owners is not None
+
+    def anywhere(self, mask: Tensor) -> Tensor:
+        """Where a mask of shape ``(n,)`` is true on any process; the same everywhere already unless shared out."""
+        owners = self._owners
+        return mask if owners is None else owners.sum(mask.float()) > 0
+
     def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
         """The part of the mean, over the processes that share an objective, of a whole vector."""
         return objective.reduce(vector) if self._owners is None else objective.reduce_part(vector)

@@ -1,6 +1,6 @@
 """Which preconditioner: by name, or by what the model allows."""
 
-from contextlib import suppress
+import warnings
 from typing import Any
 
 import torch
@@ -9,19 +9,19 @@ from torch import Tensor
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker import KroneckerFactors
-from lightning_sfn.newton.kronecker_estimate import FactorsError
+from lightning_sfn.newton.kronecker_estimate import FactorsError, NoRoomForFactors
 from lightning_sfn.newton.preconditioner import DiagonalPreconditioner, IdentityPreconditioner, Preconditioner
 
 __all__ = ["AutoPreconditioner", "make_preconditioner"]
 
-_ENOUGH = 0.5  # share of the parameters that belong to layers with a rule, from which factors beat a diagonal
-
 
 class AutoPreconditioner(Preconditioner):
-    """Kronecker factors where they can be had, else equilibration.
+    """Kronecker factors where they can be had and pay, else equilibration.
 
-    Equilibration steps in as long as the factors are zero or cannot be estimated (where the outputs of a layer do not
-    depend on its weights yet, for instance), and for good where most of the parameters belong to no layer with a rule.
+    They are not had as long as they are zero, as where the outputs of a layer do not depend on its weights yet; where
+    the loss cannot be evaluated while it is watched; and where more than half of the parameters that the loss depends
+    on belong to no layer with a rule. They do not pay where they are wide and estimated from few rows of data: those
+    are diagonal.
 
     Args:
         factors: The factors.
@@ -30,14 +30,19 @@ class AutoPreconditioner(Preconditioner):
 
     def __init__(self, factors: KroneckerFactors | None = None, diagonal: DiagonalPreconditioner | None = None) -> None:
         """See the class."""
-        self.factors = factors or KroneckerFactors()
+        self.factors = factors or KroneckerFactors(min_rows=1.0, min_coverage=0.5)
         self.diagonal = diagonal or DiagonalPreconditioner()
-        self._has_rules = True
+        self._has_room = True
 
     @property
-    def present(self) -> Preconditioner:
-        """The preconditioner that is in use."""
-        return self.factors if self._has_rules and self.factors.is_known else self.diagonal
+    def in_use(self) -> Preconditioner:
+        """The coordinates of the present step."""
+        return self.factors if self.factors.is_known else self.diagonal
+
+    @property
+    def name(self) -> str:
+        """The name of the coordinates that are in use."""
+        return self.in_use.name
 
     def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
         """Estimates the factors anew, every few steps; where there are none, equilibrates.
@@ -49,58 +54,63 @@ class AutoPreconditioner(Preconditioner):
         Raises:
             ProcessError: Another process failed.
         """
-        if self._has_rules:
-            with suppress(FactorsError):  # those of an earlier step stay in use, or the diagonal is
+        if self._has_room:
+            try:
                 self.factors.renew(operator, generator)
-            self._has_rules = not self.factors.is_known or self.factors.coverage >= _ENOUGH
-        if self.present is self.diagonal:
+            except NoRoomForFactors as error:
+                self.factors.reset()
+                self._has_room = False
+                warnings.warn(f"{error}. Equilibration is used from now on.", stacklevel=2)
+            except FactorsError:
+                pass  # those of an earlier step stay in use, or the diagonal is
+        if self.in_use is self.diagonal:
             self.diagonal.refresh(operator, generator)
 
     def reset(self) -> None:
         """Forgets everything: the parameters are others now."""
         self.factors.reset()
         self.diagonal.reset()
-        self._has_rules = True
+        self._has_room = True
 
     @property
     def unfactored(self) -> tuple[str, ...]:
         """Names of parameters that are scaled by one number, for want of a rule."""
-        return self.present.unfactored
+        return self.in_use.unfactored
 
     def default_krylov_dim(self, bent: bool) -> int:
-        """As the present coordinates have it."""
-        return self.present.default_krylov_dim(bent)
+        """As the coordinates that are in use have it."""
+        return self.in_use.default_krylov_dim(bent)
 
     def scale(self, vectors: Tensor) -> Tensor:
         """``D v``."""
-        return self.present.scale(vectors)
+        return self.in_use.scale(vectors)
 
     def unscale(self, vectors: Tensor) -> Tensor:
         """``D^-1 v``."""
-        return self.present.unscale(vectors)
+        return self.in_use.unscale(vectors)
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """``D^2 v``."""
-        return self.present.precondition(vectors)
+        return self.in_use.precondition(vectors)
 
     def shares(self, steps: Tensor) -> Tensor:
         """How much of each step may be taken."""
-        return self.present.shares(steps)
+        return self.in_use.shares(steps)
 
     def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
-        """The present map for vectors of which each process keeps a part."""
-        return self.present.on_parts(store, size)
+        """The map that is in use for vectors of which each process keeps a part."""
+        return self.in_use.on_parts(store, size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of both, and whether the layers have rules."""
+        """The state of both, and whether there is room for factors."""
         own = {"factors": self.factors.state_dict(), "diagonal": self.diagonal.state_dict()}
-        return own | {"has_rules": self._has_rules}
+        return own | {"has_room": self._has_room}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.factors.load_state_dict(state["factors"])
         self.diagonal.load_state_dict(state["diagonal"])
-        self._has_rules = state["has_rules"]
+        self._has_room = state["has_room"]
 
 
 def make_preconditioner(preconditioner: str | Preconditioner | None) -> Preconditioner:

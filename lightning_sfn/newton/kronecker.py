@@ -6,6 +6,7 @@ far as the factors tell, and a few Krylov vectors are left with what they do not
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot
 from lightning_sfn.newton.kronecker_estimate import FactorsError, Targets, estimated
+from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 
 __all__ = ["KroneckerFactors"]
@@ -39,8 +41,8 @@ class KroneckerFactors(Preconditioner):
     The packed projection of attention is one layer. Where query and key differ (cross attention), its input factor is
     that of both together.
 
-    A step is shortened so that no layer's outputs change by more than 1, or a tenth of their size, in the quadratic
-    mean over units and cases: the first steps away from a saddle would otherwise saturate units.
+    A step is shortened so that no hidden layer's outputs change by more than 1, or a tenth of their size, in the
+    quadratic mean over units and cases: the first steps away from a saddle would otherwise saturate units.
 
     Factors come from targets drawn from the model where the loss is a cross entropy or squared error of
     `torch.nn.functional` (or a module of it), else from the gradients of the loss as it is.
@@ -53,6 +55,9 @@ class KroneckerFactors(Preconditioner):
         damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
         max_width: Factors wider than this are diagonal, as eigenvectors cost the cube of the width.
         max_memory: Bytes for factors, eigenvectors and scales; the layers that need most give way. No limit by default.
+        min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
+            their width: what so few rows tell is not worth what the map costs.
+        min_coverage: Share of the parameters that must belong to a layer with a rule; otherwise there are no factors.
 
     Attributes:
         memory: Bytes that factors, eigenvectors and scales take now.
@@ -81,6 +86,8 @@ class KroneckerFactors(Preconditioner):
         damping: float = 1e-4,
         max_width: int = 1536,
         max_memory: int | None = None,
+        min_rows: float = 0.0,
+        min_coverage: float = 0.0,
     ) -> None:
         """See the class."""
         if targets not in ("sampled", "given"):
@@ -95,10 +102,15 @@ class KroneckerFactors(Preconditioner):
             raise ValueError(f"max_width is {max_width}, but a whole number of at least 0 is expected.")
         if max_memory is not None and max_memory < 0:
             raise ValueError(f"max_memory is {max_memory}, but a number of bytes or None is expected.")
+        if not (math.isfinite(min_rows) and min_rows >= 0):
+            raise ValueError(f"min_rows is {min_rows}, but a number of at least 0 is expected.")
+        if not 0 <= min_coverage <= 1:
+            raise ValueError(f"min_coverage is {min_coverage}, but a number from 0 to 1 is expected.")
         self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
         self.targets: Targets = targets
         self.refresh_every, self.average, self.damping = refresh_every, average, damping
         self.max_width, self.max_memory = max_width, max_memory
+        self.min_rows, self.min_coverage = min_rows, min_coverage
         self.reset()
 
     def reset(self) -> None:
@@ -111,6 +123,11 @@ class KroneckerFactors(Preconditioner):
         self._unfactored: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """``kronecker``."""
+        return "kronecker"
+
+    @property
     def unfactored(self) -> tuple[str, ...]:
         """Names of the parameters that are scaled by one number; known after the first step."""
         return self._unfactored
@@ -118,20 +135,13 @@ class KroneckerFactors(Preconditioner):
     @property
     def memory(self) -> int:
         """Bytes of factors, eigenvectors and scales."""
-        itemsize = self._blocks[0].outputs.element_size() if self._blocks else 0
-        return sum(Block.cost(block.signature, self._shapes, itemsize, self.max_width) for block in self._blocks)
+        kept = zip(self._blocks, self._roots, strict=True)
+        return sum(2 * (b.inputs.nbytes + b.outputs.nbytes) + root.scale.nbytes for b, root in kept)
 
     @property
     def is_known(self) -> bool:
         """Whether there are factors; until then the map is the identity."""
         return bool(self._roots)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the parameters that belong to a layer with a rule, from 0 to 1; 0 as long as nothing is known."""
-        sizes = [shape.numel() for shape in self._shapes]
-        numbers = {block.signature[1] for block in self._blocks if block.signature[0] == "number"}
-        return 1 - sum(sizes[index] for index in numbers) / sum(sizes) if self._blocks else 0.0
 
     def default_krylov_dim(self, bent: bool) -> int:
         """4 while there is much negative curvature, else 1."""
@@ -171,15 +181,16 @@ class KroneckerFactors(Preconditioner):
         parameters = operator.parameters
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self._age = 1
-        blocks = estimated(operator.objective, parameters, seed, self.targets, self.max_width, self.max_memory)
-        scale = max(block.magnitude for block in blocks)
-        if not (math.isfinite(scale) and scale > 0):
+        limits = (self.max_width, self.max_memory, self.min_rows)
+        blocks = estimated(operator.objective, parameters, seed, self.targets, *limits)
+        magnitudes = [block.magnitude for block in blocks]
+        if not all(map(math.isfinite, magnitudes)) or max(magnitudes) == 0:
             raise FactorsError("Kronecker factors are zero or not finite at the present parameters")
+        if _coverage(blocks, parameters.shapes) < self.min_coverage:
+            raise FactorsError("Too few of the parameters belong to layers that have Kronecker factors")
         self._shapes = list(parameters.shapes)
         self._adopt(self._averaged(blocks))
-        self._limits = [
-            max(_SHIFT, _RELATIVE_SHIFT * float(size)) for size in self._shifts(parameters.read().unsqueeze(0))
-        ]
+        self._limits = self._allowed_shifts(parameters)
         self._unfactored = tuple(
             self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
@@ -188,12 +199,20 @@ class KroneckerFactors(Preconditioner):
 
     def _averaged(self, blocks: list[Block]) -> list[Block]:
         """The moving average of the factors, where they are about the same uses of the weights as before."""
-        if [block.signature for block in blocks] != [block.signature for block in self._blocks]:
+        layouts = ([(b.signature, b.inputs.shape, b.outputs.shape) for b in each] for each in (blocks, self._blocks))
+        if len({tuple(layout) for layout in layouts}) > 1:
             return blocks
         for block, before in zip(blocks, self._blocks, strict=True):
             block.inputs.lerp_(before.inputs, self.average)
             block.outputs.lerp_(before.outputs, self.average)
         return blocks
+
+    def _allowed_shifts(self, parameters: FlatParameters) -> list[float]:
+        """By how much outputs of hidden layers may change in a step; the last layers' are for the loss to judge."""
+        sizes = self._shifts(parameters.read().unsqueeze(0))
+        hidden = [block.hidden for block in self._blocks if block.is_product]
+        allowed = [max(_SHIFT, _RELATIVE_SHIFT * float(size)) for size in sizes]
+        return [most if inner else math.inf for most, inner in zip(allowed, hidden, strict=True)]
 
     def _adopt(self, blocks: list[Block]) -> None:
         damping = self.damping * max(block.magnitude for block in blocks)
@@ -214,7 +233,7 @@ class KroneckerFactors(Preconditioner):
         return self._map(vectors, 2)
 
     def shares(self, steps: Tensor) -> Tensor:
-        """So much of each step that no layer's outputs change by more than 1, or a tenth of their size.
+        """So much of each step that no hidden layer's outputs change by more than 1, or a tenth of their size.
 
         Longer steps saturate units. Their gradients vanish with them, and no curvature tells the way back.
         """
@@ -247,7 +266,7 @@ class KroneckerFactors(Preconditioner):
     def state_dict(self) -> dict[str, Any]:
         """The factors, and how many steps they have been in use."""
         if not self._blocks:
-            return {}
+            return {"age": self._age}
         blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
         shapes = [list(shape) for shape in self._shapes]
         own = {"blocks": blocks, "shapes": shapes, "limits": list(self._limits)}
@@ -256,6 +275,7 @@ class KroneckerFactors(Preconditioner):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over factors."""
         self.reset()
+        self._age = int(state.get("age", 0))
         if "blocks" not in state:
             return
         self._shapes = [torch.Size(shape) for shape in state["shapes"]]
@@ -264,4 +284,14 @@ class KroneckerFactors(Preconditioner):
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
         self._adopt(blocks)
         self._limits = list(state["limits"])
-        self._age, self._unfactored = int(state["age"]), tuple(state["unfactored"])
+        self._unfactored = tuple(state["unfactored"])
+
+
+def _coverage(blocks: list[Block], shapes: Sequence[torch.Size]) -> float:
+    """Share of the parameters that the loss depends on which belong to a layer with a rule."""
+    loose = [b for b in blocks if b.signature[0] == "number" and bool(b.outputs.any())]
+    factored = {index for b in blocks if b.signature[0] != "number" for index in b.signature[1:] if index >= 0}
+    inside, outside = (
+        sum(shapes[index].numel() for index in indices) for indices in (factored, {b.signature[1] for b in loose})
+    )
+    return inside / max(inside + outside, 1)

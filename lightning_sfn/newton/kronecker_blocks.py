@@ -28,11 +28,13 @@ class Block:
             the diagonal is kept, ``(1,)`` for what acts element by element.
         outputs: S: ``(o, o)``; ``(o,)`` where only the diagonal is kept; ``(b, o)`` for what acts element by element
             (weight, then bias).
+        hidden: Whether other layers see the layer's outputs.
     """
 
     signature: Signature
     inputs: Tensor
     outputs: Tensor
+    hidden: bool = True
 
     @classmethod
     def zeros(
@@ -55,6 +57,16 @@ class Block:
         if kind == "norm":
             return cls(signature, like.new_ones(1), like.new_zeros(1 + (bias >= 0), shape[0]))
         return cls(signature, like.new_ones(1), like.new_zeros(1, 1))  # "number": one for the whole tensor
+
+    def narrowed(self, max_width: float) -> "Block":
+        """The block with the diagonals alone of factors that are wider than this."""
+        if not self.is_product:
+            return self
+        inputs, outputs = (
+            factor.diagonal().clone() if factor.dim() == 2 and len(factor) > max_width else factor
+            for factor in (self.inputs, self.outputs)
+        )
+        return Block(self.signature, inputs, outputs, self.hidden)
 
     @staticmethod
     def cost(signature: Signature, shapes: Sequence[torch.Size], itemsize: int, max_width: float = math.inf) -> int:

@@ -4,11 +4,13 @@ A loss is evaluated once while the uses of its weights are watched, and differen
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from lightning_sfn.newton.kronecker_blocks import Block, Signature
 from lightning_sfn.newton.objective import Objective
@@ -18,7 +20,7 @@ from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.weight_uses import Use, WatchingWeights
 
-__all__ = ["FactorsError", "Targets", "estimated"]
+__all__ = ["FactorsError", "NoRoomForFactors", "Targets", "estimated"]
 
 Targets = Literal["sampled", "given"]
 """Where output gradients come from: targets drawn from the model, or those of the data."""
@@ -28,6 +30,10 @@ class FactorsError(Exception):
     """Factors cannot be had: the loss cannot be evaluated while it is watched, or they are zero or not finite."""
 
 
+class NoRoomForFactors(FactorsError):  # noqa: N818
+    """Memory ran out in estimating factors."""
+
+
 def estimated(
     objective: Objective,
     parameters: FlatParameters,
@@ -35,6 +41,7 @@ def estimated(
     targets: Targets,
     max_width: int,
     max_memory: int | None,
+    min_rows: float,
 ) -> list[Block]:
     """The factors of all parameters, the mean over processes.
 
@@ -45,6 +52,7 @@ def estimated(
         targets: Where output gradients come from.
         max_width: Factors wider than this are diagonal.
         max_memory: Bytes for factors, eigenvectors and scales.
+        min_rows: So are factors for which there are fewer rows of data than this for each unit of their width.
 
     Returns:
         A block for each layer, and one for each parameter that belongs to none.
@@ -53,12 +61,17 @@ def estimated(
         FactorsError: The loss cannot be evaluated while it is watched; raised on all processes.
         ProcessError: Another process failed.
     """
-    observation, signatures = _observed(objective, parameters, seed, targets)
-    chosen = _resolve(signatures, parameters, max_width, max_memory)
-    like = parameters.tensors[0].detach()
-    blocks = [Block.zeros(signature, parameters.shapes, like, max_width) for signature in chosen]
-    for block in blocks:
-        observation.fill(block)
+    own, reports = _observed(objective, parameters, seed, targets, max_width, max_memory)
+    rows: Counter[Signature] = Counter()
+    hidden: set[Signature] = set()
+    for signature, count, is_hidden in reports:
+        rows[signature] += count
+        hidden |= {signature} if is_hidden else set()
+    blocks = []
+    for signature in _resolve(set(rows), parameters, max_width, max_memory):
+        block = own.block(signature)
+        block.hidden = signature in hidden
+        blocks.append(block.narrowed(rows[signature] / min_rows) if min_rows > 0 and signature in rows else block)
     factors = [factor for block in blocks for factor in (block.inputs, block.outputs)]
     means = objective.reduce(torch.cat([factor.reshape(-1) for factor in factors]))
     sizes = [factor.numel() for factor in factors]
@@ -67,77 +80,117 @@ def estimated(
     return blocks
 
 
+Seen = tuple[Signature, int, bool]
+"""A kind of use, the rows of data that it was seen with, and whether other layers see its outputs."""
+
+
 def _observed(
-    objective: Objective, parameters: FlatParameters, seed: int, targets: Targets
-) -> tuple["_Observation", set[Signature]]:
-    """What this process sees, and the kinds of uses that all processes see."""
+    objective: Objective,
+    parameters: FlatParameters,
+    seed: int,
+    targets: Targets,
+    max_width: int,
+    max_memory: int | None,
+) -> tuple["_Sums", list[Seen]]:
+    """What this process sees, and the uses that all processes see."""
     processes = objective.processes
-    observation: _Observation | None = None
-    failure: Exception | None = None
+    sums, failure = _Sums(parameters, max_width, max_memory), None
     try:
-        observation = _observe(objective, parameters, seed + (processes.rank if processes else 0), targets)
+        _observe(objective, parameters, seed + (processes.rank if processes else 0), targets, sums)
     except Exception as error:
         failure = error
     # What is wrong with the loss itself shows in the products too, and is raised there.
-    fatal = not isinstance(failure, (RuntimeError, TypeError, ValueError)) or is_out_of_memory(failure)
+    fatal = failure is not None and not isinstance(failure, (RuntimeError, TypeError, ValueError))
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    own = (None if observation is None else sorted(observation.signatures), message, fatal)
+    own = (sums.seen, message, fatal, failure is not None and is_out_of_memory(failure))
     reports = [own] if processes is None else processes.collect(own)
     if failure is not None and fatal:
         raise failure
-    for rank, (found, message, fatal) in enumerate(reports):
-        if found is None and fatal:
+    for rank, (_, message, fatal, _) in enumerate(reports):
+        if fatal:
             raise ProcessError(f"Rank {rank} of {len(reports)} failed in the middle of a step: {message}")
-    if hindrances := [message for _, message, _ in reports if message is not None]:
-        raise FactorsError(f"Kronecker factors cannot be estimated ({hindrances[0]})") from failure
-    assert observation is not None
-    return observation, {tuple(signature) for found, _, _ in reports for signature in found or ()}
+    for _, message, _, for_want_of_memory in reports:
+        if message is not None:
+            kind = NoRoomForFactors if for_want_of_memory else FactorsError
+            raise kind(f"Kronecker factors cannot be estimated ({message})") from failure
+    return sums, [(tuple(signature), *rest) for seen, *_ in reports for signature, *rest in seen]
 
 
-class _Observation:
-    """Uses of weights with their output gradients, and the gradients of the parameters, over all parts."""
+class _Sums:
+    """The factors of one process, summed up part by part, so that one part's inputs and gradients are kept at a time.
 
-    def __init__(self, parameters: FlatParameters) -> None:
+    Args:
+        parameters: The parameters.
+        max_width: Factors wider than this are diagonal.
+        max_memory: Bytes for factors, eigenvectors and scales.
+    """
+
+    def __init__(self, parameters: FlatParameters, max_width: int, max_memory: int | None) -> None:
+        self._parameters, self._limits = parameters, (max_width, max_memory)
         self._index = {id(p): i for i, p in enumerate(parameters.tensors)}
-        self._parts: list[tuple[list[tuple[Signature, Use, Tensor]], float]] = []  # uses of a part, and its share
+        self._blocks: dict[Signature, Block] = {}
+        self._rows: Counter[Signature] = Counter()
+        self._hidden: set[Signature] = set()
         self._squares: dict[int, Tensor] = {}
 
     @property
-    def signatures(self) -> set[Signature]:
+    def seen(self) -> list[Seen]:
         """What kinds of uses were seen."""
-        return {signature for uses, _ in self._parts for signature, _, _ in uses}
+        return [(signature, rows, signature in self._hidden) for signature, rows in sorted(self._rows.items())]
 
     def add(self, uses: list[Use], outputs: list[Tensor | None], gradients: list[Tensor | None], weight: float) -> None:
         """Adds one part of the data with its share of the whole."""
+        seen_from_others = _ancestors(uses)
         reached: list[tuple[Signature, Use, Tensor]] = []
+        places: Counter[Signature] = Counter()
         for use, gradient in zip(uses, outputs, strict=True):
             bias = -1 if use.bias is None else self._index.get(id(use.bias), -1)
-            if gradient is not None:
-                signature = (use.kind, self._index[id(use.weight)], bias)
-                reached.append((signature, use, use.rows(gradient)))
-        self._parts.append((reached, weight))
+            if gradient is None or gradient.numel() == 0:
+                continue
+            signature: Signature = (use.kind, self._index[id(use.weight)], bias)
+            reached.append((signature, use, gradient))
+            places[signature] += gradient.numel() // gradient.shape[use.channels]
+            self._hidden |= {signature} if use.output.node in seen_from_others else set()
+        self._rows += places
+        kept = set(_resolve(set(self._rows), self._parameters, *self._limits))
+        for signature, use, gradient in reached:
+            if signature in kept:
+                rows = use.rows(gradient)
+                self.block(signature).observe(use.inputs, rows, weight * len(rows) / places[signature])
         for index, by_parameter in enumerate(gradients):
             if by_parameter is not None:
                 square = by_parameter.detach().square().mean()
                 self._squares[index] = self._squares.get(index, torch.zeros_like(square)) + square
 
-    def fill(self, block: Block) -> None:
-        """Sums up what belongs to a block."""
-        kind, index, _ = block.signature
-        if kind == "number":
-            block.outputs += self._squares.get(index, torch.zeros_like(block.outputs))
-            return
-        for uses, weight in self._parts:
-            own = [(use, rows) for signature, use, rows in uses if signature == block.signature]
-            places = sum(len(rows) for _, rows in own)
-            for use, rows in own:
-                block.observe(use.inputs, rows, weight * len(rows) / places)
+    def block(self, signature: Signature) -> Block:
+        """The sums for a signature."""
+        if signature not in self._blocks:
+            like = self._parameters.tensors[0].detach()
+            block = Block.zeros(signature, self._parameters.shapes, like, self._limits[0])
+            if signature[0] == "number":
+                block.outputs += self._squares.get(signature[1], torch.zeros_like(block.outputs))
+            self._blocks[signature] = block
+        return self._blocks[signature]
 
 
-def _observe(objective: Objective, parameters: FlatParameters, seed: int, targets: Targets) -> _Observation:
+def _ancestors(uses: list[Use]) -> set[Node]:
+    """The nodes of the graph from which any use's output comes, itself not counted.
+
+    A use that is not among them is the last one on its way to the loss.
+    """
+    found: set[Node] = set()
+    waiting = [parent for use in uses for parent, _ in use.output.node.next_functions]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _observe(objective: Objective, parameters: FlatParameters, seed: int, targets: Targets, sums: _Sums) -> None:
     """Evaluates each part once and differentiates by the outputs of every linear map."""
     generator = torch.Generator(parameters.device).manual_seed(seed)
-    observation = _Observation(parameters)
     for index, weight in enumerate(objective.weights):
         losses = ElementwiseLosses(generator) if targets == "sampled" else None
         watching = WatchingWeights(parameters.tensors, losses)
@@ -148,8 +201,7 @@ def _observe(objective: Objective, parameters: FlatParameters, seed: int, target
             inputs: list[Any] = [*(use.output for use in watching.uses), *parameters.tensors]
             found = torch.autograd.grad(heads, inputs, seeds, allow_unused=True)
         count = len(watching.uses)
-        observation.add(watching.uses, list(found[:count]), list(found[count:]), weight)
-    return observation
+        sums.add(watching.uses, list(found[:count]), list(found[count:]), weight)
 
 
 def _heads(loss: Tensor, elements: list[Tensor], weight: float) -> tuple[list[Tensor], list[Tensor]]:

@@ -50,6 +50,7 @@ class KrylovSubspace:
         store: How the basis is kept.
         size: Length n of a whole vector; that of the rows if ``None``.
         decomposition: Eigenvalues and eigenvectors of ``projected``, where they are known already.
+        reached: Which parameters the gradient or a product has reached, shape ``(n,)``; ``None`` for all.
     """
 
     basis: Tensor
@@ -60,6 +61,7 @@ class KrylovSubspace:
     store: BasisStore = field(default_factory=BasisStore)
     size: int | None = None
     decomposition: tuple[Tensor, Tensor] | None = None
+    reached: Tensor | None = None
 
     def __len__(self) -> int:
         """Dimension of the subspace."""

@@ -156,6 +156,7 @@ class Glide:
             gradients=1,
             inner_steps=1,
             accepted=True,
+            coordinates=descent.preconditioner.name,
             unfactored=descent.preconditioner.unfactored,
             kind="momentum",
         )

@@ -422,6 +422,7 @@ class SaddleFreeNewton(Optimizer):
         whole = self.memory.mapped(lambda part: store.whole(part, size).cpu()) if shared_out else self.memory
         state["newton"] = replace(self._carried, memory=whole).state_dict() | {
             "damping": self.damping.value,
+            "coordinates": type(self.preconditioner).__name__,
             "preconditioner": self.preconditioner.state_dict(),
             "glide": None if self._glide is None else self._glide.state_dict(),
             "generator": self._generator.get_state(),
@@ -446,6 +447,12 @@ class SaddleFreeNewton(Optimizer):
         newton = state_dict["newton"]
         if [list(shape) for shape in newton["layout"]] != [list(shape) for shape in self._parameters.layout]:
             raise ValueError("The state belongs to parameters of other shapes: build the model that it was saved with.")
+        own = type(self.preconditioner).__name__
+        if newton["coordinates"] != own:
+            raise ValueError(
+                f"The state was saved with a {newton['coordinates']}, but this optimizer has a {own}: build it with the "
+                "preconditioner that the state was saved with."
+            )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "newton"})
         device = self._parameters.device
         self.damping.value = newton["damping"]

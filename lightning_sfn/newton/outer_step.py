@@ -248,7 +248,7 @@ def take_outer_step(
     finally:
         operator.close()
     space = model.space
-    lowest, highest = (model.preconditioner.scale(space.ritz_vector(index)) for index in (0, -1))
+    lowest, highest = (model.in_parameters(space.ritz_vector(index)) for index in (0, -1))
     carried.note_curvature(space, lowest)
     record = StepRecord(
         loss_before=loss,
@@ -260,6 +260,7 @@ def take_outer_step(
         subspace_dim=len(space),
         products=operator.products,
         gradients=1,
+        coordinates=model.preconditioner.name,
         unfactored=model.preconditioner.unfactored,
     )
     record = search.run(model, parameters, losses.objective, around, gradient, record, carried, store)

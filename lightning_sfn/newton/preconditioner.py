@@ -5,6 +5,7 @@ the spectrum of ``D H D`` flat, so that a few Krylov vectors see most of it. `kr
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ __all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner"]
 
 class Preconditioner(ABC):
     """A symmetric positive definite map D."""
+
+    @property
+    def name(self) -> str:
+        """What a record of a step calls these coordinates."""
+        return type(self).__name__
 
     def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:  # noqa: B027
         """Brings the map up to date before a step.
@@ -90,14 +96,25 @@ class _OnParts(Preconditioner):
         self._whole, self._store, self._size = whole, store, size
 
     def scale(self, vectors: Tensor) -> Tensor:
-        return self._store.local(self._whole.scale(self._store.whole(vectors, self._size)))
+        return self._each(self._whole.scale, vectors)
 
     def unscale(self, vectors: Tensor) -> Tensor:
-        return self._store.local(self._whole.unscale(self._store.whole(vectors, self._size)))
+        return self._each(self._whole.unscale, vectors)
+
+    def _each(self, function: Callable[[Tensor], Tensor], parts: Tensor) -> Tensor:
+        """One vector at a time, so that no process holds several whole ones."""
+        if parts.dim() > 1:
+            return torch.stack([self._each(function, part) for part in parts])
+        return self._store.local(function(self._store.whole(parts, self._size)))
 
 
 class IdentityPreconditioner(Preconditioner):
     """The parameters' own coordinates."""
+
+    @property
+    def name(self) -> str:
+        """``identity``."""
+        return "identity"
 
     def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
         """The identity."""
@@ -134,6 +151,11 @@ class DiagonalPreconditioner(Preconditioner):
         self._mean: Tensor | None = None
         self._refreshes = 0
         self._diagonal: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """``diagonal``."""
+        return "diagonal"
 
     def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
         """Draws one probe and averages it in."""

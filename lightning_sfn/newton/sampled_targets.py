@@ -40,7 +40,7 @@ class ElementwiseLosses:
             kwargs: Its keyword arguments.
 
         Returns:
-            The loss, reduced as asked for; ``None`` if the function is not a known loss, or weights its elements.
+            The loss, reduced as asked for; ``None`` if the function is not a known loss, or weights its elements, and where its targets depend on parameters.
         """
         if function not in _SAMPLERS:
             return None
@@ -48,6 +48,10 @@ class ElementwiseLosses:
         call.apply_defaults()
         given = call.arguments
         if any(given.get(name) is not None for name in ("weight", "pos_weight", "size_average", "reduce")):
+            return None
+        if function is F.mse_loss and given["target"].requires_grad and not given["input"].requires_grad:
+            given["input"], given["target"] = given["target"], given["input"]  # its arguments may change places
+        if given["target"].requires_grad:
             return None
         true: Tensor = function(*args, **kwargs).detach()
         reduction, target = given["reduction"], given["target"]

@@ -48,7 +48,8 @@ class StepRecord:
         gradients: Gradients spent.
         inner_steps: Inner steps that were taken.
         accepted: Whether the parameters were changed.
-        unfactored: Parameters for which `KroneckerFactors` has no rule.
+        coordinates: The preconditioner: ``kronecker``, ``diagonal``, ``identity``, or the class of another one.
+        unfactored: Parameters that Kronecker factors in use have no rule for.
         kind: Whether a subspace was built, or a momentum step taken (see `Glide`), which knows no damping, no curvature
             and no trial losses.
     """
@@ -67,6 +68,7 @@ class StepRecord:
     gradients: int = 0
     inner_steps: int = 0
     accepted: bool = False
+    coordinates: str = ""
     unfactored: tuple[str, ...] = ()
     kind: Kind = "subspace"
 
@@ -163,6 +165,21 @@ class SubspaceModel:
         """Largest absolute eigenvalue; 1 for a flat model, so that damping keeps a unit."""
         return float(self.space.eigenvalues.abs().max()) or 1.0
 
+    def in_parameters(self, vectors: Tensor) -> Tensor:
+        """Vectors of the subspace's coordinates in parameter coordinates, where nothing else is carried along.
+
+        What no gradient and no product has reached, like the weights of inputs that are always zero, would only take
+        the random part of the start vector.
+
+        Args:
+            vectors: Shape ``(n,)`` or ``(c, n)``.
+
+        Returns:
+            The same shape.
+        """
+        inside, reached = self.preconditioner.scale(vectors), self.space.reached
+        return inside if reached is None else inside * reached
+
     def coordinates(self, gradient: Tensor, loss: float, parameters_norm: float) -> Tensor:
         """The gradient along the Ritz vectors, with a push where it is blind to an escape.
 
@@ -183,7 +200,7 @@ class SubspaceModel:
         precision = torch.finfo(gradient.dtype).eps
         if not self.rule.uses_negative_curvature or lowest >= -100 * precision * self.scale:
             return coordinates
-        direction = self.preconditioner.scale(self.space.ritz_vector(0))
+        direction = self.in_parameters(self.space.ritz_vector(0))
         visible_loss = math.sqrt(200 * precision * abs(loss) / -lowest)
         visible_move = math.sqrt(precision) * max(1.0, parameters_norm) / float(norm(direction))
         push = max(visible_loss, visible_move) * -lowest
@@ -204,7 +221,7 @@ class SubspaceModel:
         """
         values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
         along = -self.rule.inverse(self.space.eigenvalues, values) * coordinates
-        steps = self.preconditioner.scale(self.space.lift(along)) * self.learning_rates
+        steps = self.in_parameters(self.space.lift(along)) * self.learning_rates
         shrink = self.preconditioner.shares(steps)
         if self.max_step_norm is not None:
             lengths = torch.stack([norm(step) for step in steps]).cpu()
@@ -268,16 +285,16 @@ def _krylov_space(
     generator: torch.Generator,
     store: BasisStore,
 ) -> KrylovSubspace:
-    # Parameters that neither the gradient nor any product reaches (unused layers, unseen embeddings) must not be
-    # carried along by the random part of the start vector.
-    reached = store.local(gradient) != 0
+    reached = gradient != 0  # in parameter coordinates: the map may spread rounding over all of a layer
 
     def matvec(vector: Tensor) -> Tensor:
-        # The map is linear and the same everywhere, so it may come before the mean over processes.
-        image = preconditioner.scale(operator.local_matvec(preconditioner.scale(vector)))
-        image = store.mean_part(operator.objective, image)
+        image = operator.local_matvec(preconditioner.scale(vector))
+        if store.is_shared_out:  # the map is linear and the same everywhere, so it may come before the mean
+            reached.logical_or_(image != 0)
+            return store.mean_part(operator.objective, preconditioner.scale(image))
+        image = operator.objective.reduce(image)
         reached.logical_or_(image != 0)
-        return image
+        return store.local(preconditioner.scale(image))
 
     start = preconditioner.scale(gradient)
     length = norm(start).to(start.dtype)
@@ -287,9 +304,8 @@ def _krylov_space(
     own = preconditioner.on_parts(store, len(gradient))
     directions = _in_coordinates(memory.directions, own)
     space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions, store=store)
-    if not bool(reached.all()):
-        space.basis.mul_(reached.to(space.basis.device))
-    return space
+    reached = store.anywhere(reached)
+    return space if bool(reached.all()) else replace(space, reached=reached)
 
 
 def _in_coordinates(directions: Sequence[Direction], coordinates: Preconditioner) -> list[Direction]:

@@ -33,7 +33,7 @@ class Use:
         kind: How the weight acts.
         weight: The weight, the parameter itself.
         bias: The bias that is added, if any.
-        inputs: What the weight acted on, a row for each place: ``(u, i)``, or indices ``(u,)`` for an embedding.
+        gather: Makes `inputs` from what the graph keeps anyway: patches of images are many times as large.
         output: Where the gradient by the output is found.
         channels: The dimension of the output that belongs to the weight's rows.
     """
@@ -41,9 +41,15 @@ class Use:
     kind: Kind
     weight: Tensor
     bias: Tensor | None
-    inputs: Tensor
+    gather: Callable[[], Tensor]
     output: GradientEdge
     channels: int = -1
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the weight acted on, a row for each place: ``(u, i)``, or indices ``(u,)`` for an embedding."""
+        inputs = self.gather()
+        return inputs if self.kind == "embedding" else inputs.to(self.weight.dtype)
 
     def rows(self, gradient: Tensor) -> Tensor:
         """The gradient by the output as rows of shape ``(u, o)``, in the parameters' dtype."""
@@ -100,9 +106,8 @@ class WatchingWeights(TorchFunctionMode):
 
     def _note(self, seen: "_Seen | None", output: Any) -> None:
         if seen is not None and id(seen.weight) in self._ids and isinstance(output, Tensor) and output.requires_grad:
-            inputs = seen.rows()
-            rows = inputs if seen.kind == "embedding" else inputs.to(seen.weight.dtype)
-            self.uses.append(Use(seen.kind, seen.weight, seen.bias, rows, get_gradient_edge(output), seen.channels))
+            edge = get_gradient_edge(output)
+            self.uses.append(Use(seen.kind, seen.weight, seen.bias, seen.rows, edge, seen.channels))
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ class _Seen:
     channels: int = -1
 
 
-def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Seen:
+def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Seen | None:
+    if weight.dim() != 2:
+        return None
     return _Seen("dense", weight, bias, lambda: input.detach().reshape(-1, input.shape[-1]))
 
 

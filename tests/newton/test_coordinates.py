@@ -83,8 +83,8 @@ def refreshed(model: nn.Module, chosen: AutoPreconditioner, times: int = 1, scal
 def test_factors_are_taken_where_half_of_the_parameters_have_a_rule(loose: int, factored: bool) -> None:
     chosen = refreshed(Partly(loose), AutoPreconditioner())
     kind = KroneckerFactors if factored else DiagonalPreconditioner
-    assert type(chosen.present) is kind
-    assert chosen.factors.coverage == pytest.approx(4 / (4 + loose))
+    assert type(chosen.in_use) is kind
+    assert chosen.name == ("kronecker" if factored else "diagonal")
     assert chosen.unfactored == (("parameter 0",) if factored else ())
     assert [chosen.default_krylov_dim(bent) for bent in (True, False)] == ([4, 1] if factored else [16, 16])
 
@@ -95,7 +95,7 @@ def test_the_map_is_that_of_the_chosen_coordinates(loose: int) -> None:
     chosen = refreshed(model, AutoPreconditioner())
     vectors = torch.randn(3, 4 + loose, dtype=D)
     for name in ("scale", "unscale", "precondition", "shares"):
-        assert torch.equal(getattr(chosen, name)(vectors), getattr(chosen.present, name)(vectors))
+        assert torch.equal(getattr(chosen, name)(vectors), getattr(chosen.in_use, name)(vectors))
     assert not torch.equal(chosen.scale(vectors), vectors)
     torch.testing.assert_close(chosen.unscale(chosen.scale(vectors)), vectors)
 
@@ -110,15 +110,15 @@ def test_the_diagonal_steps_in_as_long_as_factors_are_zero() -> None:
     """Inputs of zero give a layer no gradient: the next estimate, three steps later, finds it."""
     model, chosen = Partly(2), AutoPreconditioner()
     refreshed(model, chosen, scale=0.0)
-    assert chosen.present is chosen.diagonal
+    assert chosen.in_use is chosen.diagonal
     refreshed(model, chosen, times=2)
-    assert chosen.present is chosen.diagonal
+    assert chosen.in_use is chosen.diagonal
     assert chosen.diagonal.state_dict()["refreshes"] == 3
     refreshed(model, chosen)
-    assert chosen.present is chosen.factors
+    assert chosen.in_use is chosen.factors
     assert chosen.diagonal.state_dict()["refreshes"] == 3
     refreshed(model, chosen, times=3, scale=0.0)
-    assert chosen.present is chosen.factors  # those of an earlier step
+    assert chosen.in_use is chosen.factors  # those of an earlier step
 
 
 def test_a_loss_that_cannot_be_watched_gets_the_diagonal() -> None:
@@ -131,7 +131,7 @@ def test_a_loss_that_cannot_be_watched_gets_the_diagonal() -> None:
         optimizer.step(lambda: F.mse_loss(model(x), y))
     refused.assert_called_once()
     assert isinstance(optimizer.preconditioner, AutoPreconditioner)
-    assert optimizer.preconditioner.present is optimizer.preconditioner.diagonal
+    assert optimizer.preconditioner.in_use is optimizer.preconditioner.diagonal
     assert F.mse_loss(model(x), y).item() < before
 
 
@@ -139,7 +139,7 @@ def test_other_parameters_are_looked_at_anew() -> None:
     chosen = refreshed(Partly(5), AutoPreconditioner())
     chosen.reset()
     assert chosen.diagonal.state_dict() == {}
-    assert refreshed(Partly(2), chosen).present is chosen.factors
+    assert refreshed(Partly(2), chosen).in_use is chosen.factors
     chosen.reset()
     assert not chosen.factors.is_known
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(loose: int) -> None:
     twin.load_state_dict(model.state_dict())
     resumed = SaddleFreeNewton(twin.parameters(), krylov_dim=3)
     resumed.load_state_dict(optimizer.state_dict())
-    assert type(resumed.preconditioner.present) is type(optimizer.preconditioner.present)  # type: ignore[attr-defined]
+    assert type(resumed.preconditioner.in_use) is type(optimizer.preconditioner.in_use)  # type: ignore[attr-defined]
     assert torch.equal(steps(optimizer, model, 4), steps(resumed, twin, 4))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lightning_sfn.newton import (
 )
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.carried import Carried
+from lightning_sfn.newton.kronecker_estimate import estimated
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.momentum import Glide
 from lightning_sfn.newton.outer_step import Descent, Losses
@@ -233,12 +235,15 @@ def test_factors_are_estimated_less_often_between_momentum_steps() -> None:
     optimizer = optimizer_for(model)
     factors = optimizer.preconditioner
     assert isinstance(factors, KroneckerFactors)
-    asked = []
-    original = factors._estimated
-    factors._estimated = lambda *args: (asked.append(len(kinds)), original(*args))[1]  # type: ignore[func-returns-value,method-assign]
-    kinds: list[str] = []
-    while kinds.count("momentum") < 30 and len(kinds) < 200:
-        kinds += kinds_of(optimizer, lambda: F.cross_entropy(model(x), y), 1)
+    asked, kinds = [], list[str]()
+
+    def estimating(*args: Any) -> Any:
+        asked.append(len(kinds))
+        return estimated(*args)
+
+    with mock.patch("lightning_sfn.newton.kronecker.estimated", estimating):
+        while kinds.count("momentum") < 30 and len(kinds) < 200:
+            kinds += kinds_of(optimizer, lambda: F.cross_entropy(model(x), y), 1)
     between = [last - first for first, last in pairwise(asked) if kinds[first] == kinds[last - 1] == "momentum"]
     assert set(between) == {9}
 
@@ -452,6 +457,7 @@ def test_what_a_momentum_step_books_and_leaves() -> None:
         gradients=1,
         inner_steps=1,
         accepted=True,
+        coordinates="identity",
         unfactored=("odd",),
         kind="momentum",
     )

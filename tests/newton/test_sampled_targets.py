@@ -85,6 +85,25 @@ def test_losses_that_weight_their_elements_and_other_functions_are_left_alone() 
     assert not losses.elements
 
 
+def test_the_squared_error_knows_its_prediction_by_its_graph() -> None:
+    prediction, target = torch.randn(4, dtype=D, requires_grad=True), torch.randn(4, dtype=D)
+    gradients = []
+    for pair in ((prediction, target), (target, prediction)):
+        losses = ElementwiseLosses(torch.Generator().manual_seed(0))
+        answer = losses.answer(F.mse_loss, pair, {})
+        assert answer is not None
+        gradients.append(torch.autograd.grad(answer, prediction)[0])
+    assert torch.equal(*gradients)
+
+
+def test_targets_that_depend_on_parameters_are_not_drawn() -> None:
+    first, second = (torch.randn(4, dtype=D, requires_grad=True) for _ in range(2))
+    losses = ElementwiseLosses(torch.Generator())
+    assert losses.answer(F.mse_loss, (first, second), {}) is None
+    assert losses.answer(F.cross_entropy, (first, second.softmax(0)), {}) is None
+    assert not losses.elements
+
+
 def test_a_single_case_is_drawn_like_a_batch_of_one() -> None:
     logits, target = torch.tensor([0.5, -1.0, 0.2], dtype=D), torch.tensor(2)
     alone = drawn(F.cross_entropy, logits, target)
