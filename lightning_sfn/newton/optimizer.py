@@ -450,8 +450,8 @@ class SaddleFreeNewton(Optimizer):
         own = type(self.preconditioner).__name__
         if newton["coordinates"] != own:
             raise ValueError(
-                f"The state was saved with a {newton['coordinates']}, but this optimizer has a {own}: build it with the "
-                "preconditioner that the state was saved with."
+                f"The state was saved with a {newton['coordinates']}, but this optimizer has a {own}: build it with "
+                "the preconditioner that the state was saved with."
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "newton"})
         device = self._parameters.device

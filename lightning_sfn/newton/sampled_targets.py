@@ -40,7 +40,8 @@ class ElementwiseLosses:
             kwargs: Its keyword arguments.
 
         Returns:
-            The loss, reduced as asked for; ``None`` if the function is not a known loss, or weights its elements, and where its targets depend on parameters.
+            The loss, reduced as asked for; ``None`` if the function is not a known loss, or weights its elements, or if
+            its targets depend on parameters.
         """
         if function not in _SAMPLERS:
             return None

@@ -135,6 +135,46 @@ def test_a_loss_that_cannot_be_watched_gets_the_diagonal() -> None:
     assert F.mse_loss(model(x), y).item() < before
 
 
+def test_where_there_is_no_room_for_factors_the_diagonal_stays_and_it_is_said_once() -> None:
+    model, (x, y) = Partly(2), data()
+    optimizer = SaddleFreeNewton(model.parameters(), krylov_dim=4)
+    shortage = torch.OutOfMemoryError("CUDA out of memory.")
+    with mock.patch("lightning_sfn.newton.kronecker_estimate._observe", side_effect=shortage) as asked:
+        with pytest.warns(UserWarning, match=r"CUDA out of memory\.\)\. Equilibration is used from now on\.$"):
+            optimizer.step(lambda: F.mse_loss(model(x), y))
+        for _ in range(4):
+            optimizer.step(lambda: F.mse_loss(model(x), y))
+    asked.assert_called_once()
+    assert optimizer.krylov_dim == 4
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.coordinates == "diagonal"
+
+
+@pytest.mark.parametrize("preconditioner", ["auto", "kronecker", "diagonal", None])
+def test_inputs_that_are_always_zero_keep_their_weights(preconditioner: str | None) -> None:
+    """A random start vector must not carry them along, nor a rotation spread rounding to them."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 8) * torch.tensor([1.0, 1, 0, 1, 0, 1, 1, 0])
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    before = model[0].weight.detach().clone()
+    optimizer = SaddleFreeNewton(model.parameters(), preconditioner=preconditioner)
+    for _ in range(6):
+        optimizer.step(lambda: F.cross_entropy(model(x), (x[:, 0] > 0).long() + (x[:, 1] > 0)))
+    moved = (model[0].weight.detach() - before).abs().amax(0)
+    assert (moved == 0).tolist() == [False, False, True, False, True, False, False, True]
+
+
+def test_a_state_of_other_coordinates_is_refused_and_nothing_lost() -> None:
+    model = Partly(2)
+    saved = SaddleFreeNewton(model.parameters(), lr=0.5, preconditioner="diagonal").state_dict()
+    optimizer = SaddleFreeNewton(model.parameters(), lr=0.25)
+    with pytest.raises(
+        ValueError, match=r"^The state was saved with a DiagonalPreconditioner, but this optimizer has a "
+    ):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
 def test_other_parameters_are_looked_at_anew() -> None:
     chosen = refreshed(Partly(5), AutoPreconditioner())
     chosen.reset()
