@@ -119,8 +119,8 @@ def all_runs(state: dict[str, Any]) -> dict[str, Run]:
         "float32": run(1, torch.float32, damping=1.0),
         "float32 sharded": run(1, torch.float32, damping=1.0, basis="sharded"),
         "paper": run(1, krylov_dim=12, damping="grid", previous_directions=1, secants=False, preconditioner=None),
-        "kronecker": run(3, preconditioner="auto", krylov_dim=16),
-        "kronecker sharded": run(3, preconditioner="auto", krylov_dim=16, basis="sharded"),
+        "kronecker": run(2, preconditioner="auto", krylov_dim=16),
+        "kronecker sharded": run(2, preconditioner="auto", krylov_dim=16, basis="sharded"),
         "exact": run(1, krylov_dim="full", basis="sharded"),
         "resumed": run(1, basis="sharded", state=state),
     }

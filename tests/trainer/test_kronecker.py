@@ -47,9 +47,6 @@ class Own(SaddleFreeNewtonMixin, Fitting):
         return self.newton(self.parameters())
 
 
-NOT_FACTORED = ("parameter 2", "parameter 3")  # BatchNorm's
-
-
 def test_the_switch_uses_them_on_an_unchanged_module() -> None:
     callback = SwitchToSFN(switch_at_epoch=1, optimizer=KRONECKER)
     trainer = make_trainer(4, callbacks=[callback])
@@ -59,7 +56,7 @@ def test_the_switch_uses_them_on_an_unchanged_module() -> None:
     record = optimizer.last_step
     assert record is not None
     assert record.accepted
-    assert record.unfactored == NOT_FACTORED
+    assert (record.coordinates, record.unfactored) == ("kronecker", ())
 
 
 @pytest.mark.parametrize("strategy", ["sfn", "auto"])
@@ -71,7 +68,7 @@ def test_strategy_and_mixin_use_them(strategy: str) -> None:
     optimizer = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(optimizer, SaddleFreeNewton)
     assert optimizer.last_step is not None
-    assert optimizer.last_step.unfactored == NOT_FACTORED
+    assert (optimizer.last_step.coordinates, optimizer.last_step.unfactored) == ("kronecker", ())
 
 
 HEAVY = partial(KRONECKER, heavy_ball=0.9)
@@ -104,8 +101,9 @@ def test_momentum_steps_take_turns_under_every_driver_and_log_what_they_know(way
     optimizer = getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
     assert isinstance(optimizer, SaddleFreeNewton)
     assert optimizer._glide is not None
-    # A turn of momentum steps is under way, or has ended.
-    assert optimizer._glide.velocity is not None or "momentum" in optimizer._glide.pace.rates
+    # A turn of momentum steps is under way, has just ended, or has been compared.
+    glide = optimizer._glide
+    assert glide.velocity is not None or glide.pace.sown is not None or "momentum" in glide.pace.rates
     values = [value for found in numbers.seen for value in found.values()]
     assert values
     assert all(math.isfinite(value) for value in values)
