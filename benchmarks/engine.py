@@ -19,6 +19,8 @@ import torch
 from engine_parts import basis, growth, memory, products, spectra, steps
 from tqdm import tqdm
 
+from lightning_sfn.experiments.conditions import conditions
+
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measures and writes the results."""
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     content["settings"] = {"device": _name(device), "quick": options.quick, "steps": options.steps}
     for part in tqdm(options.only, desc="engine"):
         content[part] = PARTS[part](device, options)
+        content.setdefault("measured", {})[part] = conditions()  # parts may be from different days and processors
         path = record.write("engine", content, folder=options.folder)
     return path
 

@@ -35,7 +35,8 @@ def numbers(content: Any) -> Iterator[float]:
 def test_everything_is_measured_and_a_part_can_be_measured_again(tmp_path: Path) -> None:
     path = engine.main(["--quick", "--device", "cpu", "--folder", str(tmp_path)])
     first = json.loads(path.read_text())
-    assert {"conditions", "settings", *engine.PARTS} == first.keys()
+    assert {"conditions", "settings", "measured", *engine.PARTS} == first.keys()
+    assert first["measured"].keys() == engine.PARTS.keys()
     assert all(math.isfinite(number) for number in numbers({part: first[part] for part in engine.PARTS}))
     assert all(abs(sum(row["shares"].values()) - 1) < 1e-4 for row in first["steps"])
     assert all(row["steps"] > 0 for row in first["steps"])
@@ -48,6 +49,7 @@ def test_everything_is_measured_and_a_part_can_be_measured_again(tmp_path: Path)
         engine.main(["--quick", "--device", "cpu", "--folder", str(tmp_path), "--only", "memory"]).read_text()
     )
     assert again["spectrum"] == first["spectrum"]
+    assert again["measured"]["spectrum"] == first["measured"]["spectrum"]
 
 
 def test_kept_graphs_keep_to_their_budget() -> None:
