@@ -97,6 +97,10 @@ class AutoPreconditioner(Preconditioner):
         """How much of each step may be taken."""
         return self.in_use.shares(steps)
 
+    def feedback(self, *, accepted: bool, store: BasisStore) -> None:
+        """Tells the coordinates that are in use whether their step was taken."""
+        self.in_use.feedback(accepted=accepted, store=store)
+
     def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
         """The map that is in use for vectors of which each process keeps a part."""
         return self.in_use.on_parts(store, size)

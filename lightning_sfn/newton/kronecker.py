@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot
 from lightning_sfn.newton.kronecker_estimate import FactorsError, Targets, estimated
@@ -119,6 +120,7 @@ class KroneckerFactors(Preconditioner):
         self._roots: list[BlockRoot] = []
         self._limits: list[float] = []  # largest change of outputs for each layer with two factors
         self._shapes: list[torch.Size] = []
+        self._caution, self._shortens = 1.0, False
         self._age = 0
         self._unfactored: tuple[str, ...] = ()
 
@@ -240,8 +242,20 @@ class KroneckerFactors(Preconditioner):
         if not self._limits:
             return super().shares(steps)
         shifts = torch.stack(self._shifts(steps)).double().cpu()
-        limits = torch.tensor(self._limits, dtype=torch.float64).unsqueeze(1)
-        return (limits / shifts).amin(0).clamp_max(1.0)
+        limits = self._caution * torch.tensor(self._limits, dtype=torch.float64).unsqueeze(1)
+        shares = (limits / shifts).amin(0).clamp_max(1.0)
+        self._shortens = bool((shares < 1).any())
+        return shares
+
+    def feedback(self, *, accepted: bool, store: BasisStore) -> None:
+        """Allows a quarter where a shortened step was too long, and twice as much again after one that was taken.
+
+        More damping would not help: all steps along one direction that are too long are shortened to the same one.
+        """
+        if accepted:
+            self._caution = min(1.0, 2 * self._caution)
+        elif store.agreed(float(self._shortens)):
+            self._caution /= 4
 
     def _shifts(self, steps: Tensor) -> list[Tensor]:
         pieces = self._pieces(steps)
@@ -270,6 +284,7 @@ class KroneckerFactors(Preconditioner):
         blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
         shapes = [list(shape) for shape in self._shapes]
         own = {"blocks": blocks, "shapes": shapes, "limits": list(self._limits)}
+        own |= {"caution": self._caution}
         return own | {"age": self._age, "unfactored": list(self.unfactored)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -283,7 +298,7 @@ class KroneckerFactors(Preconditioner):
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
         self._adopt(blocks)
-        self._limits = list(state["limits"])
+        self._limits, self._caution = list(state["limits"]), state["caution"]
         self._unfactored = tuple(state["unfactored"])
 
 

@@ -72,6 +72,14 @@ class Preconditioner(ABC):
         """
         return torch.ones(len(steps), dtype=torch.float64)
 
+    def feedback(self, *, accepted: bool, store: BasisStore) -> None:  # noqa: B027
+        """Learns whether the step was taken that `shares` allowed.
+
+        Args:
+            accepted: Whether it lowered the loss.
+            store: By which processes agree on numbers.
+        """
+
     def on_parts(self, store: BasisStore, size: int) -> "Preconditioner":
         """The same map for vectors of which each process keeps a part.
 

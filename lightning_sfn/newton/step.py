@@ -362,6 +362,7 @@ def take_inner_step(
     after, predicted, step = best
     accepted = step is not None and after < trial.loss
     strategy.feedback(accepted=accepted, reduction_ratio=(trial.loss - after) / predicted if predicted > 0 else 0.0)
+    model.preconditioner.feedback(accepted=accepted, store=model.space.store)
     chosen = choice.damping if model.rule.damped else math.nan
     record = replace(record, damping=chosen, trials=record.trials + choice.trials)
     if not accepted or step is None:

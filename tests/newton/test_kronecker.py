@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sfn import SaddleFreeNewton
 from lightning_sfn.newton import HessianOperator, KroneckerFactors, Objective
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.kronecker_blocks import Block
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.weight_uses import WatchingWeights
 
+from .cases import make
 from .ranks import on_ranks
 
 D = torch.float64
@@ -476,3 +478,32 @@ def test_four_lanczos_vectors_are_enough_by_default_and_one_without_negative_cur
         optimizer.step(lambda: F.mse_loss(model(x), x[:, :2].square()))
         assert optimizer.last_step is not None
         assert optimizer.last_step.subspace_dim == expected
+
+
+def test_a_shortened_step_that_was_too_long_is_shortened_more_until_one_is_taken() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(20, 3, dtype=D)
+    factors = refreshed(model, lambda: model(x).square().mean())
+    long, short = (torch.full((1, 21), size, dtype=D) for size in (50.0, 1e-6))
+    first, store = float(factors.shares(long)), BasisStore()
+    allowed = []
+    for step, accepted in ((long, False), (long, False), (short, False), (long, True), (long, True), (long, True)):
+        factors.shares(step)
+        factors.feedback(accepted=accepted, store=store)
+        allowed.append(float(factors.shares(long)) / first)
+    assert allowed == pytest.approx([1 / 4, 1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2])
+    twin = KroneckerFactors()
+    twin.load_state_dict(factors.state_dict())
+    assert torch.equal(twin.shares(long), factors.shares(long))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_start_is_too_far_for_gauss_newton_steps(seed: int) -> None:
+    """On seven cases, factors of a few drawn targets point far away now and then."""
+    case = make("mlp_classifier")
+    optimizer = SaddleFreeNewton(case.parameters, curvature="gauss_newton", seed=seed)
+    first = float(case.closure().detach())
+    for _ in range(12):
+        optimizer.step(case.pair)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.loss_after < 0.6 * first
