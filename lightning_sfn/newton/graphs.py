@@ -5,7 +5,7 @@ come on top (2.8 gradients in place of 1.8 on a deep autoencoder).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,18 @@ Retention = Literal["auto", "retain", "recompute"]
 Graph = TypeVar("Graph")
 
 
+_EDGES_ARE_SAFE = torch.__version__ >= "2.13"  # in 2.6 one into a node with an undefined gradient ends the interpreter
+
+
 def root_of(tensor: Tensor) -> GradientEdge | None:
-    """Where backward passes from a tensor begin, without the memory of its values; ``None`` if it has no graph."""
-    return get_gradient_edge(tensor) if tensor.requires_grad else None
+    """Where backward passes from a tensor begin; ``None`` if it has no graph.
+
+    From torch 2.13 on without the memory of its values, which `GraphBudget` does not count.
+    """
+    if not tensor.requires_grad:
+        return None
+    # Either is good as a root of `torch.autograd.grad`, which has no type for a mixture.
+    return get_gradient_edge(tensor) if _EDGES_ARE_SAFE else cast("GradientEdge", tensor)
 
 
 class GraphBudget:

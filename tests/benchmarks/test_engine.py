@@ -52,6 +52,7 @@ def test_everything_is_measured_and_a_part_can_be_measured_again(tmp_path: Path)
     assert again["measured"]["spectrum"] == first["measured"]["spectrum"]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="before torch 2.13 graphs keep the values of their gradient")
 def test_kept_graphs_keep_to_their_budget() -> None:
     """By the allocator's books, not by the budget's own."""
     rows = memory.measure(CPU, quick=True)
