@@ -162,9 +162,11 @@ def test_no_cycle_ends_above_the_best_point_of_its_momentum_turn() -> None:
     glide = step_until(optimizer, closure, lambda glide: glide.pace.kind == "momentum" and glide.pace.spent >= 10)
     assert glide.best is not None
     best_loss, best = glide.best[0], glide.best[1].clone()
-    with torch.no_grad():  # a little uphill: not astray
-        for parameter in model.parameters():
-            parameter.mul_(1 - 1e-3)
+    parameters = FlatParameters(model.parameters())
+    parameters.write(best)
+    uphill = parameters.flatten(torch.autograd.grad(closure(), parameters.tensors))
+    with torch.no_grad():
+        parameters.write(best + 1e-2 * uphill)  # not astray
     assert best_loss < float(closure().detach()) < 1.1 * best_loss
     glide.pace.end_momentum()
     optimizer.param_groups[0]["lr"] = 1e-12
