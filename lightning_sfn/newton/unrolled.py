@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["stacked", "unrolled"]
+__all__ = ["FUSED", "stacked", "unrolled"]
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Run = Callable[[Tensor, list[Tensor], Sequence[Tensor], bool], tuple[Tensor, list[Tensor]]]
@@ -117,3 +117,6 @@ _CELLS: dict[Callable[..., Any], Callable[..., list[Tensor]]] = {
     torch.lstm: _lstm,
     torch.gru: _gru,
 }
+
+FUSED = frozenset(_CELLS)
+"""The functions that `unrolled` knows."""

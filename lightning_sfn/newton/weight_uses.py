@@ -17,7 +17,7 @@ from lightning_sfn.newton.attention import attended
 from lightning_sfn.newton.convolution import for_each_dimension
 from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
-from lightning_sfn.newton.unrolled import unrolled
+from lightning_sfn.newton.unrolled import FUSED, unrolled
 
 __all__ = ["Kind", "Use", "WatchingWeights"]
 
@@ -89,8 +89,9 @@ class WatchingWeights(TorchFunctionMode):
             return output
         if self._losses is not None and (loss := self._losses.answer(func, args, kwargs)) is not None:
             return loss
-        if saved_tensor_hooks() == self._hooks and (results := self._written_out(func, args, kwargs)) is not None:
-            return results
+        if func in _HIDING and saved_tensor_hooks() == self._hooks:
+            results = self._written_out(func, args, kwargs)
+            return func(*args, **kwargs) if results is None else results
         return func(*args, **kwargs)
 
     def _written_out(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...] | None:
@@ -129,24 +130,27 @@ def _of_embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> _
     return _Seen("embedding", weight, None, lambda: input.detach().reshape(-1))
 
 
+def _of_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, channels: int, normalize: Callable[[Tensor], Tensor]
+) -> _Seen | None:
+    """A norm with a number for each entry of one dimension of its input, the channels."""
+    if weight is None or weight.dim() != 1:
+        return None
+    size = len(weight)
+    rows = lambda: normalize(input.detach()).movedim(channels, -1).reshape(-1, size)  # noqa: E731
+    return _Seen("norm", weight, bias, rows, channels)
+
+
 def _of_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> _Seen | None:
-    if weight is None or weight.dim() != 1:
-        return None
-    return _Seen(
-        "norm", weight, bias, lambda: F.layer_norm(input.detach(), normalized_shape, eps=eps).reshape(-1, len(weight))
-    )
+    return _of_norm(input, weight, bias, -1, lambda x: F.layer_norm(x, normalized_shape, eps=eps))
 
 
 def _of_rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> _Seen | None:
-    if weight is None or weight.dim() != 1:
-        return None
-    return _Seen(
-        "norm", weight, None, lambda: F.rms_norm(input.detach(), normalized_shape, eps=eps).reshape(-1, len(weight))
-    )
+    return _of_norm(input, weight, None, -1, lambda x: F.rms_norm(x, normalized_shape, eps=eps))
 
 
 def _of_batch_norm(
@@ -159,24 +163,14 @@ def _of_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> _Seen | None:
-    if weight is None:
-        return None
     known = (None, None) if training else (running_mean, running_var)  # watching must not count the batch once more
-    return _of_channels(input, weight, bias, lambda x: F.batch_norm(x, *known, training=training, eps=eps))
+    return _of_norm(input, weight, bias, 1, lambda x: F.batch_norm(x, *known, training=training, eps=eps))
 
 
 def _of_group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> _Seen | None:
-    if weight is None:
-        return None
-    return _of_channels(input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
-
-
-def _of_channels(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: Callable[[Tensor], Tensor]) -> _Seen:
-    """A norm whose entries belong to channels, the second dimension of its input."""
-    rows = lambda: normalize(input.detach()).movedim(1, -1).reshape(-1, len(weight))  # noqa: E731
-    return _Seen("norm", weight, bias, rows, channels=1)
+    return _of_norm(input, weight, bias, 1, lambda x: F.group_norm(x, num_groups, eps=eps))
 
 
 def _of_convolution(
@@ -215,3 +209,6 @@ _RULES: dict[Callable[..., Any], Callable[..., _Seen | None]] = {
     F.conv1d: _of_convolution,
     F.conv2d: _of_convolution,
 }
+
+_HIDING = FUSED | {F.multi_head_attention_forward}
+"""Functions whose products with weights no torch function mode sees."""
