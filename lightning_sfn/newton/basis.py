@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton import reductions
-from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.processes import Processes
 
 __all__ = ["BasisName", "BasisStore", "check_basis"]
@@ -146,10 +145,6 @@ class BasisStore:
         """Where a mask of shape ``(n,)`` is true on any process; the same everywhere already unless shared out."""
         owners = self._owners
         return mask if owners is None else owners.sum(mask.float()) > 0
-
-    def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
-        """The part of the mean, over the processes that share an objective, of a whole vector."""
-        return objective.reduce(vector) if self._owners is None else objective.reduce_part(vector)
 
     # ------------------------------------------------------------------------------------------------ arithmetic
 

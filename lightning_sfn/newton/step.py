@@ -289,12 +289,11 @@ def _krylov_space(
 
     def matvec(vector: Tensor) -> Tensor:
         image = operator.local_matvec(preconditioner.scale(vector))
-        if store.is_shared_out:  # the map is linear and the same everywhere, so it may come before the mean
-            reached.logical_or_(image != 0)
-            return store.mean_part(operator.objective, preconditioner.scale(image))
-        image = operator.objective.reduce(image)
+        if not store.is_shared_out:
+            image = operator.objective.reduce(image)
         reached.logical_or_(image != 0)
-        return store.local(preconditioner.scale(image))
+        image = preconditioner.scale(image)  # linear and the same everywhere, so it may come before the mean
+        return operator.objective.reduce_part(image) if store.is_shared_out else store.local(image)
 
     start = preconditioner.scale(gradient)
     length = norm(start).to(start.dtype)

@@ -27,10 +27,11 @@ from lightning_sfn.newton.carried import Carried
 from lightning_sfn.newton.kronecker_estimate import estimated
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.momentum import Glide
-from lightning_sfn.newton.outer_step import Descent, Losses
+from lightning_sfn.newton.outer_step import Losses
 from lightning_sfn.newton.pace import Pace
 from lightning_sfn.newton.step import StepRecord
-from lightning_sfn.newton.trust_region import RULES
+
+from .doubles import descent
 
 D = torch.float64
 CURVATURE = torch.tensor([1.0, 0.3, 0.05], dtype=D)
@@ -323,22 +324,6 @@ class Closing(HessianOperator):
     def close(self) -> None:
         self.closed = True
         super().close()
-
-
-def descent(**options: Any) -> Descent:
-    return Descent(
-        **{
-            "krylov_dim": 2,
-            "preconditioner": IdentityPreconditioner(),
-            "rule": RULES["saddle_free"],
-            "exploration": 0.0,
-            "generator": torch.Generator(),
-            "learning_rates": 1.0,
-            "max_grad_norm": None,
-            "max_step_norm": None,
-            **options,
-        }
-    )
 
 
 def remembering() -> Carried:

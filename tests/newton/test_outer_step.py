@@ -26,6 +26,7 @@ from lightning_sfn.newton.step import StepRecord, SubspaceModel
 from lightning_sfn.newton.trust_region import RULES
 
 from .cases import bits, quadratic, symmetric
+from .doubles import Listening, descent
 from .ranks import Reversing
 
 ROOT = symmetric(5)
@@ -34,22 +35,6 @@ MATRIX = ROOT @ ROOT.T + torch.eye(5, dtype=torch.float64)
 
 def leaf() -> Tensor:
     return torch.linspace(-1.0, 2.0, 5, dtype=torch.float64).requires_grad_()
-
-
-def descent(**options: Any) -> Descent:
-    return Descent(
-        **{
-            "krylov_dim": 5,
-            "preconditioner": IdentityPreconditioner(),
-            "rule": RULES["saddle_free"],
-            "exploration": 0.0,
-            "generator": torch.Generator().manual_seed(0),
-            "learning_rates": 1.0,
-            "max_grad_norm": None,
-            "max_step_norm": None,
-            **options,
-        }
-    )
 
 
 def take(
@@ -329,17 +314,6 @@ def test_products_that_are_not_finite_are_refused_in_one_sentence() -> None:
 # ------------------------------------------------------------------------------------------------ inner steps
 
 
-class Listening(FixedDamping):
-    """Notes what it learns of steps."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__(value)
-        self.heard: list[tuple[bool, float]] = []
-
-    def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
-        self.heard.append((accepted, reduction_ratio))
-
-
 def damped(x: Tensor, curvature: Tensor = MATRIX) -> Tensor:
     """Where a step with damping 2 ends, by a dense solution."""
     step: Tensor = torch.linalg.solve(curvature + 2 * torch.eye(5, dtype=torch.float64), -(MATRIX @ x))
@@ -502,20 +476,13 @@ def test_a_caller_may_tell_that_the_function_is_the_same(told: bool | None, coun
     assert len(state.memory) == count
 
 
-class Backwards(Reversing):
-    """Products come back to front as well."""
-
-    def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
-        return self.local(vector)
-
-
 def test_how_vectors_are_kept_makes_no_difference() -> None:
     """Two steps, so that remembered ones join; they are kept as the basis is."""
     x, y, state, kept = leaf(), leaf(), carried(), carried()
     for _ in range(2):
         take(x, same(Objective([quadratic(MATRIX)(x)])), descent(krylov_dim=2), Search(FixedDamping(1.0), 2), state)
         losses = same(Objective([quadratic(MATRIX)(y)]))
-        take(y, losses, descent(krylov_dim=2), Search(FixedDamping(1.0), 2), kept, Backwards())
+        take(y, losses, descent(krylov_dim=2), Search(FixedDamping(1.0), 2), kept, Reversing())
     torch.testing.assert_close(x, y)
     for ours, theirs in zip(state.memory.directions, kept.memory.directions, strict=True):
         torch.testing.assert_close(ours.vector, theirs.vector.flip(-1))

@@ -29,6 +29,7 @@ from lightning_sfn.newton.step import SubspaceModel, TrialLoss, build_subspace, 
 from lightning_sfn.newton.trust_region import RULES
 
 from .cases import DTYPES, bits, make, quadratic, reference, saddle, symmetric
+from .doubles import Listening
 from .ranks import Reversing
 
 PLAIN = {"previous_directions": 0, "preconditioner": None, "exploration": 0.0, "inner_steps": 1}
@@ -152,17 +153,6 @@ def inner_step(
         record=record or StepRecord(4.75, 4.75, 1.0),
     )
     return record, step, x.detach()
-
-
-class Listening(FixedDamping):
-    """Notes what it learns of a step."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__(value)
-        self.heard: list[tuple[bool, float]] = []
-
-    def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
-        self.heard.append((accepted, reduction_ratio))
 
 
 @pytest.mark.parametrize(("share", "accepted"), [(1.0, True), (0.5, True), (-0.5, False)])
@@ -595,13 +585,6 @@ def test_remembered_steps_and_their_products_are_brought_into_the_coordinates() 
     assert space.products == 2
 
 
-class Backwards(Reversing):
-    """Products come back to front as well."""
-
-    def mean_part(self, objective: Objective, vector: Tensor) -> Tensor:
-        return self.local(vector)
-
-
 def test_remembered_steps_without_products_cost_one_each() -> None:
     axis = [0.0, 0.0, 0.0, 0.0, 2.0]
     gradient = torch.tensor([7.0, 0, 0, 0, 0], dtype=torch.float64)
@@ -618,7 +601,7 @@ def test_how_vectors_are_kept_makes_no_difference(preconditioner: Preconditioner
     backwards = remembered((step[::-1], product[::-1]))
     options = {"krylov_dim": 2, "preconditioner": preconditioner, "seed": torch.ones(5, dtype=torch.float64)}
     plain = subspace(matrix, gradient, memory=remembered((step, product)), **options)
-    kept = subspace(matrix, gradient, memory=backwards, store=Backwards(), **options)
+    kept = subspace(matrix, gradient, memory=backwards, store=Reversing(), **options)
     assert len(kept) == 3
     torch.testing.assert_close(kept.projected, plain.projected)
     torch.testing.assert_close(kept.basis.flip(-1), plain.basis)
