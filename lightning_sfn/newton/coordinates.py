@@ -133,7 +133,7 @@ def make_preconditioner(preconditioner: str | Preconditioner | None) -> Precondi
         return IdentityPreconditioner()
     if isinstance(preconditioner, Preconditioner):
         return preconditioner
-    if preconditioner not in _NAMED:
+    if not isinstance(preconditioner, str) or preconditioner not in _NAMED:
         names = ", ".join(repr(name) for name in _NAMED)
         raise ValueError(f"preconditioner is {preconditioner!r}, but None, {names} or a Preconditioner is expected.")
     return _NAMED[preconditioner]()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot
-from lightning_sfn.newton.kronecker_estimate import FactorsError, Targets, estimated
+from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits, Targets, estimated
+from lightning_sfn.newton.options import require_at_least, require_whole
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 
@@ -93,32 +94,31 @@ class KroneckerFactors(Preconditioner):
         """See the class."""
         if targets not in ("sampled", "given"):
             raise ValueError(f"targets is {targets!r}, but 'sampled' or 'given' is expected.")
-        if refresh_every < 1 or int(refresh_every) != refresh_every:
-            raise ValueError(f"refresh_every is {refresh_every}, but a whole number of at least 1 is expected.")
-        if not 0 <= average < 1:
+        require_whole("refresh_every", refresh_every, 1)
+        require_at_least("average", average, 0)
+        require_at_least("damping", damping, 0)
+        require_whole("max_width", max_width, 0)
+        require_at_least("min_rows", min_rows, 0)
+        require_at_least("min_coverage", min_coverage, 0)
+        if average >= 1:
             raise ValueError(f"average is {average}, but a number from 0 to less than 1 is expected.")
-        if not (math.isfinite(damping) and damping > 0):
+        if damping == 0:
             raise ValueError(f"damping is {damping}, but a positive number is expected.")
-        if max_width < 0 or int(max_width) != max_width:
-            raise ValueError(f"max_width is {max_width}, but a whole number of at least 0 is expected.")
-        if max_memory is not None and max_memory < 0:
-            raise ValueError(f"max_memory is {max_memory}, but a number of bytes or None is expected.")
-        if not (math.isfinite(min_rows) and min_rows >= 0):
-            raise ValueError(f"min_rows is {min_rows}, but a number of at least 0 is expected.")
-        if not 0 <= min_coverage <= 1:
+        if min_coverage > 1:
             raise ValueError(f"min_coverage is {min_coverage}, but a number from 0 to 1 is expected.")
+        if max_memory is not None:
+            require_at_least("max_memory", max_memory, 0)
         self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
         self.targets: Targets = targets
         self.refresh_every, self.average, self.damping = refresh_every, average, damping
-        self.max_width, self.max_memory = max_width, max_memory
-        self.min_rows, self.min_coverage = min_rows, min_coverage
+        self.limits, self.min_coverage = Limits(max_width, max_memory, min_rows), min_coverage
         self.reset()
 
     def reset(self) -> None:
         """Forgets the factors."""
         self._blocks: list[Block] = []
         self._roots: list[BlockRoot] = []
-        self._limits: list[float] = []  # largest change of outputs for each layer with two factors
+        self._allowed: list[float] = []  # largest change of outputs for each layer with two factors
         self._shapes: list[torch.Size] = []
         self._caution, self._shortens = 1.0, False
         self._age = 0
@@ -183,8 +183,7 @@ class KroneckerFactors(Preconditioner):
         parameters = operator.parameters
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self._age = 1
-        limits = (self.max_width, self.max_memory, self.min_rows)
-        blocks = estimated(operator.objective, parameters, seed, self.targets, *limits)
+        blocks = estimated(operator.objective, parameters, seed, self.targets, self.limits)
         magnitudes = [block.magnitude for block in blocks]
         if not all(map(math.isfinite, magnitudes)) or max(magnitudes) == 0:
             raise FactorsError("Kronecker factors are zero or not finite at the present parameters")
@@ -192,7 +191,7 @@ class KroneckerFactors(Preconditioner):
             raise FactorsError("Too few of the parameters belong to layers that have Kronecker factors")
         self._shapes = list(parameters.shapes)
         self._adopt(self._averaged(blocks))
-        self._limits = self._allowed_shifts(parameters)
+        self._allowed = self._allowed_shifts(parameters)
         self._unfactored = tuple(
             self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
@@ -239,10 +238,10 @@ class KroneckerFactors(Preconditioner):
 
         Longer steps saturate units. Their gradients vanish with them, and no curvature tells the way back.
         """
-        if not self._limits:
+        if not self._allowed:
             return super().shares(steps)
         shifts = torch.stack(self._shifts(steps)).double().cpu()
-        limits = self._caution * torch.tensor(self._limits, dtype=torch.float64).unsqueeze(1)
+        limits = self._caution * torch.tensor(self._allowed, dtype=torch.float64).unsqueeze(1)
         shares = (limits / shifts).amin(0).clamp_max(1.0)
         self._shortens = bool((shares < 1).any())
         return shares
@@ -283,8 +282,7 @@ class KroneckerFactors(Preconditioner):
             return {"age": self._age}
         blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
         shapes = [list(shape) for shape in self._shapes]
-        own = {"blocks": blocks, "shapes": shapes, "limits": list(self._limits)}
-        own |= {"caution": self._caution}
+        own = {"blocks": blocks, "shapes": shapes, "limits": list(self._allowed), "caution": self._caution}
         return own | {"age": self._age, "unfactored": list(self.unfactored)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,7 +296,7 @@ class KroneckerFactors(Preconditioner):
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
         self._adopt(blocks)
-        self._limits, self._caution = list(state["limits"]), state["caution"]
+        self._allowed, self._caution = list(state["limits"]), state["caution"]
         self._unfactored = tuple(state["unfactored"])
 
 

@@ -6,6 +6,7 @@ A loss is evaluated once while the uses of its weights are watched, and differen
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.weight_uses import Use, WatchingWeights
 
-__all__ = ["FactorsError", "NoRoomForFactors", "Targets", "estimated"]
+__all__ = ["FactorsError", "Limits", "NoRoomForFactors", "Targets", "estimated"]
 
 Targets = Literal["sampled", "given"]
 """Where output gradients come from: targets drawn from the model, or those of the data."""
@@ -34,14 +35,23 @@ class NoRoomForFactors(FactorsError):  # noqa: N818
     """Memory ran out in estimating factors."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How large factors may be; see `KroneckerFactors` for the options.
+
+    Attributes:
+        max_width: Factors wider than this are diagonal.
+        max_memory: Bytes for factors, eigenvectors and scales; ``None`` for no limit.
+        min_rows: Factors for which there are fewer rows of data than this for each unit of their width are diagonal.
+    """
+
+    max_width: int
+    max_memory: int | None
+    min_rows: float
+
+
 def estimated(
-    objective: Objective,
-    parameters: FlatParameters,
-    seed: int,
-    targets: Targets,
-    max_width: int,
-    max_memory: int | None,
-    min_rows: float,
+    objective: Objective, parameters: FlatParameters, seed: int, targets: Targets, limits: Limits
 ) -> list[Block]:
     """The factors of all parameters, the mean over processes.
 
@@ -50,9 +60,7 @@ def estimated(
         parameters: The parameters.
         seed: Of the sampled targets, the same on all processes; each draws its own from it.
         targets: Where output gradients come from.
-        max_width: Factors wider than this are diagonal.
-        max_memory: Bytes for factors, eigenvectors and scales.
-        min_rows: So are factors for which there are fewer rows of data than this for each unit of their width.
+        limits: How large factors may be.
 
     Returns:
         A block for each layer, and one for each parameter that belongs to none.
@@ -61,17 +69,17 @@ def estimated(
         FactorsError: The loss cannot be evaluated while it is watched; raised on all processes.
         ProcessError: Another process failed.
     """
-    own, reports = _observed(objective, parameters, seed, targets, max_width, max_memory)
+    own, reports = _observed(objective, parameters, seed, targets, limits)
     rows: Counter[Signature] = Counter()
     hidden: set[Signature] = set()
     for signature, count, is_hidden in reports:
         rows[signature] += count
         hidden |= {signature} if is_hidden else set()
     blocks = []
-    for signature in _resolve(set(rows), parameters, max_width, max_memory):
+    for signature in _resolve(set(rows), parameters, limits):
         block = own.block(signature)
         block.hidden = signature in hidden
-        blocks.append(block.narrowed(rows[signature] / min_rows) if min_rows > 0 and signature in rows else block)
+        blocks.append(block.narrowed(rows[signature] / limits.min_rows) if limits.min_rows > 0 else block)
     factors = [factor for block in blocks for factor in (block.inputs, block.outputs)]
     means = objective.reduce(torch.cat([factor.reshape(-1) for factor in factors]))
     sizes = [factor.numel() for factor in factors]
@@ -85,16 +93,11 @@ Seen = tuple[Signature, int, bool]
 
 
 def _observed(
-    objective: Objective,
-    parameters: FlatParameters,
-    seed: int,
-    targets: Targets,
-    max_width: int,
-    max_memory: int | None,
+    objective: Objective, parameters: FlatParameters, seed: int, targets: Targets, limits: Limits
 ) -> tuple["_Sums", list[Seen]]:
     """What this process sees, and the uses that all processes see."""
     processes = objective.processes
-    sums, failure = _Sums(parameters, max_width, max_memory), None
+    sums, failure = _Sums(parameters, limits), None
     try:
         _observe(objective, parameters, seed + (processes.rank if processes else 0), targets, sums)
     except Exception as error:
@@ -121,12 +124,11 @@ class _Sums:
 
     Args:
         parameters: The parameters.
-        max_width: Factors wider than this are diagonal.
-        max_memory: Bytes for factors, eigenvectors and scales.
+        limits: How large factors may be.
     """
 
-    def __init__(self, parameters: FlatParameters, max_width: int, max_memory: int | None) -> None:
-        self._parameters, self._limits = parameters, (max_width, max_memory)
+    def __init__(self, parameters: FlatParameters, limits: Limits) -> None:
+        self._parameters, self._limits = parameters, limits
         self._index = {id(p): i for i, p in enumerate(parameters.tensors)}
         self._blocks: dict[Signature, Block] = {}
         self._rows: Counter[Signature] = Counter()
@@ -152,7 +154,7 @@ class _Sums:
             places[signature] += gradient.numel() // gradient.shape[use.channels]
             self._hidden |= {signature} if use.output.node in seen_from_others else set()
         self._rows += places
-        kept = set(_resolve(set(self._rows), self._parameters, *self._limits))
+        kept = set(_resolve(set(self._rows), self._parameters, self._limits))
         for signature, use, gradient in reached:
             if signature in kept:
                 rows = use.rows(gradient)
@@ -166,7 +168,7 @@ class _Sums:
         """The sums for a signature."""
         if signature not in self._blocks:
             like = self._parameters.tensors[0].detach()
-            block = Block.zeros(signature, self._parameters.shapes, like, self._limits[0])
+            block = Block.zeros(signature, self._parameters.shapes, like, self._limits.max_width)
             if signature[0] == "number":
                 block.outputs += self._squares.get(signature[1], torch.zeros_like(block.outputs))
             self._blocks[signature] = block
@@ -219,9 +221,7 @@ def _heads(loss: Tensor, elements: list[Tensor], weight: float) -> tuple[list[Te
     return [element for element, _ in pairs], [share for _, share in pairs]
 
 
-def _resolve(
-    signatures: set[Signature], parameters: FlatParameters, max_width: int, max_memory: int | None
-) -> list[Signature]:
+def _resolve(signatures: set[Signature], parameters: FlatParameters, limits: Limits) -> list[Signature]:
     """One block for each parameter: as seen where it was seen in one way and fits, one number elsewhere."""
     owners: dict[int, list[Signature]] = {}
     for signature in signatures:
@@ -229,10 +229,10 @@ def _resolve(
             owners.setdefault(index, []).append(signature)
     single = [s for s in signatures if all(len(owners[i]) == 1 for i in {s[1], s[2]} - {-1})]
     itemsize = parameters.tensors[0].element_size()
-    costs = {signature: Block.cost(signature, parameters.shapes, itemsize, max_width) for signature in single}
+    costs = {signature: Block.cost(signature, parameters.shapes, itemsize, limits.max_width) for signature in single}
     kept, spent = [], 0
     for signature in sorted(single, key=lambda s: (costs[s], s)):
-        if max_memory is None or spent + costs[signature] <= max_memory:
+        if limits.max_memory is None or spent + costs[signature] <= limits.max_memory:
             kept.append(signature)
             spent += costs[signature]
     covered = {index for signature in kept for index in signature[1:]}

@@ -39,6 +39,8 @@ def test_objects_are_taken_as_they_are_and_other_names_refused() -> None:
     assert make_preconditioner(own) is own
     with pytest.raises(ValueError, match=r"^preconditioner is 'adam', but None, 'auto', 'diagonal', 'kronecker' or a"):
         make_preconditioner("adam")
+    with pytest.raises(ValueError, match=r"^preconditioner is \['diagonal'\], but None, 'auto'"):
+        make_preconditioner(["diagonal"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("krylov_dim", "kind"), [(None, AutoPreconditioner), ("full", IdentityPreconditioner)])

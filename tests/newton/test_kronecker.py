@@ -343,7 +343,7 @@ def test_no_step_of_an_optimizer_changes_a_layers_outputs_by_more(heavy_ball: fl
             continue
         step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
         shifts = [float(shift) for shift in factors._shifts(step.unsqueeze(0))]
-        assert all(shift <= limit * (1 + 1e-6) for shift, limit in zip(shifts, factors._limits, strict=True))
+        assert all(shift <= limit * (1 + 1e-6) for shift, limit in zip(shifts, factors._allowed, strict=True))
         longest = max(longest, *shifts)
     assert longest == pytest.approx(1.0)  # the bound was needed
 
@@ -461,7 +461,14 @@ def test_ranks_share_one_estimate() -> None:
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"max_memory": -1}, "max_memory is -1"),
+        ({"max_memory": "1GB"}, "max_memory is '1GB', but a number of at least 0 is expected"),
         ({"max_width": -1}, "max_width is -1"),
+        ({"max_width": "wide"}, "max_width is 'wide', but a number of at least 0 is expected"),
+        ({"min_rows": -1.0}, "min_rows is -1.0"),
+        ({"min_rows": None}, "min_rows is None, but a number of at least 0 is expected"),
+        ({"min_coverage": 1.1}, "min_coverage is 1.1, but a number from 0 to 1 is expected"),
+        ({"min_coverage": "all"}, "min_coverage is 'all', but a number of at least 0 is expected"),
+        ({"average": 1.0}, "average is 1.0, but a number from 0 to less than 1 is expected"),
         ({"max_width": 1.5}, "max_width is 1.5"),
     ],
 )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_sfn.newton import FlatParameters, HessianOperator, KroneckerFactors, Objective
 from lightning_sfn.newton.kronecker_blocks import Block
-from lightning_sfn.newton.kronecker_estimate import FactorsError, NoRoomForFactors, estimated
+from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits, NoRoomForFactors, estimated
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.weight_uses import Use
 
@@ -25,9 +25,9 @@ def estimate(
     model: nn.Module, *parts: Callable[[], Tensor], reduce: Any = None, **options: Any
 ) -> dict[tuple[str, int, int], Block]:
     """The blocks, by signature, from the gradients of the loss as it is."""
-    limits: dict[str, Any] = {"targets": "given", "max_width": 99, "max_memory": None, "min_rows": 0.0, **options}
+    limits = Limits(**{"max_width": 99, "max_memory": None, "min_rows": 0.0, **options})
     objective = Objective(list(parts), reduce=reduce)
-    blocks = estimated(objective, FlatParameters(model.parameters()), 0, **limits)
+    blocks = estimated(objective, FlatParameters(model.parameters()), 0, "given", limits)
     return {block.signature: block for block in blocks}
 
 
