@@ -16,6 +16,7 @@ from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot
 from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits, Targets, estimated
+from lightning_sfn.newton.kronecker_excess import Excess
 from lightning_sfn.newton.options import require_at_least, require_whole
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -43,6 +44,9 @@ class KroneckerFactors(Preconditioner):
     The packed projection of attention is one layer. Where query and key differ (cross attention), its input factor is
     that of both together.
 
+    Where probes show more curvature along the factors' eigenvectors than the factors say (`Excess`), that is believed:
+    it may be negative, or come from what the model gets wrong, of which a Fisher matrix knows nothing.
+
     A step is shortened so that no hidden layer's outputs change by more than 1, or a tenth of their size, in the
     quadratic mean over units and cases: the first steps away from a saddle would otherwise saturate units.
 
@@ -60,6 +64,7 @@ class KroneckerFactors(Preconditioner):
         min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
             their width: what so few rows tell is not worth what the map costs.
         min_coverage: Share of the parameters that must belong to a layer with a rule; otherwise there are no factors.
+        probes: Products that each estimate spends on curvature that the factors do not tell; 0 for the factors alone.
 
     Attributes:
         memory: Bytes that factors, eigenvectors and scales take now.
@@ -90,6 +95,7 @@ class KroneckerFactors(Preconditioner):
         max_memory: int | None = None,
         min_rows: float = 0.0,
         min_coverage: float = 0.0,
+        probes: int = 1,
     ) -> None:
         """See the class."""
         if targets not in ("sampled", "given"):
@@ -99,6 +105,7 @@ class KroneckerFactors(Preconditioner):
         require_at_least("damping", damping, 0)
         require_whole("max_width", max_width, 0)
         require_at_least("min_rows", min_rows, 0)
+        require_whole("probes", probes, 0)
         require_at_least("min_coverage", min_coverage, 0)
         if average >= 1:
             raise ValueError(f"average is {average}, but a number from 0 to less than 1 is expected.")
@@ -112,11 +119,13 @@ class KroneckerFactors(Preconditioner):
         self.targets: Targets = targets
         self.refresh_every, self.average, self.damping = refresh_every, average, damping
         self.limits, self.min_coverage = Limits(max_width, max_memory, min_rows), min_coverage
+        self.probes = probes
         self.reset()
 
     def reset(self) -> None:
         """Forgets the factors."""
         self._blocks: list[Block] = []
+        self._excess: list[Excess] = []
         self._roots: list[BlockRoot] = []
         self._allowed: list[float] = []  # largest change of outputs for each layer with two factors
         self._shapes: list[torch.Size] = []
@@ -190,7 +199,9 @@ class KroneckerFactors(Preconditioner):
         if _coverage(blocks, parameters.shapes) < self.min_coverage:
             raise FactorsError("Too few of the parameters belong to layers that have Kronecker factors")
         self._shapes = list(parameters.shapes)
-        self._adopt(self._averaged(blocks))
+        alone = self._adopt(self._averaged(blocks))
+        for _ in range(self.probes):
+            self._probe(alone, operator, generator)
         self._allowed = self._allowed_shifts(parameters)
         self._unfactored = tuple(
             self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
@@ -215,9 +226,31 @@ class KroneckerFactors(Preconditioner):
         allowed = [max(_SHIFT, _RELATIVE_SHIFT * float(size)) for size in sizes]
         return [most if inner else math.inf for most, inner in zip(allowed, hidden, strict=True)]
 
-    def _adopt(self, blocks: list[Block]) -> None:
+    def _adopt(self, blocks: list[Block]) -> list[BlockRoot]:
+        """Takes over factors, with the excess that is known over others of the same layout.
+
+        Returns:
+            The roots of the factors alone.
+        """
         damping = self.damping * max(block.magnitude for block in blocks)
-        self._blocks, self._roots = blocks, [block.root(damping) for block in blocks]
+        alone = [block.root(damping) for block in blocks]
+        none = [Excess.none(root.scale) for root in alone]
+        if [e.product.shape for e in none] != [e.product.shape for e in self._excess]:
+            self._excess = none
+        self._blocks, self._roots = blocks, _lessened(alone, self._excess)
+        return alone
+
+    def _probe(self, alone: list[BlockRoot], operator: CurvatureOperator, generator: torch.Generator) -> None:
+        """Looks for curvature that the factors alone do not tell."""
+        parameters = operator.parameters
+        probe = torch.randn(parameters.size, dtype=parameters.dtype, device=parameters.device, generator=generator)
+        image = self.scale(operator.matvec(self.scale(probe)))
+        if not bool(torch.isfinite(image).all()):
+            return  # the products of the step will say so
+        pieces = self._pieces(image.unsqueeze(0))
+        along = [root.along(pieces)[0] for root in self._roots]
+        self._excess = [excess.after(each) for excess, each in zip(self._excess, along, strict=True)]
+        self._roots = _lessened(alone, self._excess)
 
     # ------------------------------------------------------------------------------------------------ the map
 
@@ -283,6 +316,7 @@ class KroneckerFactors(Preconditioner):
         blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
         shapes = [list(shape) for shape in self._shapes]
         own = {"blocks": blocks, "shapes": shapes, "limits": list(self._allowed), "caution": self._caution}
+        own["excess"] = [(excess.rows.clone(), excess.columns.clone()) for excess in self._excess]
         return own | {"age": self._age, "unfactored": list(self.unfactored)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -295,9 +329,14 @@ class KroneckerFactors(Preconditioner):
         blocks = []
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
+        self._excess = [Excess(rows.clone(), columns.clone()) for rows, columns in state["excess"]]
         self._adopt(blocks)
         self._allowed, self._caution = list(state["limits"]), state["caution"]
         self._unfactored = tuple(state["unfactored"])
+
+
+def _lessened(roots: list[BlockRoot], excess: list[Excess]) -> list[BlockRoot]:
+    return [root.lessened(each.product) for root, each in zip(roots, excess, strict=True)]
 
 
 def _coverage(blocks: list[Block], shapes: Sequence[torch.Size]) -> float:

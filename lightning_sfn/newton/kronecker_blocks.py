@@ -7,7 +7,7 @@ or S is diagonal, its diagonal is kept.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,10 +145,10 @@ class Block:
         """
         if not self.is_product:  # A is one
             return BlockRoot(self.signature, None, None, (self.outputs + damping).rsqrt())
-        rows, left = _eigen(self.outputs)
-        columns, right = _eigen(self.inputs)
-        values = columns[:, None] * rows if self.signature[0] == "embedding" else rows[:, None] * columns
-        return BlockRoot(self.signature, right, left, (values + damping).rsqrt().to(self.outputs))
+        is_table = self.signature[0] == "embedding"
+        rows, left = _eigen(self.inputs if is_table else self.outputs)
+        columns, right = _eigen(self.outputs if is_table else self.inputs)
+        return BlockRoot(self.signature, left, right, (rows[:, None] * columns + damping).rsqrt().to(self.outputs))
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,42 @@ class BlockRoot:
 
     Attributes:
         signature: Which parameters it is about.
-        right: Eigenvectors of A in columns; ``None`` where A is diagonal.
-        left: Eigenvectors of S in columns; ``None`` where S is diagonal.
+        left: Eigenvectors, in columns, of the factor of a weight's rows: of S for a matrix, of A for a table; ``None``
+            where it is diagonal.
+        right: Eigenvectors of the factor of its columns, likewise.
         scale: The root's eigenvalues: ``(o, i)`` for a matrix, ``(i, o)`` for a table, ``(b, o)`` for what acts element
             by element, ``(1, 1)`` for a number.
     """
 
     signature: Signature
-    right: Tensor | None
     left: Tensor | None
+    right: Tensor | None
     scale: Tensor
+
+    def lessened(self, excess: Tensor) -> "BlockRoot":
+        """The root of a block with so many times the curvature along each eigenvector, shape of ``scale``."""
+        return replace(self, scale=self.scale * excess.rsqrt())
+
+    def along(self, pieces: list[Tensor]) -> Tensor:
+        """Vectors along the eigenvectors.
+
+        Args:
+            pieces: One tensor for each parameter, shape ``(c, *shape)``.
+
+        Returns:
+            Shape ``(c, *scale.shape)``; ``(c, 1, e)`` for the e elements of a parameter that is scaled by one number.
+        """
+        kind, weight, bias = self.signature
+        matrices = pieces[weight].flatten(1).unsqueeze(1) if kind in ("number", "norm") else pieces[weight].flatten(2)
+        if bias >= 0:
+            matrices = torch.cat([matrices, pieces[bias].unsqueeze(self._side)], self._side)
+        rotated = matrices if self.left is None else self.left.T @ matrices
+        return rotated if self.right is None else rotated @ self.right
+
+    @property
+    def _side(self) -> int:
+        """Where the bias joins the weight: as a last row of what acts element by element, else as a last column."""
+        return 1 if self.signature[0] == "norm" else 2
 
     def apply(self, pieces: list[Tensor], power: int) -> None:
         """Multiplies vectors with a power of the root, in place of their pieces.
@@ -175,32 +201,14 @@ class BlockRoot:
             pieces: One tensor for each parameter, shape ``(c, *shape)``.
             power: 1 for the root, -1 for its inverse, 2 for the inverse of the damped block itself.
         """
-        kind, weight, bias = self.signature
-        scale = self.scale if power == 1 else self.scale**power
-        vectors = pieces[weight]
-        if kind == "embedding":
-            pieces[weight] = _in_eigenbasis(vectors, None, self.left, scale)
-        elif kind == "dense":
-            joined = vectors.flatten(2)
-            if bias >= 0:
-                joined = torch.cat([joined, pieces[bias].unsqueeze(-1)], -1)
-            product = _in_eigenbasis(joined, self.left, self.right, scale)
-            if bias >= 0:
-                pieces[bias] = product[..., -1]
-                product = product[..., :-1]
-            pieces[weight] = product.reshape(vectors.shape)
-        else:
-            pieces[weight] = vectors * scale[0]
-            if bias >= 0:
-                pieces[bias] = pieces[bias] * scale[1]
-
-
-def _in_eigenbasis(matrices: Tensor, left: Tensor | None, right: Tensor | None, scale: Tensor) -> Tensor:
-    """Matrices of shape ``(c, r, s)`` rotated, scaled and rotated back; ``None`` stands for the identity."""
-    rotated = matrices if left is None else left.T @ matrices
-    scaled = (rotated if right is None else rotated @ right) * scale
-    scaled = scaled if left is None else left @ scaled
-    return scaled if right is None else scaled @ right.T
+        _, weight, bias = self.signature
+        product = self.along(pieces) * (self.scale if power == 1 else self.scale**power)
+        product = product if self.left is None else self.left @ product
+        product = product if self.right is None else product @ self.right.T
+        if bias >= 0:
+            product, last = torch.split(product, [product.shape[self._side] - 1, 1], self._side)
+            pieces[bias] = last.squeeze(self._side)
+        pieces[weight] = product.reshape(pieces[weight].shape)
 
 
 def _second_moment(rows: Tensor, factor: Tensor) -> Tensor:

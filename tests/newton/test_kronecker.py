@@ -24,7 +24,7 @@ D = torch.float64
 
 
 def refreshed(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> KroneckerFactors:
-    factors = KroneckerFactors(model, **options)
+    factors = KroneckerFactors(model, **({"probes": 0} | options))
     factors.refresh(HessianOperator(Objective([loss]), model.parameters()), torch.Generator().manual_seed(0))
     return factors
 
@@ -335,17 +335,16 @@ def test_no_step_of_an_optimizer_changes_a_layers_outputs_by_more(heavy_ball: fl
         model.parameters(), inner_steps=1, preconditioner=factors, heavy_ball=heavy_ball, damping=1e-6
     )
     loss = lambda: F.mse_loss(model(x), x, reduction="sum") / len(x)  # noqa: E731
-    longest = 0.0
+    largest = 0.0  # share of what is allowed
     for _ in range(60):
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         here = float(loss().detach())
         if float(optimizer.step(loss)) != pytest.approx(here):  # a way was taken back
             continue
         step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
-        shifts = [float(shift) for shift in factors._shifts(step.unsqueeze(0))]
-        assert all(shift <= limit * (1 + 1e-6) for shift, limit in zip(shifts, factors._allowed, strict=True))
-        longest = max(longest, *shifts)
-    assert longest == pytest.approx(1.0)  # the bound was needed
+        shifts = torch.stack(factors._shifts(step.unsqueeze(0)))[:, 0]
+        largest = max(largest, float((shifts / torch.tensor(factors._allowed, dtype=D)).max()))
+    assert largest == pytest.approx(1.0)  # no step exceeded the bound, and one needed it
 
 
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
