@@ -421,7 +421,7 @@ class SaddleFreeNewton(Optimizer):
         shared_out = self.basis == "sharded" and self._processes is not None
         whole = self.memory.mapped(lambda part: store.whole(part, size).cpu()) if shared_out else self.memory
         state["newton"] = replace(self._carried, memory=whole).state_dict() | {
-            "damping": self.damping.value,
+            "damping": self.damping.state_dict(),
             "coordinates": type(self.preconditioner).__name__,
             "preconditioner": self.preconditioner.state_dict(),
             "glide": None if self._glide is None else self._glide.state_dict(),
@@ -455,7 +455,7 @@ class SaddleFreeNewton(Optimizer):
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "newton"})
         device = self._parameters.device
-        self.damping.value = newton["damping"]
+        self.damping.load_state_dict(newton["damping"])
         self.preconditioner.load_state_dict(moved_to(device, newton["preconditioner"]))
         self._carried.load_state_dict(newton, self._store(), device)
         if self._glide is not None and newton.get("glide") is not None:

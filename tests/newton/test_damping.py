@@ -112,6 +112,37 @@ def test_warm_follows_by_factors_of_four_while_the_decrease_grows_by_a_twentieth
     assert strategy.value == choice.damping
 
 
+def test_warm_looks_on_the_side_of_the_last_move_and_then_on_the_other() -> None:
+    strategy = WarmDamping()
+    trials = Trials(well(0.04))
+    for _ in range(5):
+        strategy.choose(trials, scale=1.0, baseline=1.0)
+    # both sides of 0.01, then above 0.04, below, above
+    expected = [[0.01, 0.0025, 0.04], [0.16], [0.04, 0.16], [0.04, 0.01], [0.04, 0.16], [0.04, 0.01]]
+    assert trials.calls == [pytest.approx(call) for call in expected]
+
+
+def test_warm_looks_on_both_sides_after_nothing_improved() -> None:
+    strategy = WarmDamping()
+    strategy.choose(Trials(well(0.04)), scale=1.0, baseline=1.0)
+    strategy.choose(Trials(lambda d: 2.0), scale=1.0, baseline=1.0)
+    trials = Trials(well(0.04))
+    strategy.choose(trials, scale=4.0, baseline=1.0)
+    assert trials.calls[0] == pytest.approx([10.0, 2.5, 40.0])
+
+
+def test_a_restored_search_goes_on_as_the_saved_one() -> None:
+    saved, restored = WarmDamping(), WarmDamping()
+    saved.choose(Trials(well(0.04)), scale=1.0, baseline=1.0)
+    restored.load_state_dict(saved.state_dict())
+    calls = []
+    for strategy in (saved, restored):
+        trials = Trials(well(0.04))
+        strategy.choose(trials, scale=1.0, baseline=1.0)
+        calls.append(trials.calls)
+    assert calls[0] == calls[1]
+
+
 def test_warm_asks_no_further_at_its_bounds() -> None:
     for start, trend in ((1e-9, 1.0), (10.0, -1.0)):
         strategy = WarmDamping()
