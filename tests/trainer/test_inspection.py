@@ -63,7 +63,8 @@ def test_the_numbers_are_those_of_the_callback(
     spectrum = trainer.spectrum(module, loader, ckpt_path=str(path.with_name(name)), density=True, **OPTIONS)
     assert spectrum is not None
     assert callback.last is not None
-    assert spectrum.to_dict() == callback.last.to_dict()
+    # Not to the last bit: rounding depends on where tensors lie in memory.
+    torch.testing.assert_close(spectrum.to_dict(), callback.last.to_dict(), rtol=1e-9, atol=1e-9)
     assert trainer.verdict == callback.verdict != ""
     assert spectrum.converged
     saved = torch.load(path, weights_only=True)["state_dict"]
