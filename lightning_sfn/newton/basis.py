@@ -108,6 +108,10 @@ class BasisStore:
             return torch.div(part, divisor.to(part.dtype), out=basis[row])
         return self.keep(basis, row, part / divisor.to(part.dtype))
 
+    def working(self, row: Tensor) -> Tensor:
+        """A row of a basis in the dtype and on the device of what is computed with it."""
+        return row.to(self.working_device or row.device, self.working_dtype or row.dtype)
+
     def local(self, vector: Tensor) -> Tensor:
         """The part of a whole vector of shape ``(n,)``, or of each of several, shape ``(c, n)``."""
         owners = self._owners
