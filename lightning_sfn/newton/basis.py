@@ -119,9 +119,8 @@ class BasisStore:
             return vector
         length = owners.part_length(vector.shape[-1])
         part = vector[..., owners.rank * length : (owners.rank + 1) * length]
-        # A copy, so that the whole vector can go; padded like what a reduce-scatter gives.
-        missing = length - part.shape[-1]
-        return torch.nn.functional.pad(part, (0, missing)) if missing > 0 else part.clone()
+        # A copy in any case, so that the whole vector can go; padded like what a reduce-scatter gives.
+        return torch.nn.functional.pad(part, (0, length - part.shape[-1]))
 
     def whole(self, parts: Tensor, size: int) -> Tensor:
         """The whole vectors that this and the other processes' parts make up.
