@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sfn.newton import HessianOperator, Objective
 from lightning_sfn.newton.activations import sigmoid, tanh
-from lightning_sfn.newton.convolution import Geometry, convolution
+from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.substitution import FastSecondDerivatives
 
@@ -63,6 +63,22 @@ def test_convolutions(shape: tuple[int, ...], kernel: tuple[int, ...], geometry:
 
     assert torch.autograd.gradcheck(ours, inputs)
     assert torch.autograd.gradgradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize(
+    ("value", "lengths"), [(2, (2, 2)), ((2,), (2, 2)), ([3], (3, 3)), ((2, 1), (2, 1)), ([0, 3], (0, 3))]
+)
+def test_a_length_is_given_once_or_for_each_dimension(value: object, lengths: tuple[int, ...]) -> None:
+    assert for_each_dimension(value, 2) == lengths
+
+
+def test_a_convolution_of_no_images_has_gradients_of_zero() -> None:
+    images = torch.zeros(0, 2, 5, 5, dtype=torch.float64)
+    parameters = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 3, 3), (3,))]
+    output = convolution(images, *parameters, Geometry((1, 1), (0, 0), (1, 1)))
+    assert output.shape == (0, 3, 3, 3)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(output.sum(), parameters), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(parameter))
 
 
 def test_a_convolution_whose_input_is_data() -> None:
