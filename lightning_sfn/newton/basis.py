@@ -108,6 +108,10 @@ class BasisStore:
             return torch.div(part, divisor.to(part.dtype), out=basis[row])
         return self.keep(basis, row, part / divisor.to(part.dtype))
 
+    def working(self, row: Tensor) -> Tensor:
+        """A row of a basis in the dtype and on the device of what is computed with it."""
+        return row.to(self.working_device or row.device, self.working_dtype or row.dtype)
+
     def local(self, vector: Tensor) -> Tensor:
         """The part of a whole vector of shape ``(n,)``, or of each of several, shape ``(c, n)``."""
         owners = self._owners
@@ -115,9 +119,8 @@ class BasisStore:
             return vector
         length = owners.part_length(vector.shape[-1])
         part = vector[..., owners.rank * length : (owners.rank + 1) * length]
-        # A copy, so that the whole vector can go; padded like what a reduce-scatter gives.
-        missing = length - part.shape[-1]
-        return torch.nn.functional.pad(part, (0, missing)) if missing > 0 else part.clone()
+        # A copy in any case, so that the whole vector can go; padded like what a reduce-scatter gives.
+        return torch.nn.functional.pad(part, (0, length - part.shape[-1]))
 
     def whole(self, parts: Tensor, size: int) -> Tensor:
         """The whole vectors that this and the other processes' parts make up.

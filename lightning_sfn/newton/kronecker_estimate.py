@@ -146,10 +146,9 @@ class _Sums:
         reached: list[tuple[Signature, Use, Tensor]] = []
         places: Counter[Signature] = Counter()
         for use, gradient in zip(uses, outputs, strict=True):
-            bias = -1 if use.bias is None else self._index.get(id(use.bias), -1)
             if gradient is None or gradient.numel() == 0:
                 continue
-            signature: Signature = (use.kind, self._index[id(use.weight)], bias)
+            signature: Signature = (use.kind, self._index[id(use.weight)], self._index.get(id(use.bias), -1))
             reached.append((signature, use, gradient))
             places[signature] += gradient.numel() // gradient.shape[use.channels]
             self._hidden |= {signature} if use.output.node in seen_from_others else set()
@@ -223,11 +222,8 @@ def _heads(loss: Tensor, elements: list[Tensor], weight: float) -> tuple[list[Te
 
 def _resolve(signatures: set[Signature], parameters: FlatParameters, limits: Limits) -> list[Signature]:
     """One block for each parameter: as seen where it was seen in one way and fits, one number elsewhere."""
-    owners: dict[int, list[Signature]] = {}
-    for signature in signatures:
-        for index in {signature[1], signature[2]} - {-1}:
-            owners.setdefault(index, []).append(signature)
-    single = [s for s in signatures if all(len(owners[i]) == 1 for i in {s[1], s[2]} - {-1})]
+    owners = Counter(index for signature in signatures for index in signature[1:])
+    single = [s for s in signatures if all(owners[index] == 1 for index in s[1:] if index >= 0)]
     itemsize = parameters.tensors[0].element_size()
     costs = {signature: Block.cost(signature, parameters.shapes, itemsize, limits.max_width) for signature in single}
     kept, spent = [], 0

@@ -160,7 +160,7 @@ def lanczos(
     if finite < steps:
         nothing = torch.full((steps, steps), math.nan, dtype=torch.float64)
         return KrylovSubspace(basis[:steps], nothing, 0.0, steps, counted.calls, store, size)
-    space = _Extension(basis, projected, steps, coupling, leftover, store)
+    space = _Extension(basis, projected, steps, leftover, store)
     for direction in directions:
         space.add(direction, counted)
     used = space.used
@@ -247,11 +247,10 @@ def _settled(
         return leftover, coupling
     if not math.isfinite(float(found.diagonal[count - 1])):
         if count < len(found):
-            matvec(basis[last].to(leftover))  # again, so that the first bad product is the last one
+            matvec(store.working(basis[last]))  # again, so that the first bad product is the last one
         return leftover, math.nan
     if count < len(found):  # heard of too late: the steps since went on from a bad vector
-        recent = [basis[j].to(leftover) for j in range(last, max(last - 2, -1), -1)]
-        return lanczos_step(matvec, basis, projected, last, store, recent)
+        return lanczos_step(matvec, basis, projected, last, store)
     leftover, coupling = _orthogonalise(leftover, basis[: last + 1], store)
     return leftover, _unless_rounding(coupling, projected, last, leftover.dtype)
 
@@ -268,7 +267,6 @@ def lanczos_step(
     projected: Tensor,
     j: int,
     store: BasisStore | None = None,
-    recent: Sequence[Tensor] = (),
 ) -> tuple[Tensor, float]:
     """One Lanczos step from basis vector j; fills in its diagonal element of the projected operator.
 
@@ -278,21 +276,20 @@ def lanczos_step(
         projected: The projected operator, in which column j above the diagonal is known already.
         j: The basis vector to go on from.
         store: How the basis is kept; whole if left out.
-        recent: Basis vectors j and j - 1, where the rows of the basis are not what they were (lower precision).
 
     Returns:
         What its product has outside the basis, shape ``(n,)``, and the norm of that; the norm is 0 where it is rounding
         error alone, because the basis spans an invariant subspace.
     """
     store = store or BasisStore()
-    vector = recent[0] if recent else basis[j]
+    vector = store.working(basis[j])
     image = matvec(vector)
     diagonal = store.dot(image, vector)
     leftover = torch.add(image, vector, alpha=-diagonal)
     above = projected[:j, j]
     coupled = above.nonzero().flatten()  # the vector before; after a restart all vectors that were kept
     if len(coupled) == 1:
-        leftover.add_(recent[1] if recent else basis[int(coupled)], alpha=-float(above[coupled]))
+        leftover.add_(store.working(basis[int(coupled)]), alpha=-float(above[coupled]))
     elif len(coupled):
         leftover -= store.combine(above, basis[:j])
     leftover, coupling = _orthogonalise(leftover, basis[: j + 1], store)
@@ -338,34 +335,25 @@ class _Extension:
     component inside the basis needs no product of its own, and a secant can be orthogonalised along with its direction.
     """
 
-    def __init__(
-        self, basis: Tensor, projected: Tensor, steps: int, coupling: float, leftover: Tensor, store: BasisStore
-    ) -> None:
-        self.basis, self.projected, self.steps, self.store = basis, projected, steps, store
-        self.leftover = leftover if coupling > 0 else torch.zeros_like(leftover)
-        self.used, self.products = steps, 0
+    def __init__(self, basis: Tensor, projected: Tensor, steps: int, leftover: Tensor, store: BasisStore) -> None:
+        self.basis, self.projected, self.steps, self.leftover, self.store = basis, projected, steps, leftover, store
+        self.used = steps
         self.images: list[Tensor] = []  # H e of each added basis vector e
 
     def add(self, direction: Direction, matvec: Callable[[Tensor], Tensor]) -> None:
         """Orthogonalises one direction against the basis and appends it with its row of the projected operator."""
         store, basis = self.store, self.basis[: self.used]
-        length = store.norm(direction.vector)
-        if length == 0.0 or self.used == self.basis.shape[0]:
-            return
         inside = store.project(basis, direction.vector)
         residue = direction.vector - store.combine(inside, basis)
         correction = store.project(basis, residue)
         residue, inside = residue - store.combine(correction, basis), inside + correction
         outside = store.agreed(store.norm(residue))
-        if outside <= _NEW_INFORMATION * length:
+        if not outside > _NEW_INFORMATION * store.norm(direction.vector):  # NaN joins nothing
             return
         new = self.used
         vector = store.keep(self.basis, new, residue / outside)
-        if direction.product is None:
-            image = matvec(vector)
-            self.products += 1
-        else:
-            image = (direction.product - self._image_of(inside)) / outside
+        known = direction.product
+        image = matvec(vector) if known is None else (known - self._image_of(inside)) / outside
         column = store.project(self.basis[: new + 1], image).cpu()
         self.projected[: new + 1, new] = column
         self.projected[new, : new + 1] = column

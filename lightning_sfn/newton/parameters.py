@@ -112,7 +112,7 @@ class FlatParameters:
     def checksum(self) -> int:
         """A sum of the parameters' bit patterns: equal on two ranks if all bits are."""
         pattern = torch.int32 if self.dtype == torch.float32 else torch.int64
-        return sum(int(p.detach().contiguous().view(pattern).sum(dtype=torch.int64)) for p in self.tensors)
+        return sum(int(p.detach().contiguous().view(pattern).sum()) for p in self.tensors)
 
     def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
         """Lays tensors shaped like the parameters end to end.
@@ -138,7 +138,7 @@ class FlatParameters:
                 )
             else:
                 pieces.append(tensor.detach().reshape(-1))
-        return torch.cat(pieces) if out is None else torch.cat(pieces, out=out)
+        return torch.cat(pieces, out=out)
 
     def accumulate(
         self, total: Tensor | None, tensors: Sequence[Tensor | None], weight: float, out: Tensor | None = None

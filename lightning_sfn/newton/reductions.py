@@ -55,7 +55,7 @@ def norm(x: Tensor) -> Tensor:
     Returns:
         A float64 scalar tensor on the vector's device.
     """
-    total = plain_norm(x, x.dtype)
+    total = plain_norm(x)
     if SAFE_NORMS[0] < float(total) < SAFE_NORMS[1]:
         return total
     return plain_norm(x, torch.float64)  # squares of single precision left its range: rare, and ten times slower

@@ -96,9 +96,8 @@ class WatchingWeights(TorchFunctionMode):
 
     def _written_out(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...] | None:
         """The results of a function whose products are out of sight, by products that are watched."""
-        if (results := attended(func, args, kwargs, self._linear)) is not None:
-            return results
-        return None if kwargs else unrolled(func, args, self._linear)
+        results = attended(func, args, kwargs, self._linear)
+        return unrolled(func, args, self._linear) if results is None else results
 
     def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = F.linear(inputs, weight, bias)

@@ -42,6 +42,20 @@ class Reversing(BasisStore):
         return parts.flip(-1)
 
 
+class Padded(BasisStore):
+    """Keeps vectors with a zero behind them, as processes do whose number does not divide the length."""
+
+    def empty(self, capacity: int, like: Tensor) -> Tensor:
+        return super().empty(capacity, self.local(like))
+
+    def local(self, vector: Tensor) -> Tensor:
+        return torch.nn.functional.pad(vector, (0, 1))
+
+    def whole(self, parts: Tensor, size: int) -> Tensor:
+        assert parts.shape[-1] == size + 1
+        return parts[..., :size]
+
+
 @dataclass(frozen=True)
 class Failed:
     """How a rank ended that gave no result; no error where the process died or had to be ended."""

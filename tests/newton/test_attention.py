@@ -72,6 +72,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[], tuple[Tensor, Tensor, Ten
         lambda: (tensor(L, N, E), tensor(S, N, 3), tensor(S, N, 5)),
         {"need_weights": False},
     ),
+    "batch of one": ({}, lambda: myself(L, 1, E), {}),
     "no batch": ({}, lambda: myself(L, E), {}),
     "no batch, without weights": ({}, lambda: myself(L, E), {"need_weights": False}),
     "no batch, weights of each head": ({"batch_first": True}, lambda: myself(L, E), {"average_attn_weights": False}),

@@ -15,8 +15,11 @@ from lightning_sfn.newton import (
     Objective,
     SaddleFreeNewton,
 )
+from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.coordinates import make_preconditioner
 from lightning_sfn.newton.preconditioner import Preconditioner
+
+from .ranks import Reversing
 
 D = torch.float64
 
@@ -102,6 +105,47 @@ def test_the_map_is_that_of_the_chosen_coordinates(loose: int) -> None:
     torch.testing.assert_close(chosen.unscale(chosen.scale(vectors)), vectors)
 
 
+@pytest.mark.parametrize(("rows", "whole"), [(4, True), (3, False)])
+def test_factors_of_fewer_rows_than_they_are_wide_are_diagonal(rows: int, whole: bool) -> None:
+    """The layer has four inputs."""
+    model, (x, y) = nn.Linear(4, 1, bias=False, dtype=D), data()
+    objective = Objective([lambda: F.mse_loss(model(x[:rows]).squeeze(-1), y[:rows])])
+    chosen = AutoPreconditioner()
+    chosen.refresh(HessianOperator(objective, model.parameters()), torch.Generator().manual_seed(0))
+    matrix = chosen.scale(torch.eye(4, dtype=D))
+    assert chosen.name == "kronecker"
+    assert bool((matrix - matrix.diag().diag()).any()) is whole
+
+
+def test_random_probes_come_from_the_generator_alone() -> None:
+    model, unit = Partly(5), torch.eye(9, dtype=D)
+    before = torch.random.get_rng_state()
+    first, second = (refreshed(model, AutoPreconditioner()) for _ in range(2))
+    assert first.in_use is first.diagonal
+    assert torch.equal(first.scale(unit), second.scale(unit))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_shortened_step_that_was_refused_is_shortened_more_until_one_is_taken() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double(), data()
+    objective = Objective([lambda: F.mse_loss(model(x).squeeze(-1), y)])
+    chosen = AutoPreconditioner()
+    chosen.refresh(HessianOperator(objective, model.parameters()), torch.Generator().manual_seed(0))
+    steps, shares = torch.full((1, 19), 10.0, dtype=D), []
+    for accepted in (False, True, True, True):
+        shares.append(float(chosen.shares(steps)))
+        chosen.feedback(accepted=accepted, store=BasisStore())
+    assert 0 < shares[0] < 1
+    assert shares == pytest.approx([shares[0], shares[0] / 4, shares[0] / 2, shares[0]])
+
+
+@pytest.mark.parametrize("loose", [4, 5])
+def test_the_map_acts_on_parts_of_vectors(loose: int) -> None:
+    chosen, vector = refreshed(Partly(loose), AutoPreconditioner()), torch.randn(4 + loose, dtype=D)
+    parts = chosen.on_parts(Reversing(), 4 + loose)
+    torch.testing.assert_close(parts.scale(vector.flip(0)), chosen.scale(vector).flip(0))
+
+
 def test_before_the_first_step_it_is_the_identity() -> None:
     vector = torch.randn(4)
     assert torch.equal(AutoPreconditioner().scale(vector), vector)
@@ -150,6 +194,7 @@ def test_where_there_is_no_room_for_factors_the_diagonal_stays_and_it_is_said_on
     assert optimizer.krylov_dim == 4
     assert optimizer.last_step is not None
     assert optimizer.last_step.coordinates == "diagonal"
+    assert optimizer.preconditioner.state_dict()["has_room"] is False
 
 
 @pytest.mark.parametrize("preconditioner", ["auto", "kronecker", "diagonal", None])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton import HessianOperator, Objective
-from lightning_sfn.newton.graphs import GraphBudget, GraphStore
+from lightning_sfn.newton import HessianOperator, Objective, graphs
+from lightning_sfn.newton.graphs import GraphBudget, GraphStore, root_of
 
 
 def measured(limit: int, bytes_per_size: float) -> GraphBudget:
@@ -92,3 +92,20 @@ def test_a_budget_that_measured_a_small_objective_holds_for_a_larger_one() -> No
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match=r"graph_bytes is -1.*zero or more"):
         GraphBudget(-1)
+
+
+def test_everything_is_kept_as_long_as_nothing_has_been_measured() -> None:
+    assert GraphBudget(0).affordable([1.0, 5.0]) == [True, True]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_backward_passes_begin_at_a_root_without_the_tensor_where_that_is_safe(
+    safe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_EDGES_ARE_SAFE", safe)
+    x = torch.tensor([2.0, -1.0], requires_grad=True)
+    root = root_of((x**3).sum())
+    assert root is not None
+    assert isinstance(root, Tensor) is not safe
+    assert torch.autograd.grad([root], [x])[0].tolist() == [12, 3]
+    assert root_of(x.detach()) is None

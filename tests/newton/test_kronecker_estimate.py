@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_sfn.newton import FlatParameters, HessianOperator, KroneckerFactors, Objective
 from lightning_sfn.newton.kronecker_blocks import Block
-from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits, NoRoomForFactors, estimated
+from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits, NoRoomForFactors, Targets, estimated
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.weight_uses import Use
 
@@ -22,17 +22,163 @@ D = torch.float64
 
 
 def estimate(
-    model: nn.Module, *parts: Callable[[], Tensor], reduce: Any = None, **options: Any
+    model: nn.Module,
+    *parts: Callable[[], Tensor],
+    reduce: Any = None,
+    weights: list[float] | None = None,
+    targets: Targets = "given",
+    seed: int = 0,
+    **options: Any,
 ) -> dict[tuple[str, int, int], Block]:
-    """The blocks, by signature, from the gradients of the loss as it is."""
+    """The blocks, by signature, from the gradients of the loss as it is unless told otherwise."""
     limits = Limits(**{"max_width": 99, "max_memory": None, "min_rows": 0.0, **options})
-    objective = Objective(list(parts), reduce=reduce)
-    blocks = estimated(objective, FlatParameters(model.parameters()), 0, "given", limits)
+    objective = Objective(list(parts), weights, reduce=reduce)
+    blocks = estimated(objective, FlatParameters(model.parameters()), seed, targets, limits)
     return {block.signature: block for block in blocks}
 
 
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------------------ what factors are
+
+
+def joined(*rows: Tensor) -> Tensor:
+    """Inputs with the one that the bias has."""
+    together = torch.cat(rows)
+    return torch.cat([together, together.new_ones(len(together), 1)], 1)
+
+
+def test_factors_are_second_moments_over_all_uses_and_parts_by_their_weights() -> None:
+    """Inputs in the mean over the rows of a part, output gradients of the part's loss in the sum."""
+    model, x = nn.Linear(3, 2).double(), torch.randn(12, 3, dtype=D)
+    target = torch.randn(5, 2, dtype=D)
+
+    def first() -> Tensor:
+        return (model(x[:5]) - target).square().sum() + 3 * model(x[5:8]).square().sum()
+
+    def second() -> Tensor:
+        return model(x[8:]).square().mean()
+
+    block = estimate(model, first, second, weights=[3.0, 1.0])["dense", 0, 1]
+    inputs = [joined(rows) for rows in (x[:8], x[8:])]
+    expected = [rows.T @ rows / len(rows) for rows in inputs]
+    torch.testing.assert_close(block.inputs, 0.75 * expected[0] + 0.25 * expected[1])
+    outputs = model(x).detach()
+    gradients = torch.cat([2 * (outputs[:5] - target), 6 * outputs[5:8]]), outputs[8:] / 4
+    expected = [rows.T @ rows for rows in gradients]
+    torch.testing.assert_close(block.outputs, 0.75 * expected[0] + 0.25 * expected[1])
+
+
+def test_what_has_no_rule_has_the_mean_square_of_its_gradient() -> None:
+    scale, x = nn.Parameter(torch.randn(3, dtype=D)), torch.randn(8, 3, dtype=D)
+    parts = [lambda rows=rows: (x[rows] * scale).square().sum() for rows in (slice(6), slice(6, 8))]
+    (block,) = estimate(nn.ParameterList([scale]), *parts, weights=[3.0, 1.0]).values()
+    gradients = [2 * scale.detach() * x[rows].square().sum(0) for rows in (slice(6), slice(6, 8))]
+    expected = 0.75 * gradients[0].square().mean() + 0.25 * gradients[1].square().mean()
+    torch.testing.assert_close(block.outputs, expected.view(1, 1))
+
+
+@pytest.mark.parametrize("targets", ["sampled", "given"])
+def test_drawn_targets_give_the_hessian_by_the_outputs_however_far_the_data_are(targets: Targets) -> None:
+    """Of squared errors summed over outputs that is twice the identity; in two parts, beside a loss that is unused."""
+    model, x = nn.Linear(3, 2).double(), torch.randn(20_000, 3, dtype=D)
+    away = model(x).detach() + 10.0
+
+    def part(rows: slice) -> Tensor:
+        F.mse_loss(model(x[rows]).tanh(), away[rows])
+        return F.mse_loss(model(x[rows]), away[rows], reduction="sum") / 10_000
+
+    parts = [lambda: part(slice(10_000)), lambda: part(slice(10_000, None))]
+    block = estimate(model, *parts, targets=targets)["dense", 0, 1]
+    far = 20.0**2 / 10_000 * torch.ones(2, 2, dtype=D)
+    expected = 2 * torch.eye(2, dtype=D) if targets == "sampled" else far
+    torch.testing.assert_close(block.outputs, expected, atol=0.1 if targets == "sampled" else 1e-12, rtol=0)
+
+
+def test_a_loss_that_is_made_of_another_is_watched_too() -> None:
+    """Its graph leads through the elements of the other, and is needed twice."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(9, 3, dtype=D), torch.randn(9, 2, dtype=D)
+    errors = lambda: F.mse_loss(model(x), y, reduction="none")  # noqa: E731
+    block = estimate(model, lambda: F.mse_loss(errors(), y), targets="sampled")["dense", 0, 1]
+    torch.testing.assert_close(block.inputs, joined(x).T @ joined(x) / 9)
+    assert 0 < block.magnitude < math.inf
+
+
+def test_drawn_targets_depend_on_the_seed_alone() -> None:
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(9, 3, dtype=D), torch.randn(9, 2, dtype=D)
+    before = torch.random.get_rng_state()
+    first, again, other = (
+        estimate(model, lambda: F.mse_loss(model(x), y), targets="sampled", seed=seed)["dense", 0, 1].outputs
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# ------------------------------------------------------------------------------------------------ which there are
+
+
+def test_blocks_come_in_the_order_of_the_weights() -> None:
+    model = nn.ModuleList([nn.Embedding(4, 3), nn.Linear(3, 2), nn.Linear(3, 2, bias=False), nn.LayerNorm(2)]).double()
+    words = torch.tensor([0, 3, 1])
+
+    def loss() -> Tensor:
+        x = model[0](words)
+        return model[3](model[1](x) * model[2](x)).pow(3).sum()
+
+    assert list(estimate(model, loss)) == [("embedding", 0, -1), ("dense", 1, 2), ("dense", 3, -1), ("norm", 4, 5)]
+
+
+def test_a_bias_that_is_no_parameter_does_not_count() -> None:
+    weight, x = nn.Parameter(torch.randn(2, 3, dtype=D)), torch.randn(5, 3, dtype=D)
+    fixed = torch.ones(2, dtype=D)
+    blocks = estimate(nn.ParameterList([weight]), lambda: F.linear(x, weight, fixed).square().sum())
+    assert set(blocks) == {("dense", 0, -1)}
+    assert blocks["dense", 0, -1].inputs.shape == (3, 3)
+
+
+def test_a_weight_with_two_biases_gets_a_number_and_so_do_they() -> None:
+    model, x = nn.ParameterList([torch.randn(*shape, dtype=D) for shape in ((2, 3), (2,), (2,))]), torch.randn(5, 3)
+    x = x.double()
+    blocks = estimate(
+        model, lambda: (F.linear(x, model[0], model[1]) + F.linear(-2 * x, model[0], model[2])).square().sum()
+    )
+    assert set(blocks) == {("number", 0, -1), ("number", 1, -1), ("number", 2, -1)}
+
+
+def test_a_weight_that_is_its_own_bias_gets_a_number() -> None:
+    model, x = nn.ParameterList([torch.randn(3, dtype=D)]), torch.randn(5, 3, dtype=D)
+    blocks = estimate(model, lambda: F.layer_norm(x, (3,), model[0], model[0]).square().sum())
+    assert set(blocks) == {("number", 0, -1)}
+
+
+@pytest.mark.parametrize(("missing", "kept"), [(0, {1, 2, 3}), (1, {2, 3}), (816, {2, 3}), (817, {3})])
+def test_the_layers_that_need_most_memory_give_way(missing: int, kept: set[int]) -> None:
+    """Two factors, diagonal if wider than 6, as much for their eigenvectors, and a scale of each weight."""
+    sizes = [(5, 4), (4, 3), (7, 1)]
+    costs = [8 * (2 * (25 + 16) + 20), 8 * (2 * (16 + 9) + 12), 8 * (2 * (7 + 1) + 7)]
+    model = nn.ModuleList([nn.Embedding(2, 1), *(nn.Linear(i, o, bias=False) for i, o in sizes)]).double()
+    x = torch.randn(6, 7, dtype=D)
+
+    def loss() -> Tensor:
+        return sum(model[1 + k](x[:, :i]).square().sum() for k, (i, _) in enumerate(sizes))  # type: ignore[return-value]
+
+    limit = sum(costs) - missing
+    blocks = estimate(model, loss, max_memory=limit, max_width=6)
+    assert {weight for kind, weight, _ in blocks if kind == "dense"} == kept
+    assert {weight for kind, weight, _ in blocks if kind == "number"} == {0, 1, 2, 3} - kept
+
+
+def test_wide_factors_are_diagonal() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(9, 3, dtype=D)
+    narrow, whole = (
+        estimate(model, lambda: model(x).square().sum(), max_width=width)["dense", 0, 1] for width in (3, 4)
+    )
+    torch.testing.assert_close(narrow.inputs, whole.inputs.diagonal())
+    assert torch.equal(narrow.outputs, whole.outputs)
 
 
 class Branches(nn.Module):
@@ -83,6 +229,12 @@ def test_factors_of_fewer_rows_than_asked_for_each_unit_of_width_are_diagonal(ro
         torch.testing.assert_close(factor, full if factor.dim() == 2 else full.diagonal())
 
 
+def test_half_a_row_for_each_unit_of_width_may_be_enough() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(1, 3, dtype=D)
+    block = estimate(model, lambda: model(x).square().sum(), min_rows=0.5)["dense", 0, 1]
+    assert [block.inputs.dim(), block.outputs.dim()] == [1, 2]
+
+
 def test_rows_are_counted_over_uses_and_parts() -> None:
     model, x = nn.Linear(3, 2).double(), torch.randn(2, 2, 3, dtype=D)
     part = lambda: (model(x) + model(-x)).square().sum()  # noqa: E731
@@ -112,10 +264,12 @@ def test_one_parts_inputs_are_gathered_at_a_time_and_one_layers() -> None:
 # ------------------------------------------------------------------------------------------------ nothing to see
 
 
-def test_uses_on_no_rows_are_left_out() -> None:
+@pytest.mark.parametrize("at_first", [True, False])
+def test_uses_on_no_rows_are_left_out(at_first: bool) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3, dtype=D)
     none = x[:0]
-    blocks = estimate(model, lambda: model(x).square().sum() + model[2](model[0](none)).sum())
+    uses = [lambda: model[2](model[0](none)).sum(), lambda: model(x).square().sum()]
+    blocks = estimate(model, lambda: sum(use() for use in (uses if at_first else uses[::-1])))
     assert set(blocks) == {("dense", 0, 1), ("dense", 2, 3)}
     exact = estimate(model, lambda: model(x).square().sum())
     for signature, block in blocks.items():
@@ -219,23 +373,51 @@ def test_all_ranks_do_without_factors_where_one_has_none(error: Exception) -> No
     assert first[0] == ("FactorsError" if isinstance(error, TypeError) else "NoRoomForFactors")
 
 
-def _rows_on_one_rank() -> list[Tensor]:
+def _lost_data() -> tuple[str, str]:
+    return _one_fails(KeyError("the data"))
+
+
+def test_a_rank_whose_data_fail_is_named_on_the_others() -> None:
+    first, second = on_ranks(2, _lost_data)
+    assert first == ("ProcessError", "Rank 1 of 2 failed in the middle of a step: KeyError: 'the data'")
+    assert second == ("KeyError", "'the data'")
+
+
+def _drawn() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=D), torch.randn(6, 2, dtype=D)
+    together, alone = (
+        estimate(model, lambda: F.mse_loss(model(x), y), reduce=reduce, targets="sampled")["dense", 0, 1].outputs
+        for reduce in (ProcessMean(Processes()), None)
+    )
+    return together, alone
+
+
+def test_each_rank_draws_targets_of_its_own() -> None:
+    (first, alone), (second, same) = on_ranks(2, _drawn)
+    assert torch.equal(first, second)
+    assert torch.equal(alone, same)
+    assert not torch.allclose(first, alone)
+
+
+def _rows_on_ranks(split: int) -> list[Tensor]:
     processes = Processes()
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=D)
-    rows = x if processes.rank == 0 else x[:0]
+    rows = x[:split] if processes.rank == 0 else x[split:]
     block = estimate(model, lambda: model(rows).square().sum(), reduce=ProcessMean(processes), min_rows=1.5)[
         "dense", 0, 1
     ]
     return [block.inputs, block.outputs]
 
 
-def test_a_rank_without_rows_adds_nothing() -> None:
-    first, second = on_ranks(2, _rows_on_one_rank)
+@pytest.mark.parametrize("split", [6, 3])
+def test_rows_are_counted_over_ranks_and_a_rank_without_any_adds_nothing(split: int) -> None:
+    first, second = on_ranks(2, _rows_on_ranks, split)
     assert all(map(torch.equal, first, second))
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=D)
     alone = estimate(model, lambda: model(x).square().sum())["dense", 0, 1]
-    torch.testing.assert_close(first[0], alone.inputs / 2)  # the mean over the ranks
+    torch.testing.assert_close(first[0], alone.inputs / (2 if split == 6 else 1))  # the mean over the ranks
     torch.testing.assert_close(first[1], alone.outputs / 2)
     assert math.isfinite(alone.magnitude)

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import numpy as np
@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton import Direction, KrylovSubspace, lanczos
-from lightning_sfn.newton.krylov import random_unit
+from lightning_sfn.newton import Direction, KrylovSubspace, krylov, lanczos, unattended
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.krylov import fill_basis, lanczos_step, random_unit
+from lightning_sfn.newton.unattended import Steps
+from lightning_sfn.newton.watch import Watch
 
 from .cases import DTYPES, symmetric
-from .ranks import Reversing
+from .ranks import Padded, Reversing
 
 
 def run(matrix: Tensor, krylov_dim: int, start: Tensor | None = None, **options: object) -> KrylovSubspace:
@@ -321,3 +324,246 @@ def test_a_random_unit_vector_is_orthogonal_to_the_rows() -> None:
     assert float((rows @ vector).abs().max()) <= 1e-15
     like = torch.zeros(5, dtype=torch.float32)
     assert random_unit(rows[:0], torch.Generator().manual_seed(1), Reversing(), like).dtype == torch.float32
+
+
+DIAGONAL = [3.0, -1.0, 2.0, 5.0, 1.0, 4.0, -2.0, 0.5]
+COUPLINGS = [4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.25]
+
+
+def tridiagonal() -> Tensor:
+    """A matrix that Lanczos leaves as it is: from the first unit vector it finds the others, and these numbers."""
+    couplings = torch.tensor(COUPLINGS, dtype=torch.float64)
+    return torch.diag(torch.tensor(DIAGONAL, dtype=torch.float64)) + couplings.diag(1) + couplings.diag(-1)
+
+
+def unknown(size: int) -> Tensor:
+    return torch.full((size, size), torch.nan, dtype=torch.float64)
+
+
+@pytest.fixture
+def projections() -> Iterator[mock.Mock]:
+    """Every reading of a basis for one vector: one a pass of Gram-Schmidt."""
+    with mock.patch.object(BasisStore, "project", autospec=True, side_effect=BasisStore.project) as spy:
+        yield spy
+
+
+@pytest.fixture
+def looks() -> Iterator[mock.Mock]:
+    """Every course of steps, after which the host looks at the numbers."""
+    with mock.patch.object(krylov, "unattended_steps", side_effect=krylov.unattended_steps) as spy:
+        yield spy
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "at the end"])
+def heard(request: pytest.FixtureRequest) -> Iterator[str]:
+    """When the host hears that something has come up."""
+    with mock.patch.object(unattended, "Watch", lambda *a, **k: Watch(*a, **(k | {"deaf": request.param}))):
+        yield "at the end" if request.param else "at once"
+
+
+@pytest.mark.parametrize("j", range(8))
+def test_one_step_finds_its_column_of_a_tridiagonal_matrix_in_one_pass(j: int, projections: mock.Mock) -> None:
+    """What is not known yet plays no part; the recurrence alone removes what lies inside."""
+    matrix, basis, projected = tridiagonal(), unknown(8), torch.full((8, 8), 1e30, dtype=torch.float64)
+    basis[: j + 1] = torch.eye(8, dtype=torch.float64)[: j + 1]
+    projected[:j, : j + 1] = matrix[:j, : j + 1]
+    projected[j, :j] = matrix[j, :j]
+    leftover, coupling = lanczos_step(lambda v: matrix @ v, basis, projected, j)
+    expected = torch.zeros(8, dtype=torch.float64)
+    if j < 7:
+        expected[j + 1] = COUPLINGS[j]
+        assert projections.call_count == 1
+    assert torch.equal(leftover, expected)
+    assert coupling == (COUPLINGS[j] if j < 7 else 0.0)
+    assert torch.equal(projected[: j + 1, : j + 1], matrix[: j + 1, : j + 1])
+    assert bool((projected[j + 1 :] == 1e30).all())
+
+
+def test_one_step_after_a_restart_removes_all_kept_vectors_in_one_pass(projections: mock.Mock) -> None:
+    """The operator then is an arrow: each kept vector is coupled with the next one."""
+    arrow = torch.diag(torch.tensor([-3.0, 6.0, 5.0, 2.0, 1.0], dtype=torch.float64))
+    arrow[:3, 3] = arrow[3, :3] = torch.tensor([2.0, -1.0, 3.0])
+    arrow[3, 4] = arrow[4, 3] = 0.5
+    projected, unit = arrow.clone(), torch.eye(5, dtype=torch.float64)
+    projected[3, 3] = 0.0
+    leftover, coupling = lanczos_step(lambda v: arrow @ v, unit[:4], projected, 3)
+    assert torch.equal(leftover, 0.5 * unit[4])
+    assert coupling == 0.5
+    assert torch.equal(projected, arrow)
+    assert projections.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "coupling", "known", "remains"),
+    [
+        (torch.float64, 1e-14, 1.0, True),
+        (torch.float64, 1e-16, 1.0, False),
+        (torch.float32, 1e-5, 1.0, True),
+        (torch.float32, 1e-7, 1.0, False),
+        (torch.float64, 1e-8, 1e6, True),
+        (torch.float64, 1e-10, 1e6, False),
+        (torch.float64, 1e-100, 0.0, True),
+    ],
+)
+def test_what_a_step_leaves_counts_unless_it_is_rounding_next_to_the_largest_number(
+    dtype: torch.dtype, coupling: float, known: float, remains: bool
+) -> None:
+    """The matrix ``[[known, 0, 0], [0, 0, coupling], [0, coupling, 0]]``, from its second vector."""
+    projected = torch.diag(torch.tensor([known, 0.0], dtype=torch.float64))
+    unit = torch.eye(3, dtype=dtype)
+    leftover, norm = lanczos_step(lambda v: coupling * v[[0, 2, 1]], unit[:2], projected, 1)
+    assert norm == (pytest.approx(coupling) if remains else 0.0)
+    torch.testing.assert_close(leftover, coupling * unit[2])
+
+
+def test_a_step_from_rounded_rows_is_computed_in_working_precision() -> None:
+    square = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))[0]
+    values = torch.linspace(-1.0, 1.0, 50)
+    rows, asked = square[:3].bfloat16(), []
+
+    def matvec(vector: Tensor) -> Tensor:
+        asked.append(vector)
+        return values * vector
+
+    store = BasisStore(dtype=torch.bfloat16, working_dtype=torch.float32)
+    projected = torch.zeros(3, 3, dtype=torch.float64)
+    projected[1, 2] = projected[2, 1] = 0.3
+    leftover, coupling = lanczos_step(matvec, rows, projected, 2, store)
+    (vector,) = asked
+    assert vector.dtype == leftover.dtype == torch.float32
+    exact = rows.double()
+    assert float(projected[2, 2]) == pytest.approx(float(values.double() @ exact[2] ** 2), rel=1e-6)
+    image = values.double() * exact[2]
+    outside = image - exact.T @ torch.linalg.lstsq(exact.T, image).solution
+    torch.testing.assert_close(leftover.double(), outside, rtol=0, atol=1e-4)
+    assert coupling == pytest.approx(float(leftover.norm()))
+
+
+@pytest.mark.parametrize("first", [0, 1, 4])
+@pytest.mark.parametrize("steps", [5, 6, 7])
+def test_a_basis_is_filled_from_any_row_with_one_look_at_the_numbers(first: int, steps: int, looks: mock.Mock) -> None:
+    """Two steps share what they read of the basis, the last two where there is a row of scratch."""
+    matrix, unit = tridiagonal(), torch.eye(8, dtype=torch.float64)
+    basis, projected = unknown(8), torch.zeros(8, 8, dtype=torch.float64)
+    basis[: first + 1] = unit[: first + 1]
+    known = slice(first + 1)
+    projected[known, known] = matrix[known, known]
+    projected[first, first] = 0.0
+    recent = [basis[first], basis[first - 1]] if first else [basis[first]]
+    with mock.patch.object(BasisStore, "project_rows", autospec=True, side_effect=BasisStore.project_rows) as pairs:
+        rows, leftover, coupling = fill_basis(
+            lambda v: matrix @ v, basis, projected, steps, recent, torch.Generator(), first=first
+        )
+    torch.testing.assert_close(basis[:steps], unit[:steps])
+    torch.testing.assert_close(projected[:steps, :steps], matrix[:steps, :steps])
+    assert rows == steps
+    torch.testing.assert_close(leftover, COUPLINGS[steps - 1] * unit[steps])
+    assert coupling == pytest.approx(COUPLINGS[steps - 1])
+    assert looks.call_count == 1
+    assert pairs.call_count == (steps - first - (first == 0)) // 2
+    untouched = slice(steps + (first > 0), None)
+    assert bool(basis[untouched].isnan().all())
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+@pytest.mark.parametrize("first", [0, 3])
+def test_rows_before_a_product_that_is_not_finite_keep_what_the_last_of_them_leads_to(
+    first: int, place: int, heard: str
+) -> None:
+    """The vector whose product was not finite is asked for last, however late the host hears of it."""
+    matrix, unit, asked = tridiagonal(), torch.eye(8, dtype=torch.float64), []
+    basis, projected = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.float64)
+    basis[: first + 1] = unit[: first + 1]
+    known = slice(first + 1)
+    projected[known, known] = matrix[known, known]
+    projected[first, first] = 0.0
+
+    def matvec(vector: Tensor) -> Tensor:
+        asked.append(vector)
+        return (matrix @ vector.double()).float() * (torch.nan if len(asked) == place else 1.0)
+
+    recent = [basis[first], basis[first - 1]] if first else [basis[first]]
+    rows, _, coupling = fill_basis(matvec, basis, projected, 7, recent, torch.Generator(), first=first)
+    assert rows == first + place - 1
+    assert coupling == pytest.approx(COUPLINGS[rows - 1] if rows else 0.0)
+    torch.testing.assert_close(projected[:rows, :rows], matrix[:rows, :rows])
+    assert len(asked) == (place if heard == "at once" else 7 - first + (place < 7 - first))
+    torch.testing.assert_close(asked[-1], unit[rows].float())
+
+
+def test_a_second_look_takes_out_what_a_step_has_left_inside() -> None:
+    unit = torch.eye(5, dtype=torch.float64)
+    numbers = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    left = 5.0 * unit[0] - 4.0 * unit[1] + 3.0 * unit[2] + 0.5 * unit[4]
+    found = Steps(0, diagonal=numbers, couplings=10 * numbers, sound=2, leftover=left)
+    projected = torch.zeros(3, 3, dtype=torch.float64)
+    leftover, coupling = krylov._settled(found, 3, mock.Mock(), unit[:3], projected, BasisStore())
+    torch.testing.assert_close(leftover, 0.5 * unit[4])
+    assert coupling == pytest.approx(0.5)
+    expected = torch.tensor([[1.0, 10.0, 0.0], [10.0, 2.0, 20.0], [0.0, 20.0, 3.0]], dtype=torch.float64)
+    assert torch.equal(projected, expected)
+
+
+def test_exhausted_spaces_and_zero_starts_go_on_in_working_precision(heard: str) -> None:
+    """Each vector of the identity is a space of its own, so each next one is random."""
+    store, asked = BasisStore(dtype=torch.bfloat16, working_dtype=torch.float32), []
+
+    def matvec(vector: Tensor) -> Tensor:
+        asked.append(vector)
+        return vector.clone()
+
+    space = lanczos(matvec, torch.zeros(40), 6, generator=torch.Generator().manual_seed(1), store=store)
+    assert {vector.dtype for vector in asked} == {torch.float32}
+    assert space.basis.dtype == torch.bfloat16
+    assert orthogonality(space) <= 2**-7
+    torch.testing.assert_close(space.eigenvalues, torch.ones(6, dtype=torch.float64), rtol=0, atol=2**-6)
+
+
+@pytest.mark.parametrize("start", [torch.zeros(9), torch.ones(9)], ids=["zeros", "ones"])
+@pytest.mark.parametrize("store", [Reversing(), Padded()], ids=lambda store: type(store).__name__)
+def test_random_vectors_are_drawn_whole_and_kept_as_others_are(store: BasisStore, start: Tensor) -> None:
+    """Each vector of the identity is a space of its own, so each next one is random."""
+    plain, other = (
+        lanczos(each.local, start, 4, generator=torch.Generator().manual_seed(3), store=each)
+        for each in (BasisStore(), store)
+    )
+    torch.testing.assert_close(store.whole(other.basis, 9), plain.basis)
+
+
+def test_a_dominant_eigenvalue_costs_a_few_looks_at_the_numbers_and_then_none(looks: mock.Mock) -> None:
+    """Where steps by two are too coarse the rest is taken one by one."""
+    spectrum = torch.linspace(-0.3, 1.0, 2000)
+    spectrum[17] = 5000.0
+    lanczos(rotated(spectrum), torch.randn(2000), 40, generator=torch.Generator().manual_seed(1))
+    assert looks.call_count <= 6
+
+
+def test_directions_that_are_not_finite_and_those_beyond_a_whole_space_are_left_out() -> None:
+    matrix, directions = symmetric(5), torch.randn(4, 5, dtype=torch.float64)
+    directions[0, 2] = directions[3, 2] = torch.nan
+    space = run(matrix, 4, directions=[Direction(direction) for direction in directions])
+    assert len(space) == space.products == 5
+    assert projection_error(space, matrix) <= 1e-13
+
+
+def test_a_direction_is_orthogonalised_twice_where_rows_are_rounded() -> None:
+    """A pass against rows in bfloat16 leaves a hundredth of what lies inside, ten times as much as is new."""
+    store = BasisStore(dtype=torch.bfloat16, working_dtype=torch.float32)
+    values, start = torch.linspace(-1.0, 1.0, 400), torch.randn(400)
+    inside = lanczos(lambda v: values * v, start, 12, generator=torch.Generator(), store=store).basis.float()
+    new = torch.nn.functional.normalize(torch.randn(400), dim=0)
+    direction = torch.nn.functional.normalize(inside.sum(dim=0), dim=0) + 0.07 * new
+    space = lanczos(
+        lambda v: values * v, start, 12, generator=torch.Generator(), store=store, directions=[Direction(direction)]
+    )
+    assert len(space) == 13
+    assert float((inside @ space.basis[-1].float()).abs().max()) <= 1e-3
+
+
+def test_whole_vectors_have_the_length_of_the_operator_or_else_of_the_rows() -> None:
+    rows, numbers = torch.eye(3, 6, dtype=torch.float64), torch.diag(torch.arange(3.0, dtype=torch.float64))
+    padded = KrylovSubspace(rows, numbers, 0.0, 3, 3, Padded(), 5)
+    assert torch.equal(padded.ritz_vector(1), torch.eye(5, dtype=torch.float64)[1])
+    assert torch.equal(padded.coordinates(torch.arange(5.0).double()), torch.arange(3.0).double())
+    plain = KrylovSubspace(rows, numbers, 0.0, 3, 3, Reversing())
+    assert torch.equal(plain.ritz_vector(1), torch.eye(6, dtype=torch.float64)[1].flip(0))

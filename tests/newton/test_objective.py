@@ -1,4 +1,6 @@
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_sfn.newton import Objective, ObjectiveError
+from lightning_sfn.newton.processes import ContributionError, Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 
 from .ranks import HalfShare
@@ -117,5 +120,132 @@ def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
 
 
 def test_an_objective_without_closures_is_refused() -> None:
-    with pytest.raises(ObjectiveError, match="at least one closure"):
+    with pytest.raises(ObjectiveError, match=r"^An objective needs at least one closure, but none was given\.$"):
         Objective([])
+
+
+def test_a_loss_in_place_of_a_closure_is_refused() -> None:
+    message = (
+        "The loss was given as a Tensor, but a function that computes it is expected, since it is evaluated again and "
+        "again: write lambda: loss_fn(model(inputs), targets)."
+    )
+    with pytest.raises(ObjectiveError, match="^" + re.escape(message) + "$"):
+        Objective([torch.ones(())])  # type: ignore[list-item]
+
+
+def test_sizes_are_the_weights_as_given_or_ones() -> None:
+    closures = [lambda: torch.ones(())] * 2
+    assert Objective(closures, [6, 2]).sizes == (6.0, 2.0)
+    assert Objective(closures).sizes == (1.0, 1.0)
+
+
+def test_closures_that_set_random_numbers_themselves_are_not_replayed() -> None:
+    objective = Objective([lambda: torch.rand(())], self_seeding=True)
+    torch.manual_seed(2)
+    expected = [float(torch.rand(())) for _ in range(3)]
+    torch.manual_seed(2)
+    local = objective.local()
+    assert [objective.value(), local.value(), local.value()] == pytest.approx(expected)
+
+
+def test_local_keeps_the_weights() -> None:
+    x = torch.tensor([3.0], requires_grad=True)
+    objective = Objective([lambda: (x**2).sum(), lambda: x.sum()], weights=[1, 3])
+    assert objective.local().value() == pytest.approx((9 + 3 * 3) / 4)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, -1e20])
+@pytest.mark.parametrize(("change", "repeatable"), [(0.0, True), (0.9e-4, True), (-0.9e-4, True), (1.1e-4, False)])
+def test_values_repeat_if_they_differ_by_less_than_a_ten_thousandth(
+    scale: float, change: float, repeatable: bool
+) -> None:
+    objective = Objective([lambda: torch.tensor(scale * (1 + change), dtype=torch.float64)])
+    if repeatable:
+        objective.require_repeatable(scale)
+        return
+    with pytest.raises(ObjectiveError, match="at the same parameters"):
+        objective.require_repeatable(scale)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1.0, -1.0), (0.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.nan)])
+def test_values_that_do_not_repeat_are_refused(before: float, now: float) -> None:
+    message = (
+        f"The loss was {before:.8g} and then {now:.8g} at the same parameters, but it must be a fixed function within "
+        "one step: draw the batch outside of it and leave the batch unchanged, and draw random numbers from torch's, "
+        "NumPy's or Python's global generators, which are replayed."
+    )
+    with pytest.raises(ObjectiveError, match="^" + re.escape(message) + "$"):
+        Objective([lambda: torch.tensor(now)]).require_repeatable(before)
+
+
+def test_zero_repeats() -> None:
+    Objective([lambda: torch.zeros(())]).require_repeatable(0.0)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+class Second(Processes):
+    """The second of two processes; the first one has nothing but zeros to add, and no failure."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 1, 2
+        self._group = self._device = self._failure = self._first_bad = None
+        self._contributions = 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def scatter_sum(self, vector: Tensor) -> Tensor:
+        return vector[len(vector) // 2 :]
+
+    def collect(self, value: Any) -> list[Any]:
+        return [(None, math.inf), value]
+
+
+def shared() -> Objective:
+    return Objective([lambda: torch.ones(())], reduce=ProcessMean(Second()))
+
+
+def test_means_over_processes() -> None:
+    vector, numbers = torch.tensor([2.0, 4.0, 6.0, 8.0]), torch.tensor([5.0])
+    assert shared().reduce(vector).tolist() == [1, 2, 3, 4]
+    assert shared().reduce_part(vector).tolist() == [3, 4]
+    assert [each.tolist() for each in shared().reduce_with(vector, numbers)] == [[1, 2, 3, 4], [0]]
+    assert shared().is_shared
+    assert shared().processes is not None
+
+
+def test_one_process_has_its_own_numbers_and_errors() -> None:
+    objective = Objective([lambda: torch.ones(())])
+    vector, numbers = torch.tensor([2.0, math.nan]), torch.tensor([5.0])
+    assert objective.reduce(vector) is objective.reduce_part(vector) is vector
+    assert all(a is b for a, b in zip(objective.reduce_with(vector, numbers), (vector, numbers), strict=True))
+    objective.require_sound(vector)
+    assert not objective.is_shared
+    assert objective.processes is None
+    with pytest.raises(KeyError):
+        objective.guarded(lambda: {}[0], vector)
+    assert objective.guarded(lambda: numbers, vector) is numbers
+
+
+def test_a_failure_of_one_of_several_processes_shows_as_nan_and_is_raised_where_all_hear_of_it() -> None:
+    objective, numbers = shared(), torch.tensor([5.0])
+    assert objective.guarded(lambda: numbers, numbers) is numbers
+    failed = objective.guarded(lambda: {}[0], torch.ones(2, 3))
+    assert failed.shape == (2, 3)
+    assert bool(failed.isnan().all())
+    objective.require_sound(numbers)
+    with pytest.raises(KeyError):
+        objective.require_sound(failed)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_number_that_is_not_finite_is_blamed_unless_it_comes_from_afar(far: bool) -> None:
+    objective = shared()
+    reduced = objective.reduce(torch.tensor([1.0, math.inf]))
+    if far:
+        objective.require_sound(reduced, far=True)
+        return
+    with pytest.raises(ContributionError, match="rank 1 of 2"):
+        objective.require_sound(reduced)

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -83,14 +85,17 @@ def test_missing_gradients_are_zeros() -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ([], ["No parameter", "requires_grad=True"]),
-        ([nn.Parameter(torch.ones(1), requires_grad=False)], ["No parameter", "requires_grad=True"]),
+        ([], ["No parameter requires", "parameter with requires_grad=True."]),
+        (
+            [nn.Parameter(torch.ones(1), requires_grad=False)],
+            ["No parameter requires", "parameter with requires_grad=True."],
+        ),
         ([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, device="meta"))], ["cpu, meta", "one device"]),
         ([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1).double())], ["float32, torch.float64", ".double()"]),
         ([nn.Parameter(torch.ones(1, dtype=torch.complex64))], ["complex64", "float32 or float64"]),
         ([nn.Parameter(torch.ones(1, dtype=torch.float16))], ["float16", "bf16-mixed"]),
         ([nn.Parameter(torch.ones(1, dtype=torch.bfloat16))], ["bfloat16", "bf16-mixed"]),
-        ([torch.ones(2, 2).to_sparse().requires_grad_()], ["sparse", "dense layer"]),
+        ([torch.ones(2, 2).to_sparse().requires_grad_()], ["A parameter is sparse", "dense layer"]),
     ],
 )
 def test_unfit_parameters_are_refused_in_one_sentence(parameters: list[torch.Tensor], words: list[str]) -> None:
@@ -145,3 +150,77 @@ def test_the_checksum_is_the_sum_of_the_bit_patterns(dtype: torch.dtype, integer
     with torch.no_grad():
         parameters[1][0] = torch.nextafter(parameters[1][0], parameters[1][0] + 1)
     assert flat.checksum() != before
+
+
+def test_groups_of_an_optimizer_are_read_in_order_and_a_tied_weight_once() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((1,), 3.0))
+    flat = FlatParameters.of_groups([{"params": [second]}, {"params": [first, second]}])
+    assert flat.read().tolist() == [3, 1, 1]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25, -2.0])
+@pytest.mark.parametrize("given", [True, False])
+def test_weighted_tensors_add_up_to_the_sum_of_their_vectors(weight: float, given: bool) -> None:
+    """Where the first of them goes is told or new; the tensors themselves are left as they are."""
+    flat = FlatParameters([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))])
+    tensors = [[torch.randn(2, 2), torch.randn(3)], [None, torch.randn(3)], [torch.randn(2, 2), None]]
+    copies = [[None if t is None else t.clone() for t in each] for each in tensors]
+    room = torch.full((7,), torch.nan) if given else None
+    total = first = flat.accumulate(None, tensors[0], weight, room)
+    assert not given or first is room
+    for each in tensors[1:]:
+        total = flat.accumulate(total, each, 3.0)
+    assert total is first
+    vectors = [
+        torch.cat([torch.zeros(4 - i) if t is None else t.reshape(-1) for i, t in enumerate(each)]) for each in tensors
+    ]
+    torch.testing.assert_close(total, weight * vectors[0] + 3 * vectors[1] + 3 * vectors[2])
+    for each, copy in zip(tensors, copies, strict=True):
+        assert all(t is None or torch.equal(t, c) for t, c in zip(each, copy, strict=True))
+
+
+def test_one_tensor_is_not_the_sum_that_begins_with_it() -> None:
+    flat = FlatParameters([nn.Parameter(torch.ones(3))])
+    tensor = torch.ones(3)
+    flat.accumulate(flat.accumulate(None, [tensor], 1.0), [tensor], 1.0)
+    assert tensor.tolist() == [1, 1, 1]
+
+
+def test_the_sum_of_gradients_with_a_graph_has_none() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    flat, gradient = FlatParameters([parameter]), parameter * 2
+    total = flat.accumulate(None, [gradient], 0.5)
+    assert not flat.accumulate(total, [gradient], 0.5).requires_grad
+    assert total.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ([(2, 3), (), (4,)], "3 trainable parameters of float32 (2x3, 1, 4)"),
+        ([(1,)] * 8, "8 trainable parameters of float32 (1, 1, 1, 1, 1, 1, 1, 1)"),
+    ],
+)
+def test_a_few_parameters_are_described_by_number_dtype_and_shapes(shapes: list[tuple[int, ...]], words: str) -> None:
+    flat = FlatParameters([nn.Parameter(torch.ones(shape)) for shape in shapes])
+    assert flat.description == words
+    assert flat.layout == tuple(shapes)
+
+
+def test_many_parameters_are_described_by_the_first_shapes_and_a_digest_of_all() -> None:
+    def described(last: int) -> str:
+        shapes = [(2,)] * 8 + [(last, 3)]
+        return FlatParameters([nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes]).description
+
+    pattern = r"^9 trainable parameters of float64 \(2, 2, 2, 2, 2, 2, 2, 2, \.\.\. \(digest [0-9a-f]{8}\)\)$"
+    assert re.match(pattern, described(4))
+    assert described(4) == described(4) != described(5)
+
+
+def test_a_module_in_place_of_its_parameters_is_refused() -> None:
+    message = (
+        "The parameters were given as a module (Linear), but tensors are expected: pass its parameters(), as in "
+        "model.parameters()."
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        FlatParameters(nn.Linear(2, 3))  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -103,3 +105,63 @@ def test_a_seed_that_is_refused_leaves_the_generators() -> None:
     with pytest.raises(ValueError, match="2\\*\\*32"):
         RandomState.seeded(2**32)
     assert draw() == following
+
+
+class Generators:
+    """The generators of two CUDA devices, each a number: in the place of those of a machine that has none."""
+
+    def __init__(self) -> None:
+        self.states = {torch.device("cuda", index): torch.tensor([index], dtype=torch.uint8) for index in range(2)}
+        self.current = torch.device("cuda", 0)
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return self.states[device].clone()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.states[device] = state.clone()
+
+    def manual_seed(self, seed: int) -> None:
+        self.states[self.current] = torch.tensor([100 + seed], dtype=torch.uint8)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def generators(monkeypatch: pytest.MonkeyPatch) -> Generators:
+    fake = Generators()
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "device"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+def test_the_generator_of_a_device_is_noted_and_set_back(generators: Generators) -> None:
+    second = torch.device("cuda", 1)
+    state = RandomState.capture(second)
+    generators.set_rng_state(torch.tensor([7], dtype=torch.uint8), second)
+    with state.replayed():
+        assert generators.states[second].tolist() == [1]
+    assert generators.states[second].tolist() == [7]
+    with RandomState.seeded(5, second).replayed():
+        assert generators.states[second].tolist() == [105]
+    assert [each.tolist() for each in generators.states.values()] == [[0], [7]]
+
+
+def test_the_generator_of_a_device_survives_a_checkpoint(generators: Generators) -> None:
+    state = RandomState.capture(torch.device("cuda", 1))
+    torch.save(state.state_dict(), "random.pt")
+    found = RandomState.from_state(torch.load("random.pt", weights_only=True))
+    assert found.device == torch.device("cuda", 1)
+    assert found.accelerator is not None
+    assert found.accelerator.tolist() == [1]
+    found.restore()
+    assert generators.states[torch.device("cuda", 1)].tolist() == [1]
+
+
+def test_the_processor_is_no_accelerator() -> None:
+    state = RandomState.capture(torch.device("cpu"))
+    assert (state.device, state.accelerator) == (None, None)
+    assert RandomState.from_state(state.state_dict()).device is None

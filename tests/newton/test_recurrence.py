@@ -51,6 +51,17 @@ def test_states_gradients_and_second_derivatives_agree_with_finite_differences(l
     assert torch.autograd.gradgradcheck(tanh_recurrence, tensors)
 
 
+def test_inputs_may_lie_in_memory_as_batches_of_sequences() -> None:
+    _, start, weight = arguments()
+    inputs = torch.randn(B, T, H, dtype=torch.float64, requires_grad=True)
+
+    def of_batches(batches: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+        return tanh_recurrence(batches.transpose(0, 1), start, weight)
+
+    torch.testing.assert_close(of_batches(inputs, start, weight), written_out(inputs.transpose(0, 1), start, weight))
+    assert torch.autograd.gradgradcheck(of_batches, [inputs, start, weight])
+
+
 @pytest.mark.parametrize("length", [1, 2, T])
 def test_the_hessian_is_that_of_the_equations_written_out(length: int) -> None:
     tensors = arguments(length)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightning_sfn.newton.reductions import (
+    _chunk_sums,
     combine,
     dot,
     norm,
@@ -35,6 +36,13 @@ def test_dot_and_norm_are_right_around_chunk_boundaries(size: int) -> None:
     bound = 1e-6 * float(torch.linalg.vector_norm(x.double()) * torch.linalg.vector_norm(y.double()))
     assert abs(float(dot(x, y)) - exact) <= bound
     assert float(norm(x)) == pytest.approx(float(torch.linalg.vector_norm(x.double())), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [*SIZES, 5_000_000])
+def test_chunks_as_they_are_added_up_on_a_device_lose_nothing(size: int) -> None:
+    values = torch.rand(size)
+    values[-1] = 100.0
+    assert float(_chunk_sums(values)) == pytest.approx(float(values.double().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

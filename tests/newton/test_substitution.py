@@ -1,6 +1,7 @@
 """What is put in place of a model's operations computes the same derivatives, of every order."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sfn.newton import HessianOperator, Objective
 from lightning_sfn.newton.activations import sigmoid, tanh
-from lightning_sfn.newton.convolution import Geometry, convolution
+from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.substitution import FastSecondDerivatives
 
@@ -63,6 +64,22 @@ def test_convolutions(shape: tuple[int, ...], kernel: tuple[int, ...], geometry:
 
     assert torch.autograd.gradcheck(ours, inputs)
     assert torch.autograd.gradgradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize(
+    ("value", "lengths"), [(2, (2, 2)), ((2,), (2, 2)), ([3], (3, 3)), ((2, 1), (2, 1)), ([0, 3], (0, 3))]
+)
+def test_a_length_is_given_once_or_for_each_dimension(value: object, lengths: tuple[int, ...]) -> None:
+    assert for_each_dimension(value, 2) == lengths
+
+
+def test_a_convolution_of_no_images_has_gradients_of_zero() -> None:
+    images = torch.zeros(0, 2, 5, 5, dtype=torch.float64)
+    parameters = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 3, 3), (3,))]
+    output = convolution(images, *parameters, Geometry((1, 1), (0, 0), (1, 1)))
+    assert output.shape == (0, 3, 3, 3)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(output.sum(), parameters), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(parameter))
 
 
 def test_a_convolution_whose_input_is_data() -> None:
@@ -147,6 +164,57 @@ def test_autocast_functorch_and_constants_are_left_to_torch() -> None:
         assert torch.tanh(x.detach()).grad_fn is None
         same = F.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3, requires_grad=True), padding="same")
         assert "_ConvolutionBackward" not in graph_nodes(same)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": (1, 0), "dilation": [1, 2], "groups": 2}], ids=str)
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)])
+def test_convolutions_are_put_in_place_where_something_has_a_gradient(
+    wanted: tuple[bool, bool], options: dict[str, object]
+) -> None:
+    image, weight = torch.randn(2, 4, 6, 7).requires_grad_(wanted[0]), torch.randn(6, 4, 2, 3).requires_grad_(wanted[1])
+    weight = weight[:, :2] if options else weight
+    with FastSecondDerivatives():
+        output = F.conv2d(image, weight, **options)  # type: ignore[arg-type]
+    assert "_ConvolutionBackward" in graph_nodes(output)
+    torch.testing.assert_close(output, F.conv2d(image, weight, **options))  # type: ignore[arg-type]
+
+
+def test_convolutions_of_constants_and_of_one_image_are_left_to_torch() -> None:
+    image, weight = torch.randn(2, 5, 5), torch.randn(3, 2, 2, 2)
+    with FastSecondDerivatives():
+        single = F.conv2d(image, weight.requires_grad_())
+        with mock.patch("lightning_sfn.newton.substitution.convolution") as put:
+            F.conv2d(image.unsqueeze(0), weight.detach())
+    put.assert_not_called()
+    assert "_ConvolutionBackward" not in graph_nodes(single)
+    assert single.shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid])
+def test_activations_that_are_called_in_another_way_are_left_to_torch(function: Callable[..., Tensor]) -> None:
+    x, room = torch.randn(3), torch.zeros(3)
+    with FastSecondDerivatives():
+        assert function(x, out=room) is room
+        torch.testing.assert_close(function(input=x), room)
+        with pytest.raises(RuntimeError, match="out"):
+            function(x.clone().requires_grad_(), out=room)
+    torch.testing.assert_close(function(x), room)
+
+
+def test_hooks_that_are_there_from_the_beginning_change_nothing() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), FastSecondDerivatives():
+        assert "_TanhBackward" in graph_nodes(x.tanh())
+
+
+def test_one_recurrent_layer_has_no_masks_whatever_their_share() -> None:
+    layer, inputs = _recurrent()
+    with FastSecondDerivatives():
+        states, _ = torch.rnn_tanh(
+            inputs, torch.zeros(1, 5, 3).double(), list(layer.parameters()), True, 1, 0.5, True, False, False
+        )
+    assert "_StatesBackward" in graph_nodes(states)
+    torch.testing.assert_close(states, layer(inputs)[0])
 
 
 @pytest.mark.parametrize("old_torch", [False, True])

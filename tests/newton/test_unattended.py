@@ -157,6 +157,21 @@ def test_a_watch_hears_of_a_condition_that_is_true(posted: list[Tensor], heard: 
     assert not deaf.raised()
 
 
+def test_a_watch_hears_each_condition_once_and_of_those_that_come_later() -> None:
+    watch = Watch(4, torch.device("cpu"))
+    heard = []
+    for condition in conditions(False, True, False, True):
+        watch.post(condition)
+        heard += [watch.raised(), watch.raised()]
+    assert heard == [False, False, True, False, False, False, True, False]
+
+
+def test_nothing_is_heard_of_on_devices_that_cannot_be_asked() -> None:
+    watch = Watch(1, torch.device("meta"))
+    watch.post(torch.tensor(True))
+    assert not watch.raised()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_watch_hears_of_a_condition_on_a_device_once_it_has_come() -> None:
     device = torch.device("cuda")
