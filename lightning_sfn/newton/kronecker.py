@@ -44,8 +44,8 @@ class KroneckerFactors(Preconditioner):
     The packed projection of attention is one layer. Where query and key differ (cross attention), its input factor is
     that of both together.
 
-    Where probes show more curvature along the factors' eigenvectors than the factors say (`Excess`), that is believed:
-    it may be negative, or come from what the model gets wrong, of which a Fisher matrix knows nothing.
+    With ``probes``, more curvature along the factors' eigenvectors than the factors say is allowed for (`Excess`): it
+    may be negative, or come from what the model gets wrong, of which a Fisher matrix knows nothing.
 
     A step is shortened so that no hidden layer's outputs change by more than 1, or a tenth of their size, in the
     quadratic mean over units and cases: the first steps away from a saddle would otherwise saturate units.
@@ -64,7 +64,8 @@ class KroneckerFactors(Preconditioner):
         min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
             their width: what so few rows tell is not worth what the map costs.
         min_coverage: Share of the parameters that must belong to a layer with a rule; otherwise there are no factors.
-        probes: Products that each estimate spends on curvature that the factors do not tell; 0 for the factors alone.
+        probes: Products that each estimate spends on curvature that the factors do not tell: 1 pays on gated recurrent
+            networks and where a plateau has to be left soon; 0 leaves the factors as they are.
 
     Attributes:
         memory: Bytes that factors, eigenvectors and scales take now.
@@ -95,7 +96,7 @@ class KroneckerFactors(Preconditioner):
         max_memory: int | None = None,
         min_rows: float = 0.0,
         min_coverage: float = 0.0,
-        probes: int = 1,
+        probes: int = 0,
     ) -> None:
         """See the class."""
         if targets not in ("sampled", "given"):

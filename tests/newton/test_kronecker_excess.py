@@ -79,8 +79,8 @@ def operator_of(plateau: Plateau) -> HessianOperator:
     return HessianOperator(Objective([plateau.loss]), plateau.parameters())
 
 
-def known(plateau: Plateau, times: int, **options: int) -> KroneckerFactors:
-    factors, generator = KroneckerFactors(plateau, refresh_every=1, **options), torch.Generator().manual_seed(0)
+def known(plateau: Plateau, times: int, probes: int = 1) -> KroneckerFactors:
+    factors, generator = KroneckerFactors(plateau, refresh_every=1, probes=probes), torch.Generator().manual_seed(0)
     for _ in range(times):
         factors.refresh(operator_of(plateau), generator)
     return factors
@@ -130,7 +130,7 @@ def test_a_probe_that_is_not_finite_changes_nothing() -> None:
 
     plateau = Plateau()
     broken, generator = Broken(Objective([plateau.loss]), plateau.parameters()), torch.Generator().manual_seed(0)
-    factors = KroneckerFactors(plateau)
+    factors = KroneckerFactors(plateau, probes=1)
     factors.refresh(broken, generator)
     unit = torch.eye(199, dtype=D)
     assert torch.equal(factors.scale(unit), known(plateau, 1, probes=0).scale(unit))
