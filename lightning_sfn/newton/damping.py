@@ -122,14 +122,15 @@ class WarmDamping(Damping):
 
     Tries the last value and its neighbour by a factor of four on the side that the damping last moved to, and goes on
     in the direction of improvement by factors of four while the decrease of the loss still grows by a twentieth. Where
-    the neighbour is worse, the next search looks on the other side; the first one looks on both. If no candidate lowers
-    the loss, it goes up by factors of eight until one does: a trial loss costs little next to the products that built
-    the subspace. Values stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs two or
+    the neighbour is worse, the next search looks on the other side; the first one looks on both. What is remembered is
+    the largest damping whose decrease is within a fiftieth of the best. If no candidate lowers the loss, it goes up by
+    factors of eight until one does: a trial loss costs little next to the products that built the subspace. Values stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs two or
     three trial losses.
     """
 
     _FACTOR, _RESCUE = 4.0, 8.0
     _WORTHWHILE = 1.05  # growth of the decrease that makes a further trial worth its price
+    _AS_GOOD = 0.98  # share of the best decrease at which a larger damping is as good
     _INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # times the largest absolute eigenvalue
 
     def __init__(self) -> None:
@@ -160,17 +161,24 @@ class WarmDamping(Damping):
                 following = min(max(tried) * self._RESCUE, high)
                 tried[following] = trial_losses([following])[0]
                 best = min(tried, key=tried.__getitem__)
-        self._settle(best if tried[best] < baseline else None, middle, high)
+        self._settle({damping: baseline - loss for damping, loss in tried.items()}, middle, high)
         return Choice(best, tried[best], len(tried))
 
-    def _settle(self, best: float | None, middle: float, high: float) -> None:
-        """Remembers where the search ended, if anywhere, and where the next one looks first."""
-        if best is None:
+    def _settle(self, decreases: dict[float, float], middle: float, high: float) -> None:
+        """Remembers where the search ended, if anywhere, and where the next one looks first.
+
+        Below all eigenvalues dampings differ by nothing. Of what is as good as the best the largest is remembered, or
+        it would drift down there, from where the next way up is long.
+        """
+        most = max(decreases.values())
+        if most <= 0:
             self.value, self._side = high, 0
-        elif best == middle:
-            self.value, self._side = best, -self._side or -1
+            return
+        self.value = max(damping for damping, decrease in decreases.items() if decrease >= self._AS_GOOD * most)
+        if self.value == middle:
+            self._side = -self._side or -1
         else:
-            self.value, self._side = best, 1 if best > middle else -1
+            self._side = 1 if self.value > middle else -1
 
     def state_dict(self) -> dict[str, Any]:
         """The last value, and where the next search looks first."""
