@@ -124,8 +124,8 @@ class WarmDamping(Damping):
     in the direction of improvement by factors of four while the decrease of the loss still grows by a twentieth. Where
     the neighbour is worse, the next search looks on the other side; the first one looks on both. What is remembered is
     the largest damping whose decrease is within a fiftieth of the best. If no candidate lowers the loss, it goes up by
-    factors of eight until one does: a trial loss costs little next to the products that built the subspace. Values stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs two or
-    three trial losses.
+    factors of eight until one does: a trial loss costs little next to the products that built the subspace. Values
+    stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs two or three trial losses.
     """
 
     _FACTOR, _RESCUE = 4.0, 8.0
