@@ -228,17 +228,16 @@ class KroneckerFactors(Preconditioner):
         return [most if inner else math.inf for most, inner in zip(allowed, hidden, strict=True)]
 
     def _adopt(self, blocks: list[Block]) -> list[BlockRoot]:
-        """Takes over factors, with the excess that is known over others of the same layout.
+        """Takes over factors, with the excess, if any, that is known over others of the same layout.
 
         Returns:
             The roots of the factors alone.
         """
         damping = self.damping * max(block.magnitude for block in blocks)
         alone = [block.root(damping) for block in blocks]
-        none = [Excess.none(root.scale) for root in alone]
-        if [e.product.shape for e in none] != [e.product.shape for e in self._excess]:
-            self._excess = none
-        self._blocks, self._roots = blocks, _lessened(alone, self._excess)
+        if [excess.shape for excess in self._excess] != [root.scale.shape for root in alone]:
+            self._excess = []
+        self._blocks, self._roots = blocks, _lessened(alone, self._excess) if self._excess else alone
         return alone
 
     def _probe(self, alone: list[BlockRoot], operator: CurvatureOperator, generator: torch.Generator) -> None:
@@ -250,7 +249,8 @@ class KroneckerFactors(Preconditioner):
             return  # the products of the step will say so
         pieces = self._pieces(image.unsqueeze(0))
         along = [root.along(pieces)[0] for root in self._roots]
-        self._excess = [excess.after(each) for excess, each in zip(self._excess, along, strict=True)]
+        before = self._excess or [Excess.none(root.scale) for root in alone]
+        self._excess = [excess.after(each) for excess, each in zip(before, along, strict=True)]
         self._roots = _lessened(alone, self._excess)
 
     # ------------------------------------------------------------------------------------------------ the map

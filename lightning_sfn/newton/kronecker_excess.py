@@ -37,6 +37,11 @@ class Excess:
         return cls(scale.new_ones(len(scale), 1), scale.new_ones(1, scale.shape[1]))
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape ``(r, s)`` of what it is about."""
+        return torch.Size((len(self.rows), self.columns.shape[1]))
+
+    @property
     def product(self) -> Tensor:
         """The excess along each eigenvector, shape ``(r, s)``."""
         return self.rows * self.columns
