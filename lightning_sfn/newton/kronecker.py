@@ -243,7 +243,7 @@ class KroneckerFactors(Preconditioner):
     def _probe(self, alone: list[BlockRoot], operator: CurvatureOperator, generator: torch.Generator) -> None:
         """Looks for curvature that the factors alone do not tell."""
         parameters = operator.parameters
-        probe = torch.randn(parameters.size, dtype=parameters.dtype, device=parameters.device, generator=generator)
+        probe = parameters.random(generator)
         image = self.scale(operator.matvec(self.scale(probe)))
         if not bool(torch.isfinite(image).all()):
             return  # the products of the step will say so

@@ -54,7 +54,7 @@ def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -
     """
     parameters = operator.parameters
     generator = torch.Generator(parameters.device).manual_seed(seed)
-    noise = torch.randn(parameters.size, dtype=parameters.dtype, device=parameters.device, generator=generator)
+    noise = parameters.random(generator)
     start = noise / norm(noise).to(noise.dtype)
     with torch.no_grad():
         try:

@@ -109,6 +109,10 @@ class FlatParameters:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{len(self.shapes)} trainable parameters of {dtype} ({shapes}{more})"
 
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A standard normal vector of shape ``(n,)``, in the parameters' dtype and on their device."""
+        return torch.randn(self.size, dtype=self.dtype, device=self.device, generator=generator)
+
     def checksum(self) -> int:
         """A sum of the parameters' bit patterns: equal on two ranks if all bits are."""
         pattern = torch.int32 if self.dtype == torch.float32 else torch.int64

@@ -171,7 +171,7 @@ class DiagonalPreconditioner(Preconditioner):
         if self._mean is None or self._mean.numel() != parameters.size:
             self._mean = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
             self._refreshes = 0
-        probe = torch.randn(parameters.size, dtype=parameters.dtype, device=parameters.device, generator=generator)
+        probe = parameters.random(generator)
         square = operator.matvec(probe).square()
         if bool(torch.isfinite(square).all()):
             self._mean.mul_(self.decay).add_(square, alpha=1 - self.decay)
