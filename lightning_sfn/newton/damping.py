@@ -187,7 +187,7 @@ class WarmDamping(Damping):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         super().load_state_dict(state)
-        self._side = state["side"]
+        self._side = state.get("side", 0)  # another strategy saved a value alone
 
 
 class LevenbergMarquardt(Damping):

@@ -330,7 +330,8 @@ class KroneckerFactors(Preconditioner):
         blocks = []
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
-        self._excess = [Excess(rows.clone(), columns.clone()) for rows, columns in state["excess"]]
+        known = state["excess"] if self.probes else ()  # without probes it would stay for ever
+        self._excess = [Excess(rows.clone(), columns.clone()) for rows, columns in known]
         self._adopt(blocks)
         self._allowed, self._caution = list(state["limits"]), state["caution"]
         self._unfactored = tuple(state["unfactored"])

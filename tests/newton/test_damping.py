@@ -164,6 +164,22 @@ def test_a_restored_search_goes_on_as_the_saved_one() -> None:
     assert calls[0] == calls[1]
 
 
+@pytest.mark.parametrize("saved", ["warm", "grid", "levenberg_marquardt", 0.3])
+@pytest.mark.parametrize("other", ["warm", "grid", "levenberg_marquardt"])
+def test_a_strategy_goes_on_from_the_damping_of_another(saved: str | float, other: str) -> None:
+    def optimizer(damping: str | float) -> SaddleFreeNewton:
+        return SaddleFreeNewton([x], damping=damping, preconditioner=None, inner_steps=1)
+
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    before, after = optimizer(saved), optimizer(other)
+    before.step(lambda: (x**4).sum())
+    after.load_state_dict(before.state_dict())
+    assert after.damping.value == before.damping.value is not None
+    after.step(lambda: (x**4).sum())
+    assert after.last_step is not None
+    assert after.last_step.accepted
+
+
 def test_warm_asks_no_further_at_its_bounds() -> None:
     for start, trend in ((1e-9, 1.0), (10.0, -1.0)):
         strategy = WarmDamping()
