@@ -44,19 +44,20 @@ class AutoPreconditioner(Preconditioner):
         """The name of the coordinates that are in use."""
         return self.in_use.name
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
         """Estimates the factors anew, every few steps; where there are none, equilibrates.
 
         Args:
             operator: The curvature of the coming step.
             generator: Source of random probes and of sampled targets.
+            bent: Whether the last subspace showed much negative curvature.
 
         Raises:
             ProcessError: Another process failed.
         """
         if self._has_room:
             try:
-                self.factors.renew(operator, generator)
+                self.factors.renew(operator, generator, bent)
             except NoRoomForFactors as error:
                 self.factors.reset()
                 self._has_room = False
@@ -64,7 +65,7 @@ class AutoPreconditioner(Preconditioner):
             except FactorsError:
                 pass  # those of an earlier step stay in use, or the diagonal is
         if self.in_use is self.diagonal:
-            self.diagonal.refresh(operator, generator)
+            self.diagonal.refresh(operator, generator, bent)
 
     def reset(self) -> None:
         """Forgets everything: the parameters are others now."""

@@ -44,8 +44,8 @@ class KroneckerFactors(Preconditioner):
     The packed projection of attention is one layer. Where query and key differ (cross attention), its input factor is
     that of both together.
 
-    With ``probes``, more curvature along the factors' eigenvectors than the factors say is allowed for (`Excess`): it
-    may be negative, or come from what the model gets wrong, of which a Fisher matrix knows nothing.
+    While there is much negative curvature, of which a Fisher matrix knows nothing, each estimate spends a product on
+    more curvature along the factors' eigenvectors than the factors say, and allows for it (`Excess`).
 
     A step is shortened so that no hidden layer's outputs change by more than 1, or a tenth of their size, in the
     quadratic mean over units and cases: the first steps away from a saddle would otherwise saturate units.
@@ -64,8 +64,8 @@ class KroneckerFactors(Preconditioner):
         min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
             their width: what so few rows tell is not worth what the map costs.
         min_coverage: Share of the parameters that must belong to a layer with a rule; otherwise there are no factors.
-        probes: Products that each estimate spends on curvature that the factors do not tell: 1 pays on gated recurrent
-            networks and where a plateau has to be left soon; 0 leaves the factors as they are.
+        probes: Products that an estimate spends on curvature that the factors do not tell, while the last subspace
+            showed negative curvature of at least a tenth of its largest; 0 leaves the factors as they are.
 
     Attributes:
         memory: Bytes that factors, eigenvectors and scales take now.
@@ -96,7 +96,7 @@ class KroneckerFactors(Preconditioner):
         max_memory: int | None = None,
         min_rows: float = 0.0,
         min_coverage: float = 0.0,
-        probes: int = 0,
+        probes: int = 1,
     ) -> None:
         """See the class."""
         if targets not in ("sampled", "given"):
@@ -161,27 +161,29 @@ class KroneckerFactors(Preconditioner):
 
     # ------------------------------------------------------------------------------------------------ estimation
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
         """Estimates the factors anew, every few steps; warns where they cannot be had.
 
         Args:
             operator: The curvature of the coming step; the factors see its objective.
-            generator: Source of the sampled targets.
+            generator: Source of the sampled targets and of probes.
+            bent: Whether the last subspace showed much negative curvature.
 
         Raises:
             ProcessError: Another process failed.
         """
         try:
-            self.renew(operator, generator)
+            self.renew(operator, generator, bent)
         except FactorsError as error:
             warnings.warn(f"{error}: those of an earlier step, if any, stay in use.", stacklevel=3)
 
-    def renew(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+    def renew(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
         """Estimates the factors anew, every few steps.
 
         Args:
             operator: The curvature of the coming step; the factors see its objective.
-            generator: Source of the sampled targets.
+            generator: Source of the sampled targets and of probes.
+            bent: Whether the last subspace showed much negative curvature.
 
         Raises:
             FactorsError: They cannot be had, on all processes alike; those of an earlier step, if any, stay.
@@ -200,8 +202,10 @@ class KroneckerFactors(Preconditioner):
         if _coverage(blocks, parameters.shapes) < self.min_coverage:
             raise FactorsError("Too few of the parameters belong to layers that have Kronecker factors")
         self._shapes = list(parameters.shapes)
+        if not bent:
+            self._excess = []  # it would stay as it was then: along the valley factors know better
         alone = self._adopt(self._averaged(blocks))
-        for _ in range(self.probes):
+        for _ in range(self.probes if bent else 0):
             self._probe(alone, operator, generator)
         self._allowed = self._allowed_shifts(parameters)
         self._unfactored = tuple(

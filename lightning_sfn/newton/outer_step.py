@@ -119,7 +119,7 @@ class Descent:
         Raises:
             FloatingPointError: A product is not finite.
         """
-        self.preconditioner.refresh(operator, self.generator)
+        self.preconditioner.refresh(operator, self.generator, carried.bent)
         seed = None
         if self.exploration != 0.0:
             seed = self.exploration * carried.start_seed(gradient, self.preconditioner, self.generator)

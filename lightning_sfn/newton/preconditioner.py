@@ -25,12 +25,13 @@ class Preconditioner(ABC):
         """What a record of a step calls these coordinates."""
         return type(self).__name__
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:  # noqa: B027
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:  # noqa: B027
         """Brings the map up to date before a step.
 
         Args:
             operator: The curvature of the coming step.
             generator: Source of random probes, on the parameters' device.
+            bent: As in `default_krylov_dim`; true before the first subspace.
         """
 
     def reset(self) -> None:  # noqa: B027
@@ -165,7 +166,7 @@ class DiagonalPreconditioner(Preconditioner):
         """``diagonal``."""
         return "diagonal"
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
         """Draws one probe and averages it in."""
         parameters = operator.parameters
         if self._mean is None or self._mean.numel() != parameters.size:

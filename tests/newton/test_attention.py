@@ -209,7 +209,7 @@ def test_appended_or_given_keys_and_other_functions_are_left_to_pytorch() -> Non
 
 
 def refreshed(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> KroneckerFactors:
-    factors = KroneckerFactors(model, **options)
+    factors = KroneckerFactors(model, probes=0, **options)  # kernels of attention may have no second derivative
     factors.refresh(HessianOperator(Objective([loss]), model.parameters()), torch.Generator().manual_seed(0))
     return factors
 

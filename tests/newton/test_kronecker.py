@@ -24,7 +24,7 @@ D = torch.float64
 
 
 def refreshed(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> KroneckerFactors:
-    factors = KroneckerFactors(model, **options)
+    factors = KroneckerFactors(model, probes=0, **options)
     factors.refresh(HessianOperator(Objective([loss]), model.parameters()), torch.Generator().manual_seed(0))
     return factors
 

@@ -111,14 +111,28 @@ def test_probes_are_counted_and_renewed_with_the_factors() -> None:
         assert operator.products == expected
 
 
+def test_without_much_negative_curvature_factors_are_left_as_they_are() -> None:
+    plateau = Plateau()
+    factors, unit = known(plateau, 4), torch.eye(10 * 9 + 9 + 90 + 10, dtype=D)
+    operator, generator = operator_of(plateau), torch.Generator().manual_seed(1)
+    factors.refresh(operator, generator, bent=False)
+    assert operator.products == 0
+    again = KroneckerFactors(plateau, probes=0)
+    again.load_state_dict(factors.state_dict())
+    assert torch.equal(factors.scale(unit), again.scale(unit))
+    factors.refresh(operator, generator, bent=True)
+    assert operator.products == 1
+    assert not torch.equal(factors.scale(unit), again.scale(unit))
+
+
 def test_excess_is_saved_and_forgotten() -> None:
     plateau = Plateau()
     factors, unit = known(plateau, 4), torch.eye(10 * 9 + 9 + 90 + 10, dtype=D)
     state = copy.deepcopy(factors.state_dict())
-    restored = KroneckerFactors(plateau, probes=1)
+    restored = KroneckerFactors(plateau)
     restored.load_state_dict(state)
     assert torch.equal(restored.scale(unit), factors.scale(unit))
-    alone, without = KroneckerFactors(plateau), KroneckerFactors(plateau, probes=1)
+    alone, without = KroneckerFactors(plateau, probes=0), KroneckerFactors(plateau)
     alone.load_state_dict(state)  # would never renew an excess
     without.load_state_dict(state | {"excess": []})
     assert torch.equal(alone.scale(unit), without.scale(unit))
@@ -135,7 +149,7 @@ def test_a_probe_that_is_not_finite_changes_nothing() -> None:
 
     plateau = Plateau()
     broken, generator = Broken(Objective([plateau.loss]), plateau.parameters()), torch.Generator().manual_seed(0)
-    factors = KroneckerFactors(plateau, probes=1)
+    factors = KroneckerFactors(plateau)
     factors.refresh(broken, generator)
     unit = torch.eye(199, dtype=D)
     assert torch.equal(factors.scale(unit), known(plateau, 1, probes=0).scale(unit))

@@ -303,7 +303,7 @@ class Doubling(IdentityPreconditioner):
     def unfactored(self) -> tuple[str, ...]:
         return ("odd",)
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
         assert isinstance(generator, torch.Generator)
         operator.matvec(START)
         self.refreshes += 1

@@ -240,7 +240,7 @@ class Uneven(IdentityPreconditioner):
     def unfactored(self) -> tuple[str, ...]:
         return ("odd",)
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
         self.refreshed.append((operator, generator))
 
     def scale(self, vectors: Tensor) -> Tensor:
