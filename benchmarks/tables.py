@@ -56,11 +56,14 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
 
 def _measured(results: dict[str, Any], command: str) -> str:
     with_ = results["conditions"]
-    processor = with_["processor"].replace("(R)", "").removesuffix(" Processor")
     return (
-        f"\nMeasured {with_['date']} by `{command}` on {with_['cores']} cores of {processor}, "
+        f"\nMeasured {with_['date']} by `{command}` on {with_['cores']} cores of {_processor(with_)}, "
         f"{with_['threads']} thread, torch {with_['torch']}.\n"
     )
+
+
+def _processor(with_: dict[str, Any]) -> str:
+    return str(with_["processor"]).replace("(R)", "").removesuffix(" Processor")
 
 
 def escape() -> str:
@@ -231,11 +234,21 @@ def race(*, tuning: bool | None, name: str = "race", command: str = "python benc
     table = [
         [row.task, row.kind, str(len(next(iter(row.losses.values())))), f"{row.start:.4g}"]
         + [_spread(row.losses.get(m), m == min(row.losses, key=row.median)) for m in methods]
+        + [_raced(results["runs"], row.task)]
         for row in rows
     ]
-    seconds = results["runs"][0]["seconds"]
-    note = f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold.\n"
-    return _rows(["task", "kind", "seeds", "start", *methods], table) + note + _measured(results, command)
+    with_, seconds = results["conditions"], results["runs"][0]["seconds"]
+    note = (
+        f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold. Measured "
+        f"by `{command}` on {with_['cores']} cores, {with_['threads']} thread, torch {with_['torch']}; a row's methods "
+        "on one kind of processor.\n"
+    )
+    return _rows(["task", "kind", "seeds", "start", *methods, "raced"], table) + note
+
+
+def _raced(runs: list[dict[str, Any]], task: str) -> str:
+    """When and on which processor."""
+    return ", ".join(sorted({f"{run['date']} on {_processor(run)}" for run in runs if run["task"] == task}))
 
 
 def targets(*, tuning: bool) -> str:

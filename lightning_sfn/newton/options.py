@@ -21,7 +21,8 @@ def require_at_least(name: str, value: float, minimum: float) -> None:
     Raises:
         ValueError: The value is none of those.
     """
-    if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= minimum):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value >= minimum):
         raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
 
 
@@ -51,7 +52,7 @@ def require_positive_or_none(name: str, value: float | None) -> None:
     Raises:
         ValueError: The value is neither.
     """
-    if value is not None and not (isinstance(value, (int, float)) and value > 0):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
         raise ValueError(f"{name} is {value!r}, but a positive number or None is expected.")
 
 
