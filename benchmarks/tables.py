@@ -239,9 +239,9 @@ def race(*, tuning: bool | None, name: str = "race", command: str = "python benc
     ]
     with_, seconds = results["conditions"], results["runs"][0]["seconds"]
     note = (
-        f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold. Measured "
-        f"by `{command}` on {with_['cores']} cores, {with_['threads']} thread, torch {with_['torch']}; a row's methods "
-        "on one kind of processor.\n"
+        f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold. "
+        f"Measured by `{command}` on {with_['cores']} cores, {with_['threads']} thread, torch {with_['torch']}; "
+        "a row's methods on one kind of processor.\n"
     )
     return _rows(["task", "kind", "seeds", "start", *methods, "raced"], table) + note
 
