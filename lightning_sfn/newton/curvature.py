@@ -179,9 +179,7 @@ class HessianOperator(CurvatureOperator):
             loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
         require_double_backward(loss)
         try:
-            gradient = torch.autograd.grad(
-                loss, self.parameters.tensors, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            gradient = torch.autograd.grad(loss, self.parameters.tensors, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise explain(error) from error
         return _GradientGraph(loss.detach(), tuple(map(root_of, gradient)), tuple(g.detach() for g in gradient))

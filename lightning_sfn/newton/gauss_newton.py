@@ -67,9 +67,7 @@ class GaussNewtonOperator(CurvatureOperator):
             )
         require_double_backward(evaluation.loss)
         try:
-            (output_gradient,) = torch.autograd.grad(
-                evaluation.loss, output, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            (output_gradient,) = torch.autograd.grad(evaluation.loss, output, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise explain(error) from error
         if index not in self._checked:

@@ -30,10 +30,9 @@ class OutputJacobian:
         self._tensors = tensors
         self._cotangent = torch.zeros_like(output, requires_grad=True)
         try:
-            pullback = torch.autograd.grad(
-                output, tensors, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            self._roots = tuple(map(root_of, pullback))  # the values are zeros, as many as there are parameters
+            pullback = torch.autograd.grad(output, tensors, self._cotangent, create_graph=True, allow_unused=True)
+            # The values are zeros, as many as there are parameters.
+            self._roots = tuple(None if slope is None else root_of(slope) for slope in pullback)
         except RuntimeError as error:
             raise explain(error) from error
 
