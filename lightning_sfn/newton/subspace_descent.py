@@ -97,7 +97,7 @@ class KrylovSubspaceDescent(Optimizer):
         """The loss that BFGS reaches in the subspace, and the step there of shape ``(n,)``."""
         largest = float(space.eigenvalues.abs().max()) or 1.0
         scales = (space.eigenvalues.abs() + _FLOOR * largest).rsqrt()
-        along = torch.zeros(len(space), dtype=torch.float64, requires_grad=True)
+        along = torch.zeros(len(space), dtype=torch.float64)
         # With a memory as long as the run, L-BFGS is BFGS.
         bfgs = torch.optim.LBFGS(
             [along],
@@ -109,12 +109,12 @@ class KrylovSubspaceDescent(Optimizer):
         )
 
         def evaluate() -> float:
-            parameters.write(origin + space.lift(scales * along.detach()))
+            parameters.write(origin + space.lift(scales * along))
             loss, gradient = gradient_of(objective, parameters)
             along.grad = scales * space.coordinates(gradient)
             return loss
 
         bfgs.step(evaluate)  # type: ignore[no-untyped-call]
-        step = space.lift(scales * along.detach())
+        step = space.lift(scales * along)
         parameters.write(origin + step)
         return objective.value(), step

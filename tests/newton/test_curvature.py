@@ -1,4 +1,5 @@
 import itertools
+import math
 from collections.abc import Callable
 from unittest import mock
 
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_sfn.newton import CurvatureError, HessianOperator, Objective, ObjectiveError
+from lightning_sfn.newton import CurvatureError, CurvatureOperator, HessianOperator, Objective, ObjectiveError
 from lightning_sfn.newton.curvature import gradient_of
 from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.processes import ContributionError, ProcessMean
 
 from .cases import (
     BATCH,
@@ -26,7 +28,7 @@ from .cases import (
     symmetric,
     tolerance,
 )
-from .ranks import HalfShare
+from .ranks import Alike, HalfShare
 
 RETENTIONS = {
     "auto": {},
@@ -69,9 +71,55 @@ def test_uneven_micro_batches_equal_the_full_batch(name: str) -> None:
     operator = HessianOperator(objective, case.parameters)
     vector = torch.randn(operator.parameters.size, dtype=torch.float64)
     assert objective.value() == pytest.approx(expected.loss, rel=1e-12)
-    assert_close(operator.loss_and_gradient()[1], expected.gradient, 1e-12)
-    assert_close(gradient_of(objective, operator.parameters)[1], expected.gradient, 1e-12)
+    for loss, gradient in (operator.loss_and_gradient(), gradient_of(objective, operator.parameters)):
+        assert loss == pytest.approx(expected.loss, rel=1e-12)
+        assert_close(gradient, expected.gradient, 1e-12)
     assert_close(operator.matvec(vector), expected.hessian @ vector, 1e-10)
+    with mock.patch.object(operator, "_matvec", side_effect=AssertionError("one by one")):
+        for _ in range(2):  # in one backward pass of graphs that are still there
+            several = operator.matmat(torch.stack([vector, -vector]))
+    assert_close(several, torch.stack([expected.hessian @ vector, -expected.hessian @ vector]), 1e-10)
+    assert operator.products == 1 + 2 + 2
+
+
+def parts_without_curvature() -> tuple[HessianOperator, list[int]]:
+    """Half of the weight on parts that are linear or do not see the parameter, and before the one that is curved."""
+    x, linear, unused = (torch.ones(2, requires_grad=True) for _ in range(3))
+    closures = [lambda: 2 * linear.sum(), lambda: (x**3).sum() + linear.sum(), lambda: 5 * x.sum()]
+    return HessianOperator(Objective(closures, [1, 2, 1]), [x, linear, unused]), [3, 3, 0, 0, 0, 0]
+
+
+def test_parts_without_curvature_add_nothing() -> None:
+    operator, expected = parts_without_curvature()
+    assert operator.matvec(torch.ones(6)).tolist() == expected
+    with mock.patch.object(operator, "_matvec", side_effect=AssertionError("one by one")):
+        several = operator.matmat(torch.stack([torch.ones(6), torch.zeros(6), torch.full((6,), 2.0)]))
+    assert several.tolist() == [expected, [0] * 6, [2 * value for value in expected]]
+
+
+def test_what_does_not_vectorise_once_is_not_tried_again() -> None:
+    operator, expected = parts_without_curvature()
+    with mock.patch.object(operator, "_batched", side_effect=RuntimeError("no batching rule")) as refused:
+        for _ in range(2):
+            assert operator.matmat(torch.ones(3, 6)).tolist() == [expected] * 3
+    assert refused.call_count == 1
+
+
+def test_a_product_in_room_that_is_there_already() -> None:
+    operator, expected = parts_without_curvature()
+    room = torch.full((6,), math.nan)
+    product = operator.matvec_into(torch.ones(6), room)
+    assert product.tolist() == expected
+    assert product.data_ptr() == room.data_ptr()
+    operator.matvec(torch.full((6,), 7.0))
+    assert room.tolist() == expected
+
+
+def test_kept_graphs_are_kept_without_the_values_of_their_gradients() -> None:
+    operator, _ = parts_without_curvature()
+    operator.loss_and_gradient()
+    assert operator._graphs.retained == 3
+    assert all(operator._graphs.get(index).gradient is None for index in range(3))
 
 
 @pytest.mark.parametrize("options", RETENTIONS.values(), ids=RETENTIONS)
@@ -140,6 +188,7 @@ def test_linear_and_unused_parameters_have_zero_rows() -> None:
     x, linear, unused = (torch.ones(2, requires_grad=True) for _ in range(3))
     operator = HessianOperator(Objective([lambda: (x**3).sum() + 2 * linear.sum()]), [x, linear, unused])
     assert operator.loss_and_gradient()[1].tolist() == [3, 3, 2, 2, 0, 0]
+    assert gradient_of(operator.objective, operator.parameters)[1].tolist() == [3, 3, 2, 2, 0, 0]
     assert operator.matvec(torch.ones(6)).tolist() == [6, 6, 0, 0, 0, 0]
 
 
@@ -184,8 +233,117 @@ def test_neither_products_nor_gradients_touch_grad_fields() -> None:
 @pytest.mark.parametrize("of", [lambda o, p: HessianOperator(o, p).loss_and_gradient(), gradient_of])
 def test_a_loss_without_graph_is_refused(of: Callable[..., object]) -> None:
     x = torch.ones(2, requires_grad=True)
-    with pytest.raises(ObjectiveError, match=r"without a graph.*remove \.detach\(\)"):
+    words = (
+        r"^The closure returned a loss without a graph, but the loss must be differentiable: remove \.detach\(\), "
+        r"\.item\(\) and torch\.no_grad\(\) from it\.$"
+    )
+    with pytest.raises(ObjectiveError, match=words):
         of(Objective([lambda: (x**2).sum().detach()]), FlatParameters([x]))
+
+
+@pytest.mark.parametrize("of", [lambda o, p: HessianOperator(o, p).loss_and_gradient(), gradient_of])
+@pytest.mark.parametrize("had_one", [False, True])
+def test_a_closure_that_calls_backward_is_refused(of: Callable[..., object], had_one: bool) -> None:
+    """Whether a gradient is made by it or changed in place."""
+    x = torch.ones(2, requires_grad=True)
+    x.grad = torch.ones(2) if had_one else None
+
+    def closure() -> Tensor:
+        x.sum().backward()
+        return (x**2).sum()
+
+    words = (
+        r"^The closure called backward\(\) itself, but it must only return the loss with its graph: remove "
+        r"loss\.backward\(\) from it \(a training loop that calls it by itself, as automatic optimization does, needs "
+        r"SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin\)\.$"
+    )
+    with pytest.raises(ObjectiveError, match=words):
+        of(Objective([closure]), FlatParameters([x]))
+
+
+# ------------------------------------------------------------------------------------------------ of any kind
+
+
+class Diagonal(CurvatureOperator):
+    """Knows one product, which is all that an operator has to know, and fails on a vector of zeros."""
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        if not vector.any():
+            raise KeyError("nothing")
+        return vector * torch.arange(1.0, len(vector) + 1.0)
+
+
+def test_an_operator_needs_to_know_one_product_alone() -> None:
+    x = torch.ones(2, requires_grad=True)
+    operator = Diagonal(Objective([lambda: (x**2).sum()]), [x])
+    assert operator.matvec(torch.ones(2)).tolist() == [1, 2]
+    assert operator.matvec_into(torch.ones(2), torch.empty(2)).tolist() == [1, 2]
+    for _ in range(2):
+        assert operator.matmat(torch.tensor([[1.0, 1.0], [2.0, 3.0], [1.0, 0.0]])).tolist() == [[1, 2], [2, 6], [1, 0]]
+    assert operator.products == 8
+    assert operator.batch == 1
+    loss, gradient = operator.loss_and_gradient()
+    assert (loss, gradient.tolist()) == (2.0, [2.0, 2.0])
+
+
+class Healthy(Alike):
+    """The other process has computed what it should."""
+
+    def collect(self, value: object) -> list[object]:
+        return [value, (None, math.inf)]
+
+
+def test_a_product_that_fails_on_one_of_several_processes_is_nan_until_all_know() -> None:
+    x, processes = torch.ones(2, requires_grad=True), Healthy()
+    operator = Diagonal(Objective([lambda: (x**2).sum()], reduce=ProcessMean(processes)), [x])
+    for product, shape in ((operator.matvec(torch.zeros(2)), (2,)), (operator.matmat(torch.zeros(3, 2)), (3, 2))):
+        assert product.shape == shape
+        assert bool(product.isnan().all())
+    with pytest.raises(KeyError, match="nothing"):
+        operator.objective.require_sound(product)
+
+
+@pytest.mark.parametrize("far", [None, False, True])
+def test_a_loss_that_is_not_finite_on_one_process_is_blamed_on_it_unless_far_away(far: bool | None) -> None:
+    x = torch.ones(2, requires_grad=True)
+    mean = ProcessMean(Healthy())
+    options = {} if far is None else {"far": far}
+    objective = Objective([lambda: (x * math.nan).sum()], reduce=mean)
+    if far:
+        loss, gradient = gradient_of(objective, FlatParameters([x]), **options)
+        assert math.isnan(loss)
+        assert bool(gradient.isnan().all())
+    else:
+        with pytest.raises(ContributionError, match="rank 0 of 2"):
+            gradient_of(objective, FlatParameters([x]), **options)
+    with pytest.raises(ContributionError, match="rank 0 of 2"):
+        HessianOperator(objective, [x]).loss_and_gradient()
+
+
+def test_an_evaluation_that_fails_on_one_of_several_processes_fails_with_its_own_error() -> None:
+    x = torch.ones(2, requires_grad=True)
+    objective = Objective([mock.Mock(side_effect=KeyError("boom"))], reduce=ProcessMean(Healthy()))
+    with pytest.raises(KeyError, match="boom"):
+        gradient_of(objective, FlatParameters([x]))
+
+
+class Refusing(torch.autograd.Function):
+    """Has no derivative at all."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        raise RuntimeError("derivative for aten::refusing is not implemented")
+
+
+@pytest.mark.parametrize("of", [lambda o, p: HessianOperator(o, p).loss_and_gradient(), gradient_of])
+def test_an_operation_without_a_derivative_is_named(of: Callable[..., object]) -> None:
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(CurvatureError, match=r"^The operation aten::refusing has no second derivative"):
+        of(Objective([lambda: Refusing.apply(x).sum()]), FlatParameters([x]))
 
 
 class Cube(torch.autograd.Function):

@@ -31,6 +31,15 @@ def test_the_full_space_gives_all_eigenpairs() -> None:
     assert space.products == operator.products == len(space) == 6
 
 
+def test_each_column_takes_one_product_however_many_go_at_once() -> None:
+    weights = torch.arange(1.0, 151.0, dtype=torch.float64)
+    x = torch.ones(150, dtype=torch.float64, requires_grad=True)
+    operator = HessianOperator(Objective([lambda: (weights * x**2).sum() / 2]), [x])
+    assert operator.batch < 75
+    assert torch.equal(dense_matrix(operator), torch.diag(weights))
+    assert operator.products == 150
+
+
 def test_a_preconditioner_scales_rows_and_columns() -> None:
     matrix = symmetric(6)
     x = torch.zeros(6, dtype=torch.float64, requires_grad=True)

@@ -51,13 +51,14 @@ def test_excess_that_is_gone_is_taken_back() -> None:
     assert torch.equal(large.after(torch.zeros(20, 30, dtype=D)).product, torch.ones(20, 30, dtype=D))
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (3, 500), (500, 3), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (3, 500), (500, 3), (1, 1), (7, 8), (8, 7)])
 def test_means_over_few_numbers_say_nothing_of_single_rows(shape: tuple[int, int]) -> None:
     excess = Excess.none(torch.empty(shape, dtype=D)).after(100 * torch.randn(shape, dtype=D))
     few_columns, few_rows = shape[1] < 8, shape[0] < 8
     assert len(excess.rows.unique()) == (1 if few_columns else shape[0])
     assert len(excess.columns.unique()) == (1 if few_rows else shape[1])
-    assert excess.product.shape == shape
+    assert excess.product.shape == excess.shape == Excess.none(excess.product).shape == shape
+    assert (excess.rows.shape, excess.columns.shape) == ((shape[0], 1), (1, shape[1]))
 
 
 class Plateau(nn.Module):

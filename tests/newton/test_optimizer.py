@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sfn.newton import (
     CurvatureError,
+    DiagonalPreconditioner,
     FiniteDifferenceOperator,
     GaussNewtonOperator,
     GridDamping,
     HessianOperator,
+    IdentityPreconditioner,
     Objective,
     ObjectiveError,
     SaddleFreeNewton,
+    WarmDamping,
 )
+from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.trust_region import RULES
 
 from .cases import DTYPES, Case, bits, make, quadratic, saddle, symmetric
+from .ranks import Alike, Reversing
 
 CASE_NAMES = ("mlp_classifier", "cnn_batchnorm_dropout", "transformer")
 
@@ -151,6 +159,72 @@ def test_products_trials_and_gradients_are_counted(inner_steps: int, secants: bo
         others = (step == 0) + (factored and step % 3 == 0)
         assert closure.call_count == record.trials + record.gradients + others
         assert record.gradients <= inner_steps
+
+
+def kept_of_twelve(optimizer: SaddleFreeNewton) -> int:
+    """How many of twelve steps are remembered, or less where they wait for a gradient difference."""
+    for step in torch.eye(12):
+        optimizer.memory.record(step, step)
+        optimizer.memory.complete(2 * step)
+    return len(optimizer.memory)
+
+
+def test_options_left_out_are_those_of_the_documentation() -> None:
+    optimizer = SaddleFreeNewton([torch.ones(2, requires_grad=True)])
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert (optimizer.inner_steps, optimizer.krylov_dim, optimizer.exploration) == (2, None, 1e-2)
+    assert isinstance(optimizer.damping, WarmDamping)
+    assert kept_of_twelve(optimizer) == 10
+    assert all(direction.product is not None for direction in optimizer.memory.directions)
+    drawn = torch.Generator().manual_seed(0).get_state()
+    assert torch.equal(optimizer.state_dict()["newton"]["generator"], drawn)
+
+
+def test_the_paper_options_left_out_are_those_of_its_algorithms() -> None:
+    optimizer = SaddleFreeNewton.as_in_paper([torch.ones(600, requires_grad=True)])
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert (optimizer.krylov_dim, optimizer.exploration) == (500, 0.0)
+    assert isinstance(optimizer.preconditioner, IdentityPreconditioner)
+    assert kept_of_twelve(optimizer) == 1
+    assert optimizer.memory.directions[0].product is None
+
+
+def test_the_paper_configuration_takes_other_options_as_well() -> None:
+    x = torch.ones(3, requires_grad=True)
+    optimizer = SaddleFreeNewton.as_in_paper([x], 0.5, krylov_dim=2, preconditioner="diagonal", max_grad_norm=3.0)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert isinstance(optimizer.damping, GridDamping)
+    assert isinstance(optimizer.preconditioner, DiagonalPreconditioner)
+    assert (optimizer.krylov_dim, optimizer.max_grad_norm) == (2, 3.0)
+
+
+def test_a_step_is_told_the_options() -> None:
+    x, still = (torch.ones(2, requires_grad=True) for _ in range(2))
+    groups = [{"params": [x]}, {"params": [still], "lr": 0.5}]
+    bounds = {"max_grad_norm": 3.0, "max_step_norm": 4.0}
+    optimizer = SaddleFreeNewton(
+        groups, krylov_dim=2, trust_region="newton", exploration=0.25, graph_bytes=5, seed=7, heavy_ball=0.5, **bounds
+    )
+    assert optimizer._glide is not None
+    assert optimizer._glide.momentum == 0.5
+    descent = optimizer._descent(FlatParameters.of_groups(optimizer.param_groups))
+    assert (descent.krylov_dim, descent.exploration, descent.rule) == (2, 0.25, RULES["newton"])
+    assert descent.preconditioner is optimizer.preconditioner
+    assert (descent.max_grad_norm, descent.max_step_norm) == (3.0, 4.0)
+    assert isinstance(descent.learning_rates, Tensor)
+    assert descent.learning_rates.tolist() == [1, 1, 0.5, 0.5]
+    assert descent.generator.initial_seed() == 7
+    operator = optimizer.operator(Objective([lambda: (x**2).sum()]), FlatParameters([x]))
+    assert isinstance(operator, HessianOperator)
+    assert operator._budget.limit == 5
+
+
+def test_the_basis_is_kept_as_the_options_say() -> None:
+    x, cpu, others = torch.ones(2, requires_grad=True), torch.device("cpu"), Alike()
+    assert SaddleFreeNewton([x])._store() == BasisStore(None, False, None, None, torch.float32, cpu)
+    options: dict[str, Any] = {"basis": "sharded", "basis_dtype": "bfloat16", "basis_device": "cpu"}
+    store = SaddleFreeNewton([x], processes=others, **options)._store()
+    assert store == BasisStore(others, True, torch.bfloat16, cpu, torch.float32, cpu)
 
 
 def test_the_returned_loss_is_the_loss_in_the_dtype_of_the_parameters() -> None:
@@ -301,6 +375,81 @@ def test_the_learning_rate_is_part_of_the_state() -> None:
     first, second = SaddleFreeNewton([x], lr=0.25), SaddleFreeNewton([y])
     second.load_state_dict(first.state_dict())
     assert second.param_groups[0]["lr"] == 0.25
+
+
+def trained(**options: Any) -> SaddleFreeNewton:
+    """After a few steps out of a saddle, none of which ends the search."""
+    x = torch.tensor([0.3, 0.01, 0.2], dtype=torch.float64, requires_grad=True)
+    optimizer = SaddleFreeNewton([x], **options)
+    for _ in range(3):
+        optimizer.step(lambda: (x**4).sum() + x[0] ** 2 - x[1] ** 2 + x[2] * x[1])
+    return optimizer
+
+
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "diagonal"}, {"heavy_ball": 0.5}], ids=str)
+def test_a_loaded_state_is_saved_again_as_it_was(options: dict[str, Any]) -> None:
+    state = copy.deepcopy(trained(**options).state_dict())
+    other = SaddleFreeNewton([torch.zeros(3, dtype=torch.float64, requires_grad=True)], seed=5, **options)
+    assert not _equal(other.state_dict(), state)
+    other.load_state_dict(state)
+    assert _equal(other.state_dict(), state)
+
+
+@pytest.mark.parametrize(("saved", "own", "shrink"), [(0.5, 0.5, 0.25), (0.0, 0.5, 1.0), (0.5, 0.0, None)])
+def test_momentum_is_taken_over_where_it_is_on_both_sides(saved: float, own: float, shrink: float | None) -> None:
+    first, second = (SaddleFreeNewton([torch.ones(2, requires_grad=True)], heavy_ball=b) for b in (saved, own))
+    if first._glide is not None:
+        first._glide.shrink = 0.25
+    second.load_state_dict(first.state_dict())
+    assert (None if second._glide is None else second._glide.shrink) == shrink
+
+
+@pytest.mark.parametrize(("basis", "shared", "flipped"), [("sharded", True, True), ("replicated", True, False)])
+def test_remembered_steps_are_saved_whole_and_loaded_in_parts(basis: Any, shared: bool, flipped: bool) -> None:
+    """Parts are vectors back to front here. Where each process keeps all, nothing has to be put together."""
+
+    def optimizer() -> SaddleFreeNewton:
+        made = SaddleFreeNewton([torch.ones(3, requires_grad=True)], basis=basis, processes=Alike())
+        made._store = Reversing  # type: ignore[method-assign,assignment]
+        return made
+
+    first, second = optimizer(), optimizer()
+    part = torch.tensor([1.0, 2.0, 3.0])
+    first.memory.record(part, part)
+    first.memory.complete(2 * part)
+    state = first.state_dict()
+    whole = part.flip(0) if flipped else part
+    (vector, product), *_ = state["newton"]["memory"]["steps"]
+    assert torch.equal(vector, whole)
+    assert torch.equal(product, whole)
+    second.load_state_dict(state)
+    assert torch.equal(second.memory.directions[0].vector, whole.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"state": {}, "param_groups": []},
+            "The state was not saved by SaddleFreeNewton (it has no 'newton' entry): load it into the optimizer that "
+            "saved it.",
+        ),
+        (
+            SaddleFreeNewton([torch.ones(3, requires_grad=True)]).state_dict(),
+            "The state belongs to parameters of other shapes: build the model that it was saved with.",
+        ),
+        (
+            SaddleFreeNewton([torch.ones(2, requires_grad=True)], preconditioner="diagonal").state_dict(),
+            "The state was saved with a DiagonalPreconditioner, but this optimizer has a IdentityPreconditioner: build "
+            "it with the preconditioner that the state was saved with.",
+        ),
+    ],
+    ids=["sgd", "shape", "preconditioner"],
+)
+def test_why_a_state_is_refused_is_said(state: dict[str, Any], message: str) -> None:
+    optimizer = SaddleFreeNewton([torch.ones(2, requires_grad=True)], preconditioner=None)
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        optimizer.load_state_dict(state)
 
 
 @pytest.mark.parametrize("foreign", ["sgd", "shape", "groups"])
@@ -589,6 +738,82 @@ def test_known_loss_and_gradient_are_not_computed_again() -> None:
     assert closure.call_count == record.trials + 1  # and one check that it repeats
 
 
+def test_all_three_closures_are_averaged_over_the_processes() -> None:
+    x = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = SaddleFreeNewton([x], damping=1e-12, inner_steps=1, preconditioner=None, processes=Alike())
+    returned = optimizer.step(
+        lambda: 2 * (x**2).sum(),  # with the mean: f = 4, g = 4
+        curvature_closure=lambda: 8 * (x**2).sum(),  # H = 8
+        trial_closure=lambda: (x - 1.5).square().sum() * 6,  # curvature 6
+    )
+    record = record_of(optimizer)
+    assert float(x.detach()) == pytest.approx(2.0 - 4 / 8)
+    assert float(returned) == record.loss_before == 4.0
+    assert record.loss_after == pytest.approx(4 - 4 * 0.5 + 6 * 0.5**2 / 2)
+    assert record.lambda_max == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(("options", "often"), [({}, 1), ({"check_ranks": True}, 3)], ids=str)
+def test_models_are_compared_before_the_first_step_and_if_wanted_after_each(
+    options: dict[str, bool], often: int
+) -> None:
+    x, processes = torch.tensor([2.0, 1.0], requires_grad=True), Alike()
+    optimizer = SaddleFreeNewton([x], processes=processes, **options)
+    seen = [FlatParameters([x])]
+    expected = [f"the checksum {seen[0].checksum()}"]
+    for _ in range(2):
+        optimizer.step(lambda: (x**4).sum())
+        expected.append(f"the checksum {FlatParameters([x]).checksum()}")
+    models, parameters = processes.compared[::2], processes.compared[1::2]
+    remedy = "build the same model on every rank, and let nothing but the optimizer change it."
+    assert models == [(seen[0].description, "models", remedy)] * often
+    assert parameters == [(checksum, "parameters", remedy) for checksum in expected[:often]]
+    assert len(set(expected)) == 3
+
+
+def test_what_processes_noted_is_dropped_after_each_step_even_one_that_fails() -> None:
+    x, processes = torch.tensor([2.0, 1.0], requires_grad=True), Alike()
+    optimizer = SaddleFreeNewton([x], processes=processes)
+    optimizer.step(lambda: (x**4).sum())
+    with pytest.raises(FloatingPointError):
+        optimizer.step(lambda: (x * math.nan).sum())
+    assert processes.released == 2
+
+
+def test_a_failed_step_leaves_the_momentum_as_it_was() -> None:
+    optimizer = trained(heavy_ball=0.5)
+    assert optimizer._glide is not None
+    before = copy.deepcopy(optimizer._glide.state_dict())
+    with pytest.raises(KeyError):
+        optimizer.step(mock.Mock(side_effect=KeyError("boom")))
+    x = optimizer.param_groups[0]["params"][0]
+    calls = itertools.count()
+
+    def later() -> Tensor:
+        if next(calls) == 1:
+            raise KeyError("boom")
+        return (x**4).sum() + x[0] ** 2
+
+    with pytest.raises(KeyError):
+        optimizer.step(later)
+    assert _equal(optimizer._glide.state_dict(), before)
+
+
+def test_a_copy_of_a_driven_and_scheduled_optimizer_stands_alone() -> None:
+    optimizer, driver = trained(), mock.Mock()
+    names = set(vars(optimizer))
+    optimizer.attach(driver)
+    torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)  # puts a step of its own in the optimizer's place
+    copied = copy.deepcopy(optimizer)
+    assert set(vars(copied)) == names
+    assert torch.equal(copied._generator.get_state(), optimizer._generator.get_state())
+    (x,) = copied.param_groups[0]["params"]
+    before = float((x.detach() ** 2).sum())
+    copied.step(lambda: (x**2).sum())
+    driver.step.assert_not_called()
+    assert float((x.detach() ** 2).sum()) < before
+
+
 def test_a_driver_takes_over_and_gives_back() -> None:
     x = torch.tensor([2.0], requires_grad=True)
     optimizer, driver = SaddleFreeNewton([x]), mock.Mock()
@@ -733,6 +958,11 @@ def test_no_more_steps_are_remembered_than_wanted() -> None:
         ({"graph_bytes": -1}, ["graph_bytes is -1", "at least 0"]),
         ({"graph_bytes": "1GB"}, ["graph_bytes is '1GB'", "number of at least 0"]),
         ({"processes": 2}, ["processes is 2", "Processes()"]),
+        ({"heavy_ball": 1.0}, ["heavy_ball is 1.0", "from 0 to less than 1"]),
+        ({"heavy_ball": 3}, ["heavy_ball is 3", "from 0 to less than 1"]),
+        ({"heavy_ball": -0.1}, ["heavy_ball is -0.1", "from 0 to less than 1"]),
+        ({"heavy_ball": math.nan}, ["heavy_ball is nan", "from 0 to less than 1"]),
+        ({"heavy_ball": "much"}, ["heavy_ball is 'much'", "from 0 to less than 1"]),
     ],
     ids=str,
 )
@@ -741,6 +971,15 @@ def test_bad_options_are_named_in_one_sentence(options: dict[str, Any], words: l
     with pytest.raises(ValueError, match=r"^[^\n]+\.$") as refusal:
         SaddleFreeNewton([x], **options)
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    "options", [{"previous_directions": 0}, {"graph_bytes": 0}, {"exploration": 0.0}, {"inner_steps": 1}], ids=str
+)
+def test_options_may_be_at_their_bounds(options: dict[str, Any]) -> None:
+    x = torch.tensor([2.0], requires_grad=True)
+    SaddleFreeNewton([x], **options).step(lambda: (x**2).sum())
+    assert float(x.detach()) == pytest.approx(0.0, abs=0.1)
 
 
 def test_a_bad_learning_rate_of_a_group_is_named() -> None:

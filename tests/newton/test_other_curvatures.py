@@ -16,7 +16,6 @@ from lightning_sfn.newton import (
 )
 from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.graphs import GraphBudget
-from lightning_sfn.newton.subspace_descent import KrylovSubspaceDescent
 
 from .cases import assert_close, make, reference
 
@@ -80,6 +79,23 @@ def test_gradient_covariance_is_the_mean_outer_product_of_case_gradients() -> No
     assert_close(operator.loss_and_gradient()[1], gradient(losses.mean(), model), 1e-10)
 
 
+def test_cases_whose_losses_the_parameters_do_not_move_add_nothing() -> None:
+    x, data = torch.ones(1, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    other = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    objective = Objective([lambda: (other.mean(), 1 * other), lambda: ((data * x).mean(), data * x)])
+    operator = GradientCovarianceOperator(objective, [x])
+    assert operator.matvec(torch.ones(1, dtype=torch.float64)).tolist() == [(0 + (1 + 9) / 2) / 2]
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_the_loss_is_the_mean_of_the_cases_losses_up_to_rounding_of_either_size(size: float) -> None:
+    x = torch.ones(2, requires_grad=True)
+    operator = GradientCovarianceOperator(Objective([lambda: (size * (1 + 1e-5) * x.mean(), size * x)]), [x])
+    assert operator.matvec(torch.ones(2)).tolist() == pytest.approx([size**2 / 2] * 2)
+    with pytest.raises(ObjectiveError):
+        GradientCovarianceOperator(Objective([lambda: (size * (1 + 1e-3) * x.mean(), size * x)]), [x])
+
+
 def test_fisher_weights_its_parts_as_the_objective_does() -> None:
     model, x, y = network()
 
@@ -140,8 +156,15 @@ def test_the_budget_decides_by_default(kind: type) -> None:
             lambda z: Gamma(z.exp(), z.exp()),
             r"class Gamma, .* Normal or Independent of one of them is expected\.$",
         ),
-        ("gradient_covariance", lambda z: z.detach(), "losses of the single cases"),
-        ("gradient_covariance", lambda z: z + 1, "mean of the cases' losses"),
+        (
+            "gradient_covariance",
+            lambda z: z.detach(),
+            r"^curvature='gradient_covariance' needs the losses of the single cases with their graph: let the closure "
+            r"return the pair \(loss, losses\)\.$",
+        ),
+        ("gradient_covariance", lambda z: z + 1, "mean of the cases' losses, but the loss is 1 and their mean 2\\.$"),
+        ("gradient_covariance", lambda z: 1e-4 * z, "the loss is 1 and their mean 0.0001\\.$"),
+        ("gradient_covariance", lambda z: 1.001 * z, "the loss is 1 and their mean 1.001\\.$"),
     ],
 )
 def test_what_the_closure_must_return_is_said(curvature: str, output: object, said: str) -> None:
@@ -184,17 +207,3 @@ def test_what_does_not_vectorise_is_done_one_by_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(operator, "_batched", refuse)
     vectors = torch.randn(3, operator.parameters.size, dtype=torch.float64)
     assert_close(operator.matmat(vectors), vectors @ reference("mlp").hessian, 1e-10)
-
-
-def test_krylov_subspace_descent_minimizes_a_quadratic_and_leaves_a_saddle() -> None:
-    scales = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
-    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    optimizer = KrylovSubspaceDescent([x], 3)
-    for _ in range(2):
-        optimizer.step(lambda: (scales * x**2).sum())
-    assert float(x.detach().abs().max()) < 1e-6
-    y = torch.tensor([1.0, 1e-3], dtype=torch.float64, requires_grad=True)
-    KrylovSubspaceDescent([y], 2).step(lambda: 5 * y[0] ** 2 - y[1] ** 2 + y[1] ** 4)
-    assert abs(abs(float(y[1].detach())) - 0.5**0.5) < 1e-3
-    with pytest.raises(ValueError, match="krylov_dim is 0"):
-        KrylovSubspaceDescent([y], 0)

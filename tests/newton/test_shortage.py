@@ -71,10 +71,10 @@ def quartic(x: Tensor) -> Tensor:
     return (x**4 - x**2).sum()
 
 
-@pytest.mark.parametrize("hvp", ["auto", "retain"])
-def test_first_graphs_are_given_up_and_then_vectors(hvp: Any) -> None:
+@pytest.mark.parametrize(("hvp", "heavy_ball"), [("auto", 0.0), ("retain", 0.0), ("auto", 0.5)])
+def test_first_graphs_are_given_up_and_then_vectors(hvp: Any, heavy_ball: float) -> None:
     x = torch.full((8,), 0.3, requires_grad=True)
-    optimizer = Limited([x], krylov_dim=8, graph_bytes=2**26, hvp=hvp)
+    optimizer = Limited([x], krylov_dim=8, graph_bytes=2**26, hvp=hvp, heavy_ball=heavy_ball)
     with pytest.warns(UserWarning, match="Memory ran out") as caught:
         loss = optimizer.step(lambda: quartic(x))
     said = [str(warning.message) for warning in caught]
@@ -85,6 +85,41 @@ def test_first_graphs_are_given_up_and_then_vectors(hvp: Any) -> None:
     assert optimizer.last_step is not None
     assert optimizer.last_step.accepted
     assert quartic(x) < loss
+
+
+@pytest.mark.parametrize(
+    ("had", "left"),
+    [
+        (("auto", 2**26, 8), ("auto", 2**24, 8)),
+        (("retain", 2**26 + 3, 8), ("auto", 2**24, 8)),
+        (("auto", 2**24, 8), ("auto", 0, 8)),
+        (("retain", 2**24, "full"), ("auto", 0, "full")),
+        (("auto", 1, 8), ("auto", 0, 8)),
+        (("auto", 0, 8), ("auto", 0, 4)),
+        (("recompute", 2**26, 5), ("recompute", 2**26, 2)),
+        (("finite_difference", 2**26, 2), ("finite_difference", 2**26, 1)),
+        (("auto", 0, None), ("auto", 0, 4)),
+        (("auto", 0, 1), None),
+        (("auto", 0, "full"), None),
+    ],
+    ids=str,
+)
+def test_what_is_given_up_and_what_is_said_about_it(had: tuple[Any, ...], left: tuple[Any, ...] | None) -> None:
+    """Without a number of vectors, the 8 parameters have one each."""
+    x = torch.full((8,), 0.3, requires_grad=True)
+    optimizer = SaddleFreeNewton([x], hvp=had[0], graph_bytes=had[1], krylov_dim=had[2], preconditioner=None)
+    if left is None:
+        assert not optimizer._economise(optimizer._parameters)
+        left = had
+    else:
+        vectors = "all" if left[2] == "full" else left[2]
+        said = (
+            f"^Memory ran out in a Newton step. It is tried again with graph_bytes={left[1]} and krylov_dim={vectors}: "
+            "pass these values to begin with.$"
+        )
+        with pytest.warns(UserWarning, match=said):
+            assert optimizer._economise(optimizer._parameters)
+    assert (optimizer.hvp, optimizer._budget.limit, optimizer.krylov_dim) == left
 
 
 def test_where_nothing_is_left_to_give_the_error_is_raised_and_nothing_lost() -> None:
