@@ -14,6 +14,7 @@ from lightning_sfn import SaddleFreeNewton
 from lightning_sfn.newton import HessianOperator, KroneckerFactors, Objective
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.kronecker_blocks import Block
+from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.weight_uses import WatchingWeights
 
@@ -69,6 +70,7 @@ def test_one_vector_is_mapped_like_a_row_of_many() -> None:
     factors, vectors = refreshed(model, loss), torch.randn(5, 24, dtype=D)
     torch.testing.assert_close(factors.scale(vectors)[2], factors.scale(vectors[2]))
     torch.testing.assert_close(factors.unscale(factors.scale(vectors)), vectors)
+    torch.testing.assert_close(factors.precondition(vectors), factors.scale(factors.scale(vectors)))
 
 
 def test_a_linear_model_has_the_hessian_for_its_factors() -> None:
@@ -286,6 +288,121 @@ def test_factors_are_estimated_every_few_steps() -> None:
     assert seen[3] is seen[5]
 
 
+@pytest.mark.parametrize("refresh_every", [1, 2, 3])
+def test_a_loaded_state_is_renewed_when_its_own_would_have_been(refresh_every: int) -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    operator = HessianOperator(Objective([loss]), model.parameters())
+    factors = KroneckerFactors(refresh_every=refresh_every)
+    for step in range(7):
+        twin = KroneckerFactors(refresh_every=refresh_every)
+        twin.load_state_dict(factors.state_dict())
+        for each in (twin, factors):
+            before = list(map(id, each._blocks))
+            each.refresh(operator, torch.Generator().manual_seed(0))
+            assert (list(map(id, each._blocks)) != before) == (step % refresh_every == 0)
+
+
+def test_estimates_are_averaged_with_those_before() -> None:
+    x = torch.randn(2, 20, 3, dtype=D)
+    model = nn.Linear(3, 2).double()
+
+    def of(batch: int) -> HessianOperator:
+        return HessianOperator(Objective([lambda: model(x[batch]).square().mean()]), model.parameters())
+
+    options: dict[str, Any] = {"refresh_every": 1, "targets": "given"}
+    factors, single = KroneckerFactors(average=0.25, **options), []
+    for batch in (0, 1):
+        alone = KroneckerFactors(**options)
+        for each in (factors, alone):
+            each.refresh(of(batch), torch.Generator().manual_seed(0))
+        single.append(alone._blocks[0])
+    (block,) = factors._blocks
+    torch.testing.assert_close(block.inputs, 0.25 * single[0].inputs + 0.75 * single[1].inputs)
+    torch.testing.assert_close(block.outputs, 0.25 * single[0].outputs + 0.75 * single[1].outputs)
+
+
+@pytest.mark.parametrize("limits", [Limits(3, None, 0.0), Limits(1, None, 0.0)], ids=["inputs", "both"])
+def test_estimates_of_another_layout_are_not_averaged(limits: Limits) -> None:
+    x = torch.randn(20, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    operator = HessianOperator(Objective([loss]), model.parameters())
+    factors, alone = (KroneckerFactors(refresh_every=1, targets="given") for _ in range(2))
+    factors.refresh(operator, torch.Generator())
+    for each in (factors, alone):
+        each.limits = limits
+        each.refresh(operator, torch.Generator())
+    assert torch.equal(factors._blocks[0].inputs, alone._blocks[0].inputs)
+    assert torch.equal(factors._blocks[0].outputs, alone._blocks[0].outputs)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_factors_that_are_zero_or_not_finite_are_no_factors(factor: float) -> None:
+    x = torch.randn(20, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    operator = HessianOperator(Objective([lambda: factor * loss()]), model.parameters())
+    with pytest.raises(FactorsError, match=r"^Kronecker factors are zero or not finite at the present parameters$"):
+        KroneckerFactors().renew(operator, torch.Generator())
+    said = (
+        "^Kronecker factors are zero or not finite at the present parameters: those of an earlier step, if any, stay "
+        "in use.$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        KroneckerFactors().refresh(operator, torch.Generator())
+
+
+class Loose(nn.Module):
+    """A layer, a parameter without a rule, and one that the loss does not see: 8, 4 and 100 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.loose = nn.Linear(3, 2), nn.Parameter(torch.full((2, 2), 0.5))
+        self.unseen = nn.Parameter(torch.ones(100))
+
+    def loss(self) -> Tensor:
+        x = torch.randn(20, 3, dtype=D, generator=torch.Generator().manual_seed(0))
+        return (self.layer(x) @ self.loose).square().mean()
+
+
+@pytest.mark.parametrize(("coverage", "enough"), [(8 / 12 - 1e-9, True), (8 / 12 + 1e-9, False), (1.0, False)])
+def test_enough_of_the_parameters_that_are_used_must_have_factors(coverage: float, enough: bool) -> None:
+    model = Loose().double()
+    operator = HessianOperator(Objective([model.loss]), model.parameters())
+    factors = KroneckerFactors(min_coverage=coverage)
+    if enough:
+        factors.renew(operator, torch.Generator())
+        assert factors.unfactored == ("parameter 0", "parameter 1")
+    else:
+        words = "^Too few of the parameters belong to layers that have Kronecker factors$"
+        with pytest.raises(FactorsError, match=words):
+            factors.renew(operator, torch.Generator())
+        assert not factors.is_known
+
+
+def test_a_layer_without_bias_covers_its_weight() -> None:
+    x = torch.randn(20, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2, bias=False), inputs=x, outputs=2)
+    assert refreshed(model, loss, min_coverage=1.0).is_known
+
+
+def test_a_saved_state_is_complete() -> None:
+    model = Loose().double()
+    factors = refreshed(model, model.loss, refresh_every=5, probes=1)
+    factors._caution = 0.5
+    twin = KroneckerFactors(probes=1)
+    twin.load_state_dict(copy.deepcopy(factors.state_dict()))
+    assert str(twin.state_dict()) == str(factors.state_dict())
+    assert twin.unfactored == factors.unfactored == ("loose", "unseen")
+    assert (twin._allowed, twin._caution, twin._age) == (factors._allowed, 0.5, 1)
+    unit = torch.eye(112, dtype=D)
+    assert torch.equal(twin.scale(unit), factors.scale(unit))
+    twin.reset()
+    assert str(twin.state_dict()) == str(KroneckerFactors().state_dict()) == "{'age': 0}"
+    assert (twin._caution, twin._allowed, twin._excess, twin.unfactored) == (1.0, [], [], ())
+    twin.load_state_dict({})  # of an optimizer that has taken no step
+    assert twin._age == 0
+
+
 def rms(tensor: Tensor) -> float:
     return float(tensor.square().mean().sqrt())
 
@@ -468,12 +585,34 @@ def test_ranks_share_one_estimate() -> None:
         ({"min_coverage": 1.1}, "min_coverage is 1.1, but a number from 0 to 1 is expected"),
         ({"min_coverage": "all"}, "min_coverage is 'all', but a number of at least 0 is expected"),
         ({"average": 1.0}, "average is 1.0, but a number from 0 to less than 1 is expected"),
+        ({"average": -0.1}, "average is -0.1, but a number of at least 0"),
+        ({"damping": -1.0}, "damping is -1.0, but a number of at least 0"),
+        ({"damping": 0}, "damping is 0, but a positive number is expected"),
         ({"max_width": 1.5}, "max_width is 1.5"),
+        ({"refresh_every": 1.5}, "refresh_every is 1.5, but a whole number of at least 1"),
+        ({"min_coverage": -0.1}, "min_coverage is -0.1, but a number of at least 0"),
+        ({"probes": -1}, "probes is -1, but a number of at least 0"),
+        ({"probes": 0.5}, "probes is 0.5, but a whole number of at least 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         KroneckerFactors(**options)
+
+
+def test_options_left_out_and_at_their_bounds() -> None:
+    factors = KroneckerFactors()
+    assert (factors.targets, factors.refresh_every, factors.average, factors.damping) == ("sampled", 3, 0.8, 1e-4)
+    assert (factors.limits, factors.min_coverage, factors.probes) == (Limits(1536, None, 0.0), 0.0, 0)
+    least: dict[str, Any] = {"refresh_every": 1, "average": 0, "max_width": 0, "max_memory": 0, "min_rows": 0}
+    factors = KroneckerFactors(**least, probes=0, min_coverage=1.0, damping=5.0)
+    assert (factors.refresh_every, factors.average, factors.damping) == (1, 0, 5.0)
+    assert (factors.limits, factors.min_coverage) == (Limits(0, 0, 0), 1.0)
+    assert KroneckerFactors(min_coverage=0, damping=1e-300).damping == 1e-300
+
+
+def test_more_vectors_pay_where_there_is_negative_curvature() -> None:
+    assert [KroneckerFactors().default_krylov_dim(bent) for bent in (True, False)] == [4, 1]
 
 
 def test_four_lanczos_vectors_are_enough_by_default_and_one_without_negative_curvature() -> None:
