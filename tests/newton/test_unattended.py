@@ -10,10 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sfn.newton import KrylovSubspace, SaddleFreeNewton, krylov, lanczos, unattended
 from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.reductions import SAFE_NORMS
 from lightning_sfn.newton.spectrum import hessian_spectrum
+from lightning_sfn.newton.unattended import Steps, is_invariant, unattended_steps
 from lightning_sfn.newton.watch import Watch
 
 from .cases import symmetric
+from .ranks import Alike
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"}
 
@@ -209,3 +212,219 @@ def test_two_steps_at_a_time_are_as_accurate_as_steps_that_are_watched(outlier: 
     assert space.products == 61
     for ours, watched in zip(errors(space.basis, space.projected), errors(basis, projected), strict=True):
         assert ours <= max(3 * watched, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ single steps
+
+D = torch.float64
+N = 30
+
+
+def gram_schmidt(matrix: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The basis of a Krylov space, one row more than that, by a QR decomposition; and the matrix in it."""
+    powers = [start / start.norm()]
+    for _ in range(count):
+        new = matrix @ powers[-1]
+        for _ in range(3):
+            new = new - torch.stack(powers).T @ (torch.stack(powers) @ new)
+        powers.append(new / new.norm())
+    basis = torch.stack(powers)
+    return basis, basis @ matrix @ basis.T
+
+
+def taken(
+    first: int, last: int, *, rows: int = 0, matrix: Tensor | None = None, **options: Any
+) -> tuple[Steps, Tensor, Tensor, int, int]:
+    """Steps from row ``first`` to ``last``, rows and numbers that are right, products and shared orthogonalisations."""
+    matrix = symmetric(N) if matrix is None else matrix
+    right, projected = gram_schmidt(matrix, torch.linspace(1.0, 2.0, N, dtype=D), last)
+    basis = torch.full((rows or last, N), torch.nan, dtype=D)
+    basis[: first + 1] = right[: first + 1]
+    recent = [right[first].clone()] + ([right[first - 1].clone()] if first else [])
+    coupling = float(projected[first, first - 1]) if first else 0.0
+    products = 0
+
+    def product(vector: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return matrix @ vector
+
+    store = options.pop("store", BasisStore())
+    with mock.patch.object(BasisStore, "project_rows", autospec=True, side_effect=BasisStore.project_rows) as pairs:
+        steps = unattended_steps(product, basis, first, last, 1.0, coupling, store, recent, **options)
+    assert steps.first == first
+    count = min(last, rows or last)
+    if steps.sound == last - first:
+        torch.testing.assert_close(steps.diagonal, projected.diagonal()[first:last], rtol=0, atol=1e-12)
+        torch.testing.assert_close(steps.couplings, projected.diagonal(1)[first:last], rtol=0, atol=1e-12)
+        torch.testing.assert_close(basis[:count], right[:count], rtol=0, atol=1e-12)
+        torch.testing.assert_close(steps.leftover, projected[last - 1, last] * right[last], rtol=0, atol=1e-11)
+    return steps, basis, projected, products, pairs.call_count
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "rows", "options", "pairs"),
+    [
+        (0, 1, 1, {}, 0),
+        (0, 2, 2, {}, 0),  # there is no room for the vector of the second beside that of the first
+        (0, 2, 3, {}, 0),  # the third row is not theirs
+        (0, 2, 3, {"scratch": True}, 1),
+        (0, 2, 2, {"scratch": True}, 0),
+        (0, 5, 5, {}, 2),
+        (0, 6, 6, {}, 2),
+        (0, 6, 9, {}, 2),
+        (0, 6, 7, {"scratch": True}, 3),
+        (0, 6, 7, {"scratch": True, "by_twos": False}, 0),
+        (1, 2, 4, {}, 0),
+        (2, 7, 7, {}, 2),
+        (3, 7, 8, {"scratch": True}, 2),
+        (3, 7, 8, {"by_twos": False}, 0),
+    ],
+)
+def test_steps_find_what_gram_schmidt_finds(
+    first: int, last: int, rows: int, options: dict[str, bool], pairs: int
+) -> None:
+    steps, basis, _, products, shared = taken(first, last, rows=rows, **options)
+    assert (len(steps), steps.sound, products) == (last - first, last - first, last - first)
+    assert shared == pairs
+    if not options.get("scratch"):
+        assert bool(basis[last:].isnan().all())  # rows that they may not write to
+
+
+def test_rows_of_lower_precision_take_one_step_at_a_time() -> None:
+    matrix, start = symmetric(N, dtype=torch.float32), torch.nn.functional.normalize(torch.ones(N), dim=0)
+    basis = torch.zeros(7, N, dtype=torch.bfloat16)
+    basis[0] = start
+    store = BasisStore(dtype=torch.bfloat16, working_dtype=torch.float32)
+    with mock.patch.object(BasisStore, "project_rows", side_effect=AssertionError("two at a time")):
+        steps = unattended_steps(lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, store, [start], scratch=True)
+    assert len(steps) == 6
+    assert (steps.diagonal.dtype, steps.couplings.dtype) == (D, D)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_numbers_of_the_first_steps_are_filled_in(count: int) -> None:
+    steps = Steps(2, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 6.0, 7.0, 8.0]), 4, torch.empty(0))
+    projected = torch.zeros(7, 7)
+    steps.fill(projected, count)
+    expected = torch.zeros(7, 7)
+    for step in range(count):
+        expected[2 + step, 2 + step] = 1.0 + step
+    for step in range(count - 1):
+        expected[2 + step, 3 + step] = expected[3 + step, 2 + step] = 5.0 + step
+    assert torch.equal(projected, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D], ids=str)
+@pytest.mark.parametrize(("share", "invariant"), [(0.0, True), (4.0, True), (4.5, False), (100.0, False)])
+def test_a_space_is_invariant_where_its_coupling_is_rounding(dtype: torch.dtype, share: float, invariant: bool) -> None:
+    for scale in (1e-3, 1e3):
+        assert is_invariant(share * torch.finfo(dtype).eps * scale, scale, dtype) == invariant
+
+
+def chain(couplings: list[float]) -> Tensor:
+    """A matrix of which the first unit vector makes a Krylov space of unit vectors, with these couplings."""
+    matrix = torch.zeros(N, N, dtype=D)
+    for j, coupling in enumerate(couplings):
+        matrix[j, j + 1] = matrix[j + 1, j] = coupling
+    return matrix
+
+
+@pytest.mark.parametrize("by_twos", [True, False])
+@pytest.mark.parametrize("deaf", [True, False])
+@pytest.mark.parametrize(
+    ("odd", "sound"),
+    [
+        (4500 * torch.finfo(D).eps, 8),
+        (3500 * torch.finfo(D).eps, 2),
+        (0.0, 2),
+        (float(SAFE_NORMS[1]) * 2, 2),
+        (float(SAFE_NORMS[1]) / 2, 8),
+        (torch.nan, 2),
+        (torch.inf, 2),
+    ],
+)
+def test_steps_are_sound_up_to_one_that_needs_a_second_look(
+    by_twos: bool, deaf: bool, odd: float, sound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host hears of it at once, or reads all numbers at the end."""
+    monkeypatch.setattr(unattended, "Watch", lambda *a, **k: Watch(*a, **(k | {"deaf": deaf})))
+    matrix = chain([1e3, 1e3, odd, 1e3, 1e3, 1e3, 1e3, 1e3, 1e3])
+    basis = torch.zeros(9, N, dtype=D)
+    basis[0, 0] = 1.0
+    seen: list[Tensor] = []
+
+    def product(vector: Tensor) -> Tensor:
+        seen.append(vector)
+        support = vector != 0
+        return matrix[:, support] @ vector[support]
+
+    start = basis[0].clone()
+    steps = unattended_steps(product, basis, 0, 8, 1.0, 0.0, BasisStore(), [start], by_twos=by_twos, scratch=True)
+    assert steps.sound == sound
+    assert len(steps) == (8 if sound == 8 or deaf else sound + 1)
+    assert steps.couplings[:2].tolist() == [1e3, 1e3]
+
+
+@pytest.mark.parametrize("by_twos", [True, False])
+@pytest.mark.parametrize(("inside", "sound"), [(0.9, True), (1.1, False)])
+def test_a_vector_of_which_orthogonalisation_leaves_little_needs_a_second_look(
+    by_twos: bool, inside: float, sound: bool
+) -> None:
+    """An operator that is not symmetric brings back the vector before last: next to 1 of what is new, so much."""
+    matrix = chain([1.0] * 9)
+    matrix[0, 3] = inside
+    basis = torch.zeros(7, N, dtype=D)
+    basis[0, 0] = 1.0
+    steps = unattended_steps(
+        lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, BasisStore(), [basis[0].clone()], by_twos=by_twos, scratch=True
+    )
+    assert steps.sound == (6 if sound else 3)
+
+
+class Hearing(BasisStore):
+    """Another process has found fewer steps sound."""
+
+    def agreed(self, value: float) -> float:
+        assert value == 4
+        return 3.0
+
+
+def test_processes_agree_on_how_many_steps_are_sound_and_do_not_end_alone() -> None:
+    basis = torch.zeros(5, N, dtype=D)
+    basis[0, 0] = 1.0
+    store = Hearing(Alike(), False)
+    matrix = chain([1.0] * 9)
+    steps = unattended_steps(lambda v: matrix @ v, basis, 0, 4, 1.0, 0.0, store, [basis[0].clone()])
+    assert (len(steps), steps.sound) == (4, 3)
+    matrix = chain([1.0, 0.0, 1.0, 1.0, 1.0])
+    with mock.patch.object(Hearing, "agreed", lambda self, value: value):
+        steps = unattended_steps(lambda v: matrix @ v, basis, 0, 4, 1.0, 0.0, store, [basis[0].clone()])
+    assert (len(steps), steps.sound) == (4, 1)
+
+
+def test_no_steps_need_no_product() -> None:
+    """Where the numbers are asked for, there are none to read."""
+    basis = torch.zeros(5, N, dtype=D)
+    course = unattended._Course(mock.Mock(), basis, 2, 2, 1.0, 0.0, BasisStore(), [basis[2], basis[1]])
+    assert not course.goes_on()
+
+
+def test_the_largest_number_so_far_says_what_is_rounding() -> None:
+    """A coupling of 1e-13 is one next to 1e-3 as the scale so far, and none next to 1e6 or to a diagonal element.
+
+    One of less than 1e-15 has a square that single precision does not hold.
+    """
+    basis = torch.zeros(3, N, dtype=D)
+    basis[0, 0] = 1.0
+    for scale, element, coupling, sound in (
+        (1e-3, 0.0, 1e-13, 2),
+        (1e6, 0.0, 1e-13, 0),
+        (1e-3, 1e6, 1e-13, 0),
+        (1e-3, 0.0, 2e-15, 2),
+        (1e-3, 0.0, 5e-16, 0),
+    ):
+        matrix = chain([coupling] * 3)
+        matrix[0, 0] = element
+        steps = unattended_steps(lambda v, m=matrix: m @ v, basis, 0, 2, scale, 0.0, BasisStore(), [basis[0].clone()])
+        assert steps.sound == sound
