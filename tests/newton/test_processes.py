@@ -1,5 +1,6 @@
 """Several ranks: exactness against one process, what they send each other, the sharded basis, and failures."""
 
+import copy
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lightning_sfn.newton import Objective, SaddleFreeNewton
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.processes import ProcessError, Processes, ProcessMean
+from lightning_sfn.newton.processes import ContributionError, ProcessError, Processes, ProcessMean
 from lightning_sfn.newton.step import StepRecord
 
 from .ranks import Collectives, Failed, on_ranks
@@ -396,3 +397,288 @@ def test_ranks_with_different_models_are_told_before_the_first_step() -> None:
 def test_processes_need_a_process_group() -> None:
     with pytest.raises(ProcessError, match=r"^There is no process group.*init_process_group\(\) first\.$"):
         Processes()
+
+
+# ------------------------------------------------------------------------------------------------ played collectives
+
+MODULE = "lightning_sfn.newton.processes"
+
+
+def one_of(size: int, rank: int = 0, group: Any = None) -> Processes:
+    """One process of several that are not there."""
+    processes = object.__new__(Processes)
+    processes.rank, processes.size, processes._group, processes._device = rank, size, group, None
+    processes._failure, processes._contributions, processes._first_bad = None, 0, None
+    return processes
+
+
+@pytest.mark.parametrize("group", [None, "a part of all"])
+def test_a_sum_is_taken_where_the_tensor_is(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(tensor: Tensor, *, group: Any) -> None:
+        assert group == processes._group
+        assert tensor.is_contiguous()
+        tensor.mul_(3)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    processes, tensor = one_of(3, group=group), torch.tensor([1.0, 2.0])
+    total = processes.sum(tensor)
+    assert total.tolist() == [3, 6]
+    assert total.data_ptr() == tensor.data_ptr()
+    assert processes.sum(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T).tolist() == [[3, 9], [6, 12]]
+    assert ProcessMean(processes)(torch.tensor([1.0, 2.0])).tolist() == pytest.approx([1, 2])
+    assert ProcessMean(processes, 0.5)(torch.tensor([1.0, 2.0])).tolist() == pytest.approx([1.5, 3])
+
+
+@pytest.mark.parametrize(("group", "source"), [(None, 0), ("a part of all", 7)])
+def test_numbers_of_the_first_come_from_the_first_of_the_group(
+    group: Any, source: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broadcast(tensor: Tensor, *, src: int, group: Any) -> None:
+        assert (src, group) == (source, processes._group)
+        tensor.fill_(5)
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: 7 + rank)
+    processes = one_of(3, rank=1, group=group)
+    assert processes.from_first(torch.zeros(2, 2).T).tolist() == [[5, 5], [5, 5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("rank", "part", "share"), [(0, [1, 2, 3], 1 / 3), (1, [4, 5, 6], 0.25), (2, [7, 0, 0], None)], ids=str
+)
+def test_parts_of_a_sum_are_scattered_and_gathered(
+    rank: int, part: list[int], share: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reduce_scatter(part: Tensor, padded: Tensor, *, group: Any) -> None:
+        assert group == "all"
+        part.copy_(3 * padded.view(3, 3)[rank])
+
+    def all_gather(whole: Tensor, part: Tensor, *, group: Any) -> None:
+        assert group == "all"
+        assert part.is_contiguous()
+        whole.copy_(torch.cat([part, part + 10, part + 20]))
+
+    monkeypatch.setattr(f"{MODULE}._reduce_scatter", reduce_scatter)
+    monkeypatch.setattr(f"{MODULE}._all_gather", all_gather)
+    processes, vector = one_of(3, rank, "all"), torch.arange(1.0, 8.0, dtype=dtype)
+    scattered = processes.scatter_sum(vector)
+    assert scattered.dtype == dtype
+    assert scattered.tolist() == [3 * value for value in part]
+    mean = ProcessMean(processes, share).part(vector)
+    assert mean.tolist() == pytest.approx([3 * (share or 1 / 3) * value for value in part])
+    gathered = processes.gather(torch.stack([scattered, scattered], 1)[:, 0], 7)
+    assert gathered.dtype == dtype
+    assert gathered.tolist() == [3 * v for v in part] + [3 * v + 10 for v in part] + [3 * part[0] + 20]
+
+
+@pytest.mark.parametrize(("size", "length"), [(0, 0), (1, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
+def test_parts_are_as_long_as_the_longest(size: int, length: int) -> None:
+    assert one_of(3).part_length(size) == length
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [5.0, 6.0]), (1, [0.0, 0.0])])
+def test_means_and_numbers_of_the_first_share_a_collective(
+    rank: int, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *, group: calls.append(tensor))
+    means, numbers = ProcessMean(one_of(2, rank)).with_numbers(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([5.0, 6.0]))
+    assert means.tolist() == [1, 2, 3]
+    assert numbers.tolist() == expected
+    assert len(calls) == 1
+
+
+def test_objects_of_all_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_gather_object(values: list[Any], value: Any, *, group: Any) -> None:
+        assert group == "all"
+        assert values == [None, None]
+        values[:] = [value, "theirs"]
+
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    assert one_of(2, group="all").collect("mine") == ["mine", "theirs"]
+
+
+class Store:
+    """A key-value store that some ranks have left a sign in; or that is gone."""
+
+    def __init__(self, here: list[int], *, gone: bool = False) -> None:
+        self.here, self.gone = here, gone
+
+    def set(self, key: str, value: str) -> None:
+        if self.gone:
+            raise RuntimeError("connection reset")
+        assert (key, value) == ("lightning_sfn/roll_call/1", "here")
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        (key,) = keys
+        assert timeout == timedelta(seconds=5)
+        if key not in [f"lightning_sfn/roll_call/{rank}" for rank in self.here]:
+            raise RuntimeError("timeout")
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        (
+            Store([0, 1, 2]),
+            "A collective failed although every rank is there: look at the network, or at another rank's error.",
+        ),
+        (
+            Store([1, 2]),
+            "No sign of life from rank 0 of 3: the process died, or hangs longer than the process group's timeout. "
+            "Look at its output, and resume from the last checkpoint.",
+        ),
+        (
+            Store([1]),
+            "No sign of life from rank 0 and rank 2 of 3: the process died, or hangs longer than the process group's "
+            "timeout (one of them is enough: the others may wait for it). Look at its output, and resume from the last "
+            "checkpoint.",
+        ),
+        (
+            Store([], gone=True),
+            "No sign of life from rank 0 of 3: the process died, or hangs longer than the process group's timeout. "
+            "Look at its output, and resume from the last checkpoint.",
+        ),
+    ],
+    ids=["nobody", "one", "two", "store"],
+)
+def test_who_is_missing_after_a_failed_collective_is_said(
+    store: Store, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=RuntimeError("connection closed")))
+    with pytest.raises(ProcessError) as failure:
+        one_of(3, rank=1).sum(torch.ones(1))
+    assert str(failure.value) == f"{message} The step of rank 1 is undone."
+
+
+def reporting(processes: Processes, others: list[tuple[str | None, float]]) -> Processes:
+    """With reports of the other processes."""
+    processes.collect = lambda value: [value, *others]  # type: ignore[method-assign]
+    return processes
+
+
+FINE = (None, math.inf)
+
+
+def contributed(values: list[float], others: list[tuple[str | None, float]]) -> Processes:
+    processes = reporting(one_of(1 + len(others)), others)
+    for value in values:
+        tensor = torch.tensor([1.0, value])
+        assert processes.contribute(tensor) is tensor
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "culprits"),
+    [
+        ([1.0, math.nan], [FINE, FINE], "rank 0"),
+        ([1.0, math.inf], [FINE, FINE], "rank 0"),
+        ([1.0, math.nan, 1.0, math.nan], [(None, 3.0), FINE], "rank 0"),  # the second contribution, before their third
+        ([1.0, 1.0, math.nan], [(None, 2.0), (None, 3.0)], "rank 1"),
+        ([1.0, 1.0], [(None, 2.0), (None, 2.0)], "rank 1 and rank 2"),
+        ([1.0, math.nan], [(None, 2.0), FINE], "rank 0 and rank 1"),
+        ([math.nan], [(None, 1.0), (None, 1.0)], None),  # of all of them: the objective itself is to blame
+        ([1.0], [FINE, FINE], None),
+        ([], [FINE, FINE], None),
+    ],
+)
+def test_who_contributed_the_first_number_that_is_not_finite_is_blamed(
+    values: list[float], others: list[tuple[str | None, float]], culprits: str | None
+) -> None:
+    contributed(values, others).require_sound(blame_nan=False)
+    processes = contributed(values, others)
+    if culprits is None:
+        processes.require_sound()
+        return
+    with pytest.raises(ContributionError) as failure:
+        processes.require_sound()
+    assert str(failure.value) == (
+        f"The contribution of {culprits} of 3 to the objective is not finite (loss, gradient or Hessian-vector "
+        "product), so the step is undone on all ranks: look at the batch that it has."
+    )
+    reporting(processes, [FINE, FINE]).require_sound()  # it is told once
+
+
+def test_a_failed_computation_is_nan_until_all_processes_know() -> None:
+    processes = reporting(one_of(3), [FINE, (None, 1.0)])
+    assert processes.guard(lambda: torch.ones(2), torch.zeros(2)).tolist() == [1, 1]
+    processes.require_sound(blame_nan=False)
+    spoilt = processes.guard(mock.Mock(side_effect=KeyError("boom")), torch.zeros(2, 3))
+    assert spoilt.shape == (2, 3)
+    assert bool(spoilt.isnan().all())
+    told: list[Any] = []
+    processes.collect = lambda value: told.append(value) or [value, FINE, FINE]  # type: ignore[func-returns-value,method-assign]
+    with pytest.raises(KeyError, match="boom"):
+        processes.require_sound()
+    processes.require_sound()
+    assert told == [("KeyError: 'boom'", math.inf), (None, math.inf)]
+
+
+@pytest.mark.parametrize("blame_nan", [True, False])
+def test_a_failure_elsewhere_is_named(blame_nan: bool) -> None:
+    processes = reporting(one_of(3), [FINE, ("KeyError: 'boom'", 1.0)])
+    with pytest.raises(ProcessError) as failure:
+        processes.require_sound(blame_nan=blame_nan)
+    assert str(failure.value) == "Rank 2 of 3 failed in the middle of a step: KeyError: 'boom'"
+
+
+def test_what_was_noted_is_dropped() -> None:
+    processes = contributed([math.nan], [FINE, FINE])
+    processes.guard(mock.Mock(side_effect=KeyError("boom")), torch.zeros(2))
+    processes.release()
+    processes.require_sound()
+    assert copy.deepcopy({"processes": processes})["processes"] is processes
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["a", "a"], None),
+        (["a", "b"], "The ranks have different things: rank 0 has a, rank 2 has b: make them equal."),
+        (["b", "c"], "The ranks have different things: rank 0 has a, rank 1 has b: make them equal."),
+    ],
+)
+def test_descriptions_that_differ_are_told(others: list[str], message: str | None) -> None:
+    processes = reporting(one_of(3), others)  # type: ignore[arg-type]
+    if message is None:
+        processes.require_equal("a", "things", "make them equal.")
+        return
+    with pytest.raises(ProcessError) as failure:
+        processes.require_equal("a", "things", "make them equal.")
+    assert str(failure.value) == message
+
+
+@pytest.mark.parametrize(("available", "initialized"), [(False, True), (True, False)])
+def test_without_a_process_group_one_is_asked_for(
+    available: bool, initialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "is_available", lambda: available)
+    monkeypatch.setattr(dist, "is_initialized", lambda: initialized)
+    with pytest.raises(ProcessError) as failure:
+        Processes()
+    assert str(failure.value) == (
+        "There is no process group, but processes that share an objective need one: call "
+        "torch.distributed.init_process_group() first."
+    )
+
+
+@pytest.mark.parametrize(("backend", "device"), [("gloo", None), ("nccl", torch.device("cuda", 3))])
+def test_a_group_is_asked_for_its_rank_size_and_backend(
+    backend: str, device: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", {"all": 2}.__getitem__)
+    monkeypatch.setattr(dist, "get_world_size", {"all": 5}.__getitem__)
+    monkeypatch.setattr(dist, "get_backend", {"all": backend}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    processes = Processes("all")  # type: ignore[arg-type]
+    assert (processes.rank, processes.size, processes._device) == (2, 5, device)
+    assert (processes._group, processes._failure, processes._first_bad) == ("all", None, None)
+    processes.contribute(torch.tensor([math.nan]))
+    told: list[Any] = []
+    processes.collect = lambda value: told.append(value) or [value] * 5  # type: ignore[func-returns-value,method-assign]
+    processes.require_sound()
+    assert told == [(None, 1.0)]
