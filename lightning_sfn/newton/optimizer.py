@@ -453,7 +453,7 @@ class SaddleFreeNewton(Optimizer):
                 f"The state was saved with a {newton['coordinates']}, but this optimizer has a {own}: build it with "
                 "the preconditioner that the state was saved with."
             )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "newton"})
+        super().load_state_dict(state_dict)
         device = self._parameters.device
         self.damping.load_state_dict(newton["damping"])
         self.preconditioner.load_state_dict(moved_to(device, newton["preconditioner"]))

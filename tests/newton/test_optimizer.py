@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -29,7 +30,9 @@ from lightning_sfn.newton import (
     WarmDamping,
 )
 from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.momentum import Glide
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.newton.trust_region import RULES
 
 from .cases import DTYPES, Case, bits, make, quadratic, saddle, symmetric
@@ -797,6 +800,38 @@ def test_a_failed_step_leaves_the_momentum_as_it_was() -> None:
     with pytest.raises(KeyError):
         optimizer.step(later)
     assert _equal(optimizer._glide.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["subspace", "momentum"])
+def test_steps_with_momentum_are_taken_when_it_is_their_turn(kind: Any) -> None:
+    optimizer = trained(heavy_ball=0.5)
+    assert optimizer._glide is not None
+    optimizer._glide.settle = lambda parameters, losses, carried: losses  # type: ignore[method-assign]
+    optimizer._glide.pace.kind = kind
+    x = optimizer.param_groups[0]["params"][0]
+    with mock.patch.object(Glide, "step", return_value=StepRecord(1.0, 1.0, 1.0)) as step:
+        optimizer.step(lambda: (x**4).sum())
+    assert step.called == (kind == "momentum")
+
+
+def test_momentum_begins_anew_where_other_parameters_are_trained() -> None:
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = SaddleFreeNewton([x, y], heavy_ball=0.5)
+    assert optimizer._glide is not None
+    optimizer._glide.shrink = 0.25
+    optimizer.step(lambda: (x**4).sum() + (y**2).sum())
+    assert optimizer._glide.shrink == 0.25
+    y.requires_grad_(False)
+    optimizer.step(lambda: (x**4).sum() + (y**2).sum())
+    assert (optimizer._glide.momentum, optimizer._glide.shrink) == (0.5, 1.0)
+
+
+def test_a_driven_optimizer_can_be_pickled_without_its_driver() -> None:
+    optimizer = trained()
+    optimizer.attach(mock.Mock())  # which cannot be
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert _equal(again.state_dict(), optimizer.state_dict())
+    assert again._driver is None
 
 
 def test_a_copy_of_a_driven_and_scheduled_optimizer_stands_alone() -> None:
