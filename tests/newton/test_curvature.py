@@ -28,7 +28,7 @@ from .cases import (
     symmetric,
     tolerance,
 )
-from .ranks import Alike, HalfShare
+from .ranks import HalfShare, Healthy
 
 RETENTIONS = {
     "auto": {},
@@ -284,13 +284,6 @@ def test_an_operator_needs_to_know_one_product_alone() -> None:
     assert operator.batch == 1
     loss, gradient = operator.loss_and_gradient()
     assert (loss, gradient.tolist()) == (2.0, [2.0, 2.0])
-
-
-class Healthy(Alike):
-    """The other process has computed what it should."""
-
-    def collect(self, value: object) -> list[object]:
-        return [value, (None, math.inf)]
 
 
 def test_a_product_that_fails_on_one_of_several_processes_is_nan_until_all_know() -> None:

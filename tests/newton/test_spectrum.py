@@ -2,13 +2,24 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton import CurvatureError, HessianOperator, Objective, Spectrum, hessian_spectrum
+from lightning_sfn.newton import (
+    CurvatureError,
+    HessianOperator,
+    Objective,
+    ObjectiveError,
+    Spectrum,
+    hessian_spectrum,
+    spectrum,
+)
+from lightning_sfn.newton.operators import make_operator
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.spectrum import SpectrumSettings, spectrum_of
 
 from .cases import (
@@ -22,6 +33,7 @@ from .cases import (
     symmetric,
     with_spectrum,
 )
+from .ranks import Healthy
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -245,6 +257,124 @@ def test_extremes_are_named_from_the_outside(smallest: int, largest: int) -> Non
     assert names == low + [f"largest_{i:02d}" for i in range(min(largest, 5))]
     expected = values[:smallest] + values[::-1][:largest]
     assert [value for _, value, _ in spectrum.extremes(smallest, largest)] == pytest.approx(expected)
+    bounds = spectrum.residuals.tolist()
+    expected = bounds[:smallest] + bounds[::-1][:largest]
+    assert [bound for _, _, bound in spectrum.extremes(smallest, largest)] == expected
+
+
+def test_bounds_belong_to_their_values() -> None:
+    values, bounds = torch.tensor([[-3.0, -1.0, 2.0], [0.1, 0.2, 0.3]], dtype=torch.float64)
+    assert Spectrum(values, bounds, 0.0, 0.0, 3).extremes(2, 2) == [
+        ("smallest_00", -3.0, 0.1),
+        ("smallest_01", -1.0, 0.2),
+        ("largest_00", 2.0, 0.3),
+        ("largest_01", -1.0, 0.2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "names", "seed"),
+    [
+        ({}, SpectrumSettings(64, 1, 1, None, None, 0), ("hessian", "auto"), 0),
+        (
+            {
+                "smallest": 2,
+                "largest": 3,
+                "tol": 0.5,
+                "max_products": 99,
+                "density_probes": 4,
+                "seed": 5,
+                "hvp": "retain",
+            },
+            SpectrumSettings(64, 2, 3, 0.5, 99, 4),
+            ("hessian", "retain"),
+            5,
+        ),
+        (
+            {"krylov_dim": 1, "curvature": "gauss_newton", "hvp": "retain"},
+            SpectrumSettings(1),
+            ("gauss_newton", "retain"),
+            0,
+        ),
+        ({"krylov_dim": 70}, SpectrumSettings(70), ("hessian", "auto"), 0),
+    ],
+)
+def test_what_is_asked_for_is_handed_on(
+    options: dict[str, Any], settings: SpectrumSettings, names: tuple[str, str], seed: int
+) -> None:
+    x, progress = torch.zeros(70, requires_grad=True), mock.Mock()
+    with (
+        mock.patch.object(spectrum, "spectrum_of") as taken,
+        mock.patch.object(spectrum, "make_operator", side_effect=make_operator) as made,
+    ):
+        given = hessian_spectrum(lambda: (x**2).sum(), [x], progress=progress, **options)
+    assert given is taken.return_value
+    assert taken.call_args.args[1] == settings
+    assert taken.call_args.kwargs == {"seed": seed, "progress": progress}
+    assert made.call_args.args[2:] == names
+
+
+def test_a_loss_of_other_parameters_is_told_from_a_flat_one() -> None:
+    x, other = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    words = r"^The loss depends on none of the parameters: give those of the model that it comes from\.$"
+    with pytest.raises(ObjectiveError, match=words):
+        hessian_spectrum(lambda: (other**2).sum(), [x])
+    for flat in (lambda: (x**4).sum(), lambda: (x**4).sum() + (other**2).sum(), lambda: (0 * x).sum()):
+        assert hessian_spectrum(flat, [x, torch.zeros(1, requires_grad=True)]).eigenvalues.tolist() == [0, 0, 0]
+    curved = hessian_spectrum(lambda: x.sum() + (x**2).sum(), [x])
+    assert curved.eigenvalues.tolist() == pytest.approx([2, 2])
+    assert hessian_spectrum(lambda: 3 * x.sum(), [x]).gradient_norm == pytest.approx(3 * 2**0.5)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_global_random_numbers_are_left_alone_even_where_a_space_is_exhausted(seed: int | None) -> None:
+    before = torch.get_rng_state()
+    x = torch.zeros(6, requires_grad=True)
+    options = {} if seed is None else {"seed": seed}
+    operator = HessianOperator(Objective([lambda: (x**2).sum()]), [x])
+    given = spectrum_of(operator, SpectrumSettings(6, tol=1e-3, density_probes=2), **options)
+    assert given.eigenvalues.tolist() == pytest.approx([2.0] * 6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_spectrum_of_random_vectors_begins_with_those_of_seed_zero() -> None:
+    case = make("mlp")
+    operators = [HessianOperator(Objective([case.closure]), case.parameters) for _ in range(2)]
+    by_default, named = (
+        spectrum_of(operators[0], SpectrumSettings(3)),
+        spectrum_of(operators[1], SpectrumSettings(3), seed=0),
+    )
+    assert torch.equal(by_default.eigenvalues, named.eigenvalues)
+
+
+def test_products_are_put_where_there_is_room() -> None:
+    x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    operator = HessianOperator(Objective([quadratic(symmetric(6))(x)]), [x])
+    with mock.patch.object(operator, "matvec_into", side_effect=operator.matvec_into) as into:
+        spectrum_of(operator, SpectrumSettings(4))
+    rooms = [call.args[1] for call in into.call_args_list]
+    assert {(room.shape, room.dtype) for room in rooms} == {((6,), torch.float64)}
+    assert len({room.data_ptr() for room in rooms}) == 1
+
+
+@pytest.mark.parametrize("error", [None, KeyError("boom")])
+def test_of_several_processes_a_failed_product_is_an_error_and_one_that_is_not_finite_a_number(
+    error: Exception | None,
+) -> None:
+    x = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+
+    class Poisoned(HessianOperator):
+        def _matvec(self, vector: Tensor) -> Tensor:
+            if error is not None:
+                raise error
+            return super()._matvec(vector) * math.nan
+
+    operator = Poisoned(Objective([lambda: (x**2).sum() + x.sum()], reduce=ProcessMean(Healthy())), [x])
+    if error is None:
+        assert spectrum_of(operator, SpectrumSettings(3)).nonfinite == 5
+    else:
+        with pytest.raises(KeyError, match="boom"):
+            spectrum_of(operator, SpectrumSettings(3))
 
 
 def poisoned(x: Tensor, place: str) -> Tensor:
