@@ -15,9 +15,13 @@ from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from .cases import with_spectrum
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, which is not installed")
+from matplotlib.colors import to_rgba
 from matplotlib.scale import SymmetricalLogTransform
 
 from lightning_sfn.newton.figures import (
+    _BAND,
+    _NEGATIVE,
+    _POSITIVE,
     _inverse_symlog,
     _linear_part,
     _symlog,
@@ -108,8 +112,10 @@ def test_places_on_the_axis_are_those_of_matplotlib(unit: float) -> None:
 
 def test_negative_and_positive_values_differ_in_colour() -> None:
     (axes,) = spectrum_with([-3.0, 2.0]).plot().axes
-    colours = [container[0].get_color() for container in axes.containers]
-    assert len(set(colours)) == 2
+    assert [container[0].get_color() for container in axes.containers] == [_NEGATIVE, _POSITIVE]
+    stems = {tuple(lines.get_color()[0]) for lines in axes.collections if 0.0 in lines.get_segments()[0][:, 1]}
+    assert stems == {to_rgba(_NEGATIVE), to_rgba(_POSITIVE)}
+    assert _NEGATIVE != _POSITIVE
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,8 @@ def test_a_density_is_drawn_beside_the_stems(values: list[float], probes: int) -
         "share of the eigenvalues (per unit of the axis)",
     )
     assert tuple(figure.get_size_inches()) == (11.0, 4.2)
+    assert figure.get_constrained_layout()  # words do not lie on words
+    assert stems.get_position().x1 < density.get_position().x0
     assert (density.get_xscale(), density.get_yscale()) == ("symlog", "log")
     (zero,) = (line for line in density.lines if list(line.get_ydata()) == [0, 1])
     assert list(zero.get_xdata()) == [0, 0]
@@ -152,7 +160,9 @@ def test_the_drawn_density_integrates_to_one_and_peaks_at_the_eigenvalues() -> N
 
 def test_the_band_is_as_wide_as_the_standard_error_and_everything_is_in_sight() -> None:
     density = density_with([-1.0, 1.0, 100.0], 3)
-    (axes,) = density_figure(density).axes
+    figure = density_figure(density)
+    assert tuple(figure.get_size_inches()) == (6.4, 4.2)
+    (axes,) = figure.axes
     assert axes.get_legend().get_texts()[0].get_text() == "standard error over the probes"
     curve = max((line.get_xydata() for line in axes.lines), key=len)
     assert len(curve) == 800
@@ -167,6 +177,8 @@ def test_the_band_is_as_wide_as_the_standard_error_and_everything_is_in_sight() 
     )
     assert float(np.nanmin(curve[:, 1])) >= least  # what is below is left out
     (band,) = axes.collections
+    assert tuple(band.get_facecolor()[0]) == to_rgba(_BAND)
+    assert max(axes.lines, key=lambda line: len(line.get_xdata())).get_color() == _POSITIVE
     outline = band.get_paths()[0].vertices
     places = SpectralDensity(nodes, density.weights, density.size, density.products)
     mean, error = places.on(shown, width)
@@ -187,7 +199,7 @@ def test_titles_are_shown_above() -> None:
     density = density_with([1.0, 2.0], 2)
     assert spectrum_figure(spectrum_with([1.0]), "Step 7").get_suptitle() == "Step 7"
     assert density_figure(density, "Step 8").get_suptitle() == "Step 8"
-    assert density_figure(density).get_suptitle() == ""
+    assert density_figure(density).get_suptitle() == spectrum_figure(spectrum_with([1.0])).get_suptitle() == ""
 
 
 def points_of(axes: Any) -> Any:
@@ -217,6 +229,7 @@ def test_the_index_figure_has_one_point_for_each_spectrum() -> None:
     assert line.get_xydata().tolist() == [[0.5, 2.0], [0.25, 1.5]]
     assert line.get_zorder() < points_of(axes).get_zorder()
     assert colours.get_ylabel() == "optimizer step"
+    assert colours.get_ylim() == (10, 20)
     points = points_of(axes)
     assert points.get_offsets().tolist() == [[0.5, 2.0], [0.25, 1.5]]
     assert points.get_array().tolist() == [10, 20]
