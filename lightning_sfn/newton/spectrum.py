@@ -317,7 +317,7 @@ def spectrum_of(
     """
     size = operator.parameters.size
     at_most = settings.most_products(size)
-    nonfinite, image = 0, torch.empty(size, dtype=operator.parameters.dtype, device=operator.parameters.device)
+    image = torch.empty(size, dtype=operator.parameters.dtype, device=operator.parameters.device)
 
     def matvec(vector: Tensor) -> Tensor:
         nonlocal image
@@ -331,7 +331,7 @@ def spectrum_of(
     with torch.no_grad():
         try:
             loss, gradient = operator.loss_and_gradient()
-            nonfinite += _count_nonfinite(gradient) + (not math.isfinite(loss))
+            nonfinite = _count_nonfinite(gradient) + (not math.isfinite(loss))
             generator = torch.Generator(gradient.device).manual_seed(seed)
             if not nonfinite:
                 start = torch.randn(size, dtype=gradient.dtype, device=gradient.device, generator=generator)

@@ -533,6 +533,12 @@ def test_a_file_that_holds_no_spectrum_is_named(text: str, tmp_path: Path) -> No
         Spectrum.load(path)
 
 
+def test_entries_that_do_not_fit_together_are_told() -> None:
+    entries = SAVED["plain"].to_dict() | {"residuals": [0.1]}
+    with pytest.raises(ValueError, match=r"^There are not as many residuals as eigenvalues\.$"):
+        Spectrum.from_dict(entries)
+
+
 def test_a_binary_file_is_no_spectrum(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"last\.ckpt does not hold a spectrum"):
