@@ -71,6 +71,7 @@ def test_every_ritz_value_is_a_stem_with_its_error_bound(values: list[float]) ->
     )
     points = [xy for container in axes.containers for xy in container[0].get_xydata().tolist()]
     assert sorted(points) == [[place + 1, value] for place, value in enumerate(values)]
+    assert {(c[0].get_marker(), c[0].get_linestyle()) for c in axes.containers} <= {("o", "None")}
     segments = [
         segment.tolist() for lines in axes.collections for segment in lines.get_segments() if 0.0 in segment[:, 1]
     ]
