@@ -382,6 +382,21 @@ def test_a_vector_of_which_orthogonalisation_leaves_little_needs_a_second_look(
     assert steps.sound == (6 if sound else 3)
 
 
+@pytest.mark.parametrize(("by_twos", "inside", "sound"), [(True, 5e-5, 6), (True, 2e-4, 3), (False, 2e-4, 6)], ids=str)
+def test_two_steps_share_an_orthogonalisation_as_long_as_the_first_needs_little(
+    by_twos: bool, inside: float, sound: int
+) -> None:
+    """The square of what it has to lose may be 1e-8: more spoils the second, which has gone on from it."""
+    matrix = chain([1.0] * 9)
+    matrix[0, 2] = inside
+    basis = torch.zeros(7, N, dtype=D)
+    basis[0, 0] = 1.0
+    steps = unattended_steps(
+        lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, BasisStore(), [basis[0].clone()], by_twos=by_twos, scratch=True
+    )
+    assert steps.sound == sound
+
+
 class Hearing(BasisStore):
     """Another process has found fewer steps sound."""
 
