@@ -367,7 +367,7 @@ def test_steps_are_sound_up_to_one_that_needs_a_second_look(
 
 
 @pytest.mark.parametrize("by_twos", [True, False])
-@pytest.mark.parametrize(("inside", "sound"), [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize(("inside", "sound"), [(0.9, True), (1.0002, True), (1.0005, False), (1.1, False)])
 def test_a_vector_of_which_orthogonalisation_leaves_little_needs_a_second_look(
     by_twos: bool, inside: float, sound: bool
 ) -> None:
@@ -395,6 +395,9 @@ def test_two_steps_share_an_orthogonalisation_as_long_as_the_first_needs_little(
         lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, BasisStore(), [basis[0].clone()], by_twos=by_twos, scratch=True
     )
     assert steps.sound == sound
+    torch.testing.assert_close(steps.couplings[:3], torch.ones(3, dtype=D), rtol=0, atol=1e-12)
+    rows = basis[:sound]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(sound, dtype=D), rtol=0, atol=1e-12)
 
 
 class Hearing(BasisStore):
