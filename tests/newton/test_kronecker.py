@@ -435,7 +435,11 @@ def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) 
 
 
 def test_without_factors_a_step_is_taken_whole() -> None:
-    assert KroneckerFactors().shares(torch.full((2, 3), 1e6)).tolist() == [1.0, 1.0]
+    factors = KroneckerFactors()
+    factors.feedback(accepted=False, store=BasisStore())  # of a step that factors have not shortened
+    assert factors._caution == 1.0
+    assert factors.memory == 0
+    assert factors.shares(torch.full((2, 3), 1e6)).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("heavy_ball", [0.0, 0.95])
