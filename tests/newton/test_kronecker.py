@@ -434,6 +434,23 @@ def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) 
     assert torch.equal(restored.shares(steps), shares)
 
 
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_large_hidden_layer_may_change_by_a_tenth_and_the_last_one_by_anything(size: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), inputs=x, outputs=2)
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+    factors = refreshed(model, loss)
+    first, last = 50 * torch.randn(2, 26, dtype=D)
+    first[16:] = last[:16] = 0.0
+    change = x @ first[:12].view(4, 3).T + first[12:16]
+    limit = max(1.0, 0.1 * rms(model[0](x).detach()))
+    assert (limit > 1.0) == (size > 1.0)
+    expected = torch.tensor([limit / rms(change), 1.0], dtype=D)
+    torch.testing.assert_close(factors.shares(torch.stack([first, last])), expected, rtol=1e-12, atol=0)
+
+
 def test_without_factors_a_step_is_taken_whole() -> None:
     factors = KroneckerFactors()
     factors.feedback(accepted=False, store=BasisStore())  # of a step that factors have not shortened
