@@ -379,9 +379,10 @@ def test_enough_of_the_parameters_that_are_used_must_have_factors(coverage: floa
         assert not factors.is_known
 
 
-def test_a_layer_without_bias_covers_its_weight() -> None:
-    x = torch.randn(20, 3, dtype=D)
-    model, loss = fitting(nn.Linear(3, 2, bias=False), inputs=x, outputs=2)
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_layer_without_bias_covers_its_weight(width: int) -> None:
+    x = torch.randn(20, width, dtype=D)
+    model, loss = fitting(nn.Linear(width, 1, bias=False), inputs=x, outputs=1)
     assert refreshed(model, loss, min_coverage=1.0).is_known
 
 
