@@ -388,9 +388,11 @@ def test_a_layer_without_bias_covers_its_weight(width: int) -> None:
 
 def test_a_saved_state_is_complete() -> None:
     model = Loose().double()
-    factors = refreshed(model, model.loss, refresh_every=5, probes=1)
+    factors = KroneckerFactors(model, refresh_every=5)
+    operator = HessianOperator(Objective([model.loss]), model.parameters())
+    factors.refresh(operator, torch.Generator().manual_seed(0))
     factors._caution = 0.5
-    twin = KroneckerFactors(probes=1)
+    twin = KroneckerFactors()
     twin.load_state_dict(copy.deepcopy(factors.state_dict()))
     assert str(twin.state_dict()) == str(factors.state_dict())
     assert twin.unfactored == factors.unfactored == ("loose", "unseen")
@@ -625,7 +627,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_options_left_out_and_at_their_bounds() -> None:
     factors = KroneckerFactors()
     assert (factors.targets, factors.refresh_every, factors.average, factors.damping) == ("sampled", 3, 0.8, 1e-4)
-    assert (factors.limits, factors.min_coverage, factors.probes) == (Limits(1536, None, 0.0), 0.0, 0)
+    assert (factors.limits, factors.min_coverage, factors.probes) == (Limits(1536, None, 0.0), 0.0, 1)
     least: dict[str, Any] = {"refresh_every": 1, "average": 0, "max_width": 0, "max_memory": 0, "min_rows": 0}
     factors = KroneckerFactors(**least, probes=0, min_coverage=1.0, damping=5.0)
     assert (factors.refresh_every, factors.average, factors.damping) == (1, 0, 5.0)
