@@ -12,7 +12,7 @@ from lightning_sfn.newton import (
     SaddleFreeNewton,
     WarmDamping,
 )
-from lightning_sfn.newton.damping import Damping, make_damping
+from lightning_sfn.newton.damping import Damping, WarmDamping, make_damping
 
 from .cases import bits
 
@@ -141,6 +141,38 @@ def test_warm_remembers_more_damping_that_is_as_good_and_takes_the_best_step(sha
     choice = strategy.choose(trials, scale=1.0, baseline=1.0)
     assert (choice.damping, choice.loss) == (0.0025, 0.0)
     assert strategy.value == (0.01 if larger else 0.0025)
+
+
+@pytest.mark.parametrize(
+    ("side", "decreases", "value", "after"),
+    [
+        (0, {4.0: 0.5, 16.0: 1.0}, 16.0, 1),
+        (-1, {4.0: 0.5, 16.0: 1.0}, 16.0, 1),
+        (1, {4.0: 0.5, 1.0: 1.0}, 1.0, -1),
+        (0, {4.0: 1.0, 16.0: 0.5, 1.0: 0.5}, 4.0, -1),
+        (1, {4.0: 1.0, 16.0: 0.5}, 4.0, -1),
+        (-1, {4.0: 1.0, 1.0: 0.5}, 4.0, 1),
+        (1, {4.0: 1.0, 16.0: 0.98}, 16.0, 1),  # as good as the best
+        (1, {4.0: 1.0, 16.0: 0.979}, 4.0, -1),
+        (1, {4.0: 0.0, 16.0: -1.0}, 100.0, 0),
+        (1, {4.0: 0.0, 16.0: 0.0}, 100.0, 0),
+        (-1, {4.0: -2.0, 16.0: -1.0}, 100.0, 0),
+    ],
+)
+def test_warm_goes_on_where_it_ended_and_looks_where_it_moved_to(
+    side: int, decreases: dict[float, float], value: float, after: int
+) -> None:
+    """From 4; 100 is the largest value."""
+    damping = WarmDamping()
+    damping.load_state_dict({"value": 4.0, "side": side})
+    damping._settle(decreases, 4.0, 100.0)
+    assert damping.state_dict() == {"value": value, "side": after}
+
+
+def test_warm_looks_on_both_sides_of_a_value_that_another_strategy_saved() -> None:
+    damping = WarmDamping()
+    damping.load_state_dict({"value": 4.0})
+    assert damping.state_dict() == {"value": 4.0, "side": 0}
 
 
 def test_warm_looks_on_both_sides_after_nothing_improved() -> None:
