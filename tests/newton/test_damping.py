@@ -12,7 +12,7 @@ from lightning_sfn.newton import (
     SaddleFreeNewton,
     WarmDamping,
 )
-from lightning_sfn.newton.damping import Damping, WarmDamping, make_damping
+from lightning_sfn.newton.damping import Damping, make_damping
 
 from .cases import bits
 
@@ -219,6 +219,14 @@ def test_warm_asks_no_further_at_its_bounds() -> None:
         trials = Trials(lambda d, trend=trend: trend * math.log(d) - 100)  # type: ignore[misc]
         assert strategy.choose(trials, scale=1.0, baseline=1.0).damping == start
         assert len(trials.calls) == 1
+
+
+@pytest.mark.parametrize(("start", "side", "bound"), [(2e-9, -1, 1e-9), (5.0, 1, 10.0)])
+def test_warm_asks_no_further_where_the_neighbour_is_a_bound(start: float, side: int, bound: float) -> None:
+    strategy, trials = WarmDamping(), Trials(lambda d: abs(math.log(d / bound)) / 100)
+    strategy.load_state_dict({"value": start, "side": side})
+    assert strategy.choose(trials, scale=1.0, baseline=1.0).damping == bound
+    assert trials.calls == [[start, bound]]
 
 
 def test_warm_rescues_by_factors_of_eight_up_to_its_bound() -> None:
