@@ -126,6 +126,14 @@ def test_without_much_negative_curvature_factors_are_left_as_they_are() -> None:
     assert not torch.equal(factors.scale(unit), again.scale(unit))
 
 
+@pytest.mark.parametrize(("bent", "products"), [({}, 1), ({"bent": True}, 1), ({"bent": False}, 0)], ids=str)
+def test_before_the_first_subspace_negative_curvature_is_looked_for(bent: dict[str, bool], products: int) -> None:
+    for way in (KroneckerFactors.renew, KroneckerFactors.refresh):
+        operator = operator_of(Plateau())
+        way(KroneckerFactors(), operator, torch.Generator().manual_seed(0), **bent)
+        assert operator.products == products
+
+
 def test_excess_is_saved_and_forgotten() -> None:
     plateau = Plateau()
     factors, unit = known(plateau, 4), torch.eye(10 * 9 + 9 + 90 + 10, dtype=D)
