@@ -200,7 +200,7 @@ class DiagonalPreconditioner(Preconditioner):
 
     def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
         """The part of the diagonal; where it ends with padding, ones."""
-        own = DiagonalPreconditioner(self.decay, self.floor)
+        own = DiagonalPreconditioner()
         own._diagonal = None if self._diagonal is None else store.local(self._diagonal - 1) + 1
         return own
 

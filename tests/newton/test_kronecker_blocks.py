@@ -276,3 +276,30 @@ def test_eigenvalues_that_rounding_made_negative_count_as_zero() -> None:
     assert table.scale.dtype == torch.float32
     assert float(table.scale[1].max()) == pytest.approx(1e9, rel=1e-3)
     assert float(table.scale[0].max()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("width", "inputs", "outputs"), [(4, 2, 2), (3, 1, 2), (2, 1, 2), (1, 1, 1)])
+def test_a_narrowed_block_keeps_the_diagonals_of_wider_factors(width: int, inputs: int, outputs: int) -> None:
+    block = Block(DENSE, definite(4, 1), definite(2, 2), hidden=False)
+    narrowed = block.narrowed(width)
+    assert (narrowed.signature, narrowed.hidden) == (DENSE, False)
+    for kept, dims, factor in ((narrowed.inputs, inputs, block.inputs), (narrowed.outputs, outputs, block.outputs)):
+        assert torch.equal(kept, factor if dims == 2 else factor.diagonal())
+    again = narrowed.narrowed(1)
+    assert torch.equal(again.inputs, block.inputs.diagonal())
+    assert torch.equal(again.outputs, block.outputs.diagonal())
+
+
+def test_what_acts_element_by_element_is_as_narrow_as_it_gets() -> None:
+    block = Block.zeros(NORM, SHAPES, LIKE)
+    assert block.narrowed(0) is block
+
+
+def test_a_lessened_root_is_that_of_so_many_times_the_curvature_along_each_eigenvector() -> None:
+    root = Block(DENSE, definite(4, 1), definite(2, 2)).root(0.1)
+    excess = torch.tensor([[1.0, 4.0, 9.0, 16.0], [25.0, 1.0, 4.0, 1.0]], dtype=D)
+    lessened = root.lessened(excess)
+    torch.testing.assert_close(lessened.scale**-2, root.scale**-2 * excess)
+    assert lessened.signature == root.signature
+    assert lessened.left is root.left
+    assert lessened.right is root.right

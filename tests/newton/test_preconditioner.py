@@ -132,6 +132,37 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
         DiagonalPreconditioner(**options)
 
 
+class Doubling(Preconditioner):
+    """Knows the map and its inverse, which is all that a preconditioner has to know."""
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        return 2 * vectors
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        return vectors / 2
+
+
+def test_a_preconditioner_needs_to_know_a_map_and_its_inverse_alone() -> None:
+    doubling, vectors = Doubling(), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert torch.equal(doubling.precondition(vectors), 4 * vectors)
+    assert [doubling.default_krylov_dim(bent) for bent in (True, False)] == [16, 16]
+    shares = doubling.shares(vectors)
+    assert (shares.tolist(), shares.dtype) == ([1, 1, 1], torch.float64)
+
+
+class OneByOne(Reversing):
+    """Puts single vectors together only."""
+
+    def whole(self, parts: Tensor, size: int) -> Tensor:
+        assert parts.dim() == 1
+        return super().whole(parts, size)
+
+
+def test_whole_vectors_are_put_together_one_at_a_time() -> None:
+    vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(Doubling().on_parts(OneByOne(), 2).scale(vectors), 2 * vectors)
+
+
 def test_the_identity_keeps_nothing() -> None:
     identity, vector = IdentityPreconditioner(), torch.randn(3)
     assert torch.equal(identity.scale(vector), vector)
