@@ -285,6 +285,44 @@ def test_a_model_is_made_of_what_the_descent_holds() -> None:
     assert uneven.refreshed == [(operator, generator)]
 
 
+class Counting(IdentityPreconditioner):
+    """Asks for two vectors while there is much negative curvature, else for four; notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+        self.told.append(bent)
+
+    def default_krylov_dim(self, bent: bool) -> int:
+        return 2 if bent else 4
+
+
+@pytest.mark.parametrize(
+    ("krylov_dim", "bent", "size", "expected"),
+    [
+        (None, True, 5, 2),
+        (None, False, 5, 4),
+        (None, False, 3, 3),
+        (3, True, 5, 3),
+        ("full", True, 5, None),
+    ],
+)
+def test_a_subspace_has_as_many_vectors_as_told_or_as_pay(
+    krylov_dim: Any, bent: bool, size: int, expected: int | None
+) -> None:
+    counting = Counting()
+    ours = descent(krylov_dim=krylov_dim, preconditioner=counting)
+    carried = Carried(StepMemory(0, secants=True), bent=bent)
+    assert ours.dimension(carried, size) == expected
+    x = leaf().detach()[:size].requires_grad_()
+    matrix = MATRIX[:size, :size]
+    record = take(x, same(Objective([quadratic(matrix)(x)])), ours, Search(FixedDamping(1.0), 1), carried)
+    assert record.subspace_dim == (expected or size)
+    assert record.coordinates == "identity"
+    assert counting.told == [bent]
+
+
 def test_where_nothing_shows_the_way_the_generator_does() -> None:
     starts = [
         model_of(
