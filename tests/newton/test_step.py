@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from lightning_sfn.newton import (
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.damping import Choice
 from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.step import SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
 from lightning_sfn.newton.trust_region import RULES
 
@@ -128,6 +130,7 @@ def inner_step(
     rule: str = "saddle_free",
     record: StepRecord | None = None,
     store: BasisStore | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> tuple[StepRecord, Tensor | None, Tensor]:
     """One inner step from (1, 0.5) with the model of the saddle and given trial losses."""
     x = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
@@ -143,7 +146,7 @@ def inner_step(
         generator=torch.Generator(),
     )
     space = replace(space, store=store or BasisStore())
-    model = SubspaceModel(space, IdentityPreconditioner(), RULES[rule], 1.0, None)
+    model = SubspaceModel(space, preconditioner or IdentityPreconditioner(), RULES[rule], 1.0, None)
     record, step = take_inner_step(
         model,
         gradient,
@@ -491,6 +494,64 @@ def test_steps_have_the_dtype_of_the_parameters(shares: tuple[float], dtype: tor
 
 
 # ------------------------------------------------------------------------------------------------ the subspace
+
+
+class Told(IdentityPreconditioner):
+    """Notes what became of steps."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[bool, BasisStore]] = []
+
+    def feedback(self, *, accepted: bool, store: BasisStore) -> None:
+        self.told.append((accepted, store))
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_map_is_told_whether_its_step_was_taken_and_how_vectors_are_kept(accepted: bool) -> None:
+    store, told = BasisStore(), Told()
+    record, _, _ = inner_step(lambda x: (x**2).sum() * 0 + (0.0 if accepted else 9.0), store=store, preconditioner=told)
+    assert record.accepted is accepted
+    assert [(taken, kept is store) for taken, kept in told.told] == [(accepted, True)]
+
+
+class SharedOut(BasisStore):
+    """Each process keeps a part of every vector, but there is one process."""
+
+    is_shared_out = True  # type: ignore[assignment]
+
+
+class Scattering(ProcessMean):
+    """The mean with another process that has nothing to add, whole or in parts; notes which of them."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.asked.append("whole")
+        return tensor / 2
+
+    def part(self, vector: Tensor) -> Tensor:
+        self.asked.append("part")
+        return vector / 2
+
+
+@pytest.mark.parametrize(("store", "way"), [(BasisStore(), "whole"), (SharedOut(), "part")], ids=["kept", "shared out"])
+def test_products_are_averaged_once_whole_or_in_the_parts_that_processes_keep(store: BasisStore, way: str) -> None:
+    matrix, mean = symmetric(4), Scattering()
+    mean.processes = mock.Mock(guard=lambda compute, like: compute())
+    x = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    space = build_subspace(
+        HessianOperator(Objective([quadratic(matrix)(x)], reduce=mean), [x]),
+        torch.ones(4, dtype=torch.float64),
+        krylov_dim=4,
+        preconditioner=IdentityPreconditioner(),
+        memory=StepMemory(0, secants=True),
+        seed=None,
+        generator=torch.Generator().manual_seed(0),
+        store=store,
+    )
+    torch.testing.assert_close(space.eigenvalues, torch.linalg.eigvalsh(matrix / 2))
+    assert mean.asked == [way] * 4
 
 
 def subspace(matrix: Tensor, gradient: Tensor | None = None, **options: Any) -> KrylovSubspace:
