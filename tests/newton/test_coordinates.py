@@ -259,3 +259,22 @@ def test_the_size_of_a_subspace_is_at_most_that_of_the_parameters() -> None:
     optimizer.step(lambda: (x**4 - x**2).sum())
     assert optimizer.last_step is not None
     assert optimizer.last_step.subspace_dim == 3
+
+
+@pytest.mark.parametrize(("told", "bent"), [({}, True), ({"bent": True}, True), ({"bent": False}, False)], ids=str)
+def test_whether_there_is_negative_curvature_is_handed_on_to_either_map(told: dict[str, bool], bent: bool) -> None:
+    auto, operator, generator = AutoPreconditioner(), operator_of(Partly(1)), torch.Generator()
+    with mock.patch.object(auto.factors, "renew") as renew, mock.patch.object(auto.diagonal, "refresh") as refresh:
+        auto.refresh(operator, generator, **told)
+    renew.assert_called_once_with(operator, generator, bent)
+    refresh.assert_called_once_with(operator, generator, bent)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_loaded_state_knows_whether_there_is_room_for_factors(has_room: bool) -> None:
+    saved, loaded = AutoPreconditioner(), AutoPreconditioner()
+    saved._has_room = has_room
+    loaded.load_state_dict(saved.state_dict())
+    loaded.refresh(operator_of(Partly(1)), torch.Generator().manual_seed(0))
+    assert loaded.name == ("kronecker" if has_room else "diagonal")
+    assert loaded.state_dict()["has_room"] is has_room

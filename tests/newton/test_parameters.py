@@ -224,3 +224,12 @@ def test_a_module_in_place_of_its_parameters_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         FlatParameters(nn.Linear(2, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_random_vectors_have_the_parameters_shape_and_come_from_the_generator(dtype: torch.dtype) -> None:
+    flat = FlatParameters([nn.Parameter(torch.ones(2, 3, dtype=dtype)), nn.Parameter(torch.ones(4, dtype=dtype))])
+    before = torch.get_rng_state()
+    drawn = flat.random(torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn, torch.randn(10, dtype=dtype, generator=torch.Generator().manual_seed(3)))
