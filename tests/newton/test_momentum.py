@@ -298,6 +298,7 @@ class Doubling(IdentityPreconditioner):
 
     def __init__(self, share: float = 1.0) -> None:
         self.share, self.refreshes, self.asked = share, 0, torch.zeros(0)
+        self.told: list[bool] = []  # whether there was negative curvature
 
     @property
     def unfactored(self) -> tuple[str, ...]:
@@ -307,6 +308,7 @@ class Doubling(IdentityPreconditioner):
         assert isinstance(generator, torch.Generator)
         operator.matvec(START)
         self.refreshes += 1
+        self.told.append(bent)
 
     def scale(self, vectors: Tensor) -> Tensor:
         return 2 * vectors
@@ -495,6 +497,15 @@ def test_every_third_step_asks_for_a_refresh() -> None:
         counted.append(glide.steps)
     assert asked == [1, 1, 1, 2, 2, 2, 3]
     assert counted == [1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("bent", [True, False])
+def test_a_refresh_is_told_whether_the_last_subspace_had_negative_curvature(bent: bool) -> None:
+    doubling = Doubling()
+    stage = Stage(under_way(), preconditioner=doubling)
+    stage.carried.bent = bent
+    stage.step()
+    assert doubling.told == [bent]
 
 
 def test_an_error_closes_the_operator_and_moves_nothing() -> None:
