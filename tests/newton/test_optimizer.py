@@ -86,7 +86,7 @@ def test_the_loss_falls_in_every_step_that_is_taken(options: dict[str, Any]) -> 
     optimizer = SaddleFreeNewton(case.parameters, **options)
     closure = case.pair if options.get("curvature") == "gauss_newton" else case.closure
     first = float(case.closure().detach())
-    for _ in range(8):
+    for _ in range(12):
         optimizer.step(closure)
         record = record_of(optimizer)
         assert record.accepted == (record.loss_after < record.loss_before)
