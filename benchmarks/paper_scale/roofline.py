@@ -185,7 +185,7 @@ def _kronecker_work(task: Task, layers: list[tuple[int, int]], our_k: int) -> li
 
     def estimate() -> None:
         coordinates.reset()  # or it would wait for its turn
-        coordinates.refresh(operator, generator)
+        coordinates.refresh(operator, generator, bent=False)  # along a valley: no product in it
 
     vector = torch.randn(problem.parameters.size, device=task.device)
     estimation = _timed(estimate, task.device)
