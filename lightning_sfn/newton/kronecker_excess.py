@@ -9,6 +9,7 @@ preserving algorithm for matrix scaling"); with one division it is the equilibra
 product of means over rows and columns, like the second moments of Shazeer and Stern (2018, "Adafactor").
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 __all__ = ["Excess"]
 
 _ENOUGH = 8  # numbers of which a mean says something
+_MOST = 1000.0  # largest excess: a layer that is scaled down further stays behind on the way out, and is missed later
 
 
 @dataclass(frozen=True)
 class Excess:
-    """How many times more curvature there is along a block's eigenvectors than its factors say: a product, at least 1.
+    """How many times more curvature there is along a block's eigenvectors than its factors say: a product, from 1 to 1000.
 
     Attributes:
         rows: Shape ``(r, 1)``.
@@ -50,6 +52,7 @@ class Excess:
         """The excess after a probe, found with the map that allows for the excess so far.
 
         It goes down as well as up, but not below one: less curvature than the factors say is not worth a longer step.
+        Rows and columns are each bounded by the root of the largest excess.
 
         Args:
             image: ``D H D v`` along the eigenvectors, shape ``(r, s)``.
@@ -60,7 +63,8 @@ class Excess:
         by_row = squares.mean(1, keepdim=True) if columns >= _ENOUGH else mean.expand_as(self.rows)
         by_column = squares.mean(0, keepdim=True) if rows >= _ENOUGH else mean.expand_as(self.columns)
         # Squared norms are about by_row * by_column / mean: each side takes its half, and the root of the norm.
+        most = math.sqrt(_MOST)
         return Excess(
-            (self.rows * (by_row / mean.sqrt()).sqrt()).clamp_min(1),
-            (self.columns * (by_column / mean.sqrt()).sqrt()).clamp_min(1),
+            (self.rows * (by_row / mean.sqrt()).sqrt()).clamp(1, most),
+            (self.columns * (by_column / mean.sqrt()).sqrt()).clamp(1, most),
         )

@@ -27,11 +27,18 @@ def settled(row_sizes: Tensor, column_sizes: Tensor, times: int) -> Tensor:
 
 
 def test_rows_and_columns_with_more_curvature_are_scaled_to_one() -> None:
-    rows, columns = 10.0 ** torch.arange(0, 4, 0.05, dtype=D), 10.0 ** torch.arange(0, 3, 0.05, dtype=D)
+    rows, columns = 10.0 ** torch.arange(0, 1.2, 0.02, dtype=D), 10.0 ** torch.arange(0, 1.3, 0.02, dtype=D)
     sizes = settled(rows, columns, 12)
-    assert float((rows[:, None] * columns).max()) > 1e6
+    assert float((rows[:, None] * columns).max()) > 250
     assert sizes.log10().abs().max() < 0.5
     assert float(sizes.log().mean()) == pytest.approx(0.0, abs=0.1)
+
+
+@pytest.mark.parametrize("sides", [(1e6, 1.0), (1.0, 1e6), (1e6, 1e6)])
+def test_no_curvature_is_scaled_down_by_more_than_a_thousand(sides: tuple[float, float]) -> None:
+    rows, columns = (torch.where(torch.arange(20) < 10, size, 1.0).double() for size in sides)
+    sizes = settled(rows, columns, 10)
+    assert float((rows[:, None] * columns / sizes).max()) == pytest.approx(1000)
 
 
 def test_curvature_below_what_factors_say_is_not_believed() -> None:
@@ -43,8 +50,8 @@ def test_excess_that_is_gone_is_taken_back() -> None:
     generator = torch.Generator().manual_seed(0)
     excess = Excess.none(torch.empty(20, 30, dtype=D))
     probe = torch.randn(20, 30, dtype=D, generator=generator)
-    large = excess.after(1e4 * probe)
-    assert float(large.product.mean()) == pytest.approx(1e4, rel=0.2)
+    large = excess.after(1e2 * probe)
+    assert float(large.product.mean()) == pytest.approx(1e2, rel=0.2)
     for _ in range(10):
         large = large.after(torch.randn(20, 30, dtype=D, generator=generator) / large.product)
     assert float(large.product.max()) < 2.5
@@ -62,14 +69,14 @@ def test_means_over_few_numbers_say_nothing_of_single_rows(shape: tuple[int, int
 
 
 class Plateau(nn.Module):
-    """Almost equal units, so that the Hessian is all that the Fisher matrix is not."""
+    """Small weights, so that the Hessian is much that the Fisher matrix is not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 10)).double()
         with torch.no_grad():
             for layer in self.layers[::2]:
-                layer.weight.mul_(1e-2)
+                layer.weight.mul_(0.7)
 
     def loss(self) -> Tensor:
         x = torch.rand(60, 10, dtype=D, generator=torch.Generator().manual_seed(1))
@@ -93,7 +100,7 @@ def in_coordinates(factors: KroneckerFactors, hessian: Tensor) -> Tensor:
 
 
 def test_probes_bring_the_hessian_of_a_plateau_to_the_size_of_one() -> None:
-    """Against the dense Hessian: without probes its rows are up to thousands in the factors' coordinates."""
+    """Against the dense Hessian: without probes its eigenvalues are up to hundreds in the factors' coordinates."""
     plateau = Plateau()
     hessian = dense_matrix(operator_of(plateau))
     alone, probed = (in_coordinates(known(plateau, 12, probes=probes), hessian) for probes in (0, 1))
