@@ -23,7 +23,7 @@ _MOST = 1000.0  # largest excess: a layer that is scaled down further stays behi
 
 @dataclass(frozen=True)
 class Excess:
-    """How many times more curvature there is along a block's eigenvectors than its factors say: a product, from 1 to 1000.
+    """How many times more curvature there is along a block's eigenvectors than its factors say: a product, 1 to 1000.
 
     Attributes:
         rows: Shape ``(r, 1)``.
