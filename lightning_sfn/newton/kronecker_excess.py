@@ -18,12 +18,12 @@ from torch import Tensor
 __all__ = ["Excess"]
 
 _ENOUGH = 8  # numbers of which a mean says something
-_MOST = 1000.0  # largest excess: a layer that is scaled down further stays behind on the way out, and is missed later
+_MOST = 1e4  # largest excess: a layer that is scaled down further stays behind on the way out, and is missed later
 
 
 @dataclass(frozen=True)
 class Excess:
-    """How many times more curvature there is along a block's eigenvectors than its factors say: a product, 1 to 1000.
+    """How many times more curvature there is along a block's eigenvectors than its factors say: a product, 1 to 10,000.
 
     Attributes:
         rows: Shape ``(r, 1)``.

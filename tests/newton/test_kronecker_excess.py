@@ -34,11 +34,11 @@ def test_rows_and_columns_with_more_curvature_are_scaled_to_one() -> None:
     assert float(sizes.log().mean()) == pytest.approx(0.0, abs=0.1)
 
 
-@pytest.mark.parametrize("sides", [(1e6, 1.0), (1.0, 1e6), (1e6, 1e6)])
-def test_no_curvature_is_scaled_down_by_more_than_a_thousand(sides: tuple[float, float]) -> None:
+@pytest.mark.parametrize("sides", [(1e8, 1.0), (1.0, 1e8), (1e6, 1e6)])
+def test_no_curvature_is_scaled_down_by_more_than_ten_thousand(sides: tuple[float, float]) -> None:
     rows, columns = (torch.where(torch.arange(20) < 10, size, 1.0).double() for size in sides)
     sizes = settled(rows, columns, 10)
-    assert float((rows[:, None] * columns / sizes).max()) == pytest.approx(1000)
+    assert float((rows[:, None] * columns / sizes).max()) == pytest.approx(1e4)
 
 
 def test_curvature_below_what_factors_say_is_not_believed() -> None:
