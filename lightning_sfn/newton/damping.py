@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_sfn.newton.options import is_number
+
 __all__ = ["Choice", "Damping", "FixedDamping", "GridDamping", "LevenbergMarquardt", "WarmDamping", "make_damping"]
 
 TrialLosses = Callable[[Sequence[float]], Sequence[float]]
@@ -243,6 +245,6 @@ def make_damping(damping: "str | float | Damping") -> Damping:
                 f"damping is {damping!r}, but one of {', '.join(map(repr, _BY_NAME))} or a positive number is expected."
             )
         return _BY_NAME[damping]()
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+    if not is_number(damping):
         raise ValueError(f"damping is {damping!r}, but a name or a positive number is expected.")
     return FixedDamping(damping)

@@ -64,8 +64,8 @@ class KroneckerFactors(Preconditioner):
         min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
             their width: what so few rows tell is not worth what the map costs.
         min_coverage: Share of the parameters that must belong to a layer with a rule; otherwise there are no factors.
-        probes: Products that an estimate spends on curvature that the factors do not tell, while the last subspace
-            showed negative curvature of at least a tenth of its largest; 0 leaves the factors as they are.
+        probes: Products that an estimate spends on curvature that the factors do not tell, at first and while the last
+            subspace showed negative curvature of at least a tenth of its largest; 0 leaves the factors as they are.
 
     Attributes:
         memory: Bytes that factors, eigenvectors and scales take now.

@@ -5,9 +5,18 @@ Options that name something are checked where the names are: `operators`, `basis
 """
 
 import math
-from typing import Literal
+from typing import Literal, TypeGuard
 
-__all__ = ["require_at_least", "require_krylov_dim", "require_positive_or_none", "require_whole"]
+__all__ = ["is_number", "require_at_least", "require_krylov_dim", "require_positive_or_none", "require_whole"]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether something is a number; a boolean is none.
+
+    Args:
+        value: What was given.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def require_at_least(name: str, value: float, minimum: float) -> None:
@@ -21,8 +30,7 @@ def require_at_least(name: str, value: float, minimum: float) -> None:
     Raises:
         ValueError: The value is none of those.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value >= minimum):
+    if not (is_number(value) and math.isfinite(value) and value >= minimum):
         raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
 
 
@@ -52,7 +60,7 @@ def require_positive_or_none(name: str, value: float | None) -> None:
     Raises:
         ValueError: The value is neither.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+    if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{name} is {value!r}, but a positive number or None is expected.")
 
 

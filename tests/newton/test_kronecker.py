@@ -410,15 +410,20 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("size", [1.0, 100.0])
-def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) -> None:
-    """By 1 at most, or by a tenth of what they are; measured at the layers."""
+def two_layers(enlarged: int, size: float) -> tuple[Tensor, nn.Module, KroneckerFactors]:
+    """Inputs, a model of which one layer's weight is so many times larger, and its factors."""
     torch.manual_seed(0)
     x = torch.randn(30, 3, dtype=D)
     model, loss = fitting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), inputs=x, outputs=2)
     with torch.no_grad():
-        model[2].weight.mul_(size)
-    factors = refreshed(model, loss)
+        model[enlarged].weight.mul_(size)
+    return x, model, refreshed(model, loss)
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) -> None:
+    """By 1 at most, or by a tenth of what they are; measured at the layers."""
+    x, model, factors = two_layers(2, size)
     seen = [x, torch.tanh(model[0](x).detach())]
     layers = [model[0], model[2]]
     limits = [max(1.0, 0.1 * rms(layer(into).detach())) for layer, into in zip(layers, seen, strict=True)]
@@ -439,12 +444,7 @@ def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) 
 
 @pytest.mark.parametrize("size", [1.0, 100.0])
 def test_a_large_hidden_layer_may_change_by_a_tenth_and_the_last_one_by_anything(size: float) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(30, 3, dtype=D)
-    model, loss = fitting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), inputs=x, outputs=2)
-    with torch.no_grad():
-        model[0].weight.mul_(size)
-    factors = refreshed(model, loss)
+    x, model, factors = two_layers(0, size)
     first, last = 50 * torch.randn(2, 26, dtype=D)
     first[16:] = last[:16] = 0.0
     change = x @ first[:12].view(4, 3).T + first[12:16]

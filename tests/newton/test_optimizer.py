@@ -151,7 +151,7 @@ def test_products_trials_and_gradients_are_counted(inner_steps: int, secants: bo
     for step in range(4):
         closure.reset_mock()
         remembered = len(optimizer.memory)
-        probed = step % 3 == 0 and (step == 0 or optimizer._carried.bent) if factored else True
+        probed = not factored or (step % 3 == 0 and optimizer._carried.bent)
         with mock.patch.object(HessianOperator, "_matvec", autospec=True, side_effect=HessianOperator._matvec) as spy:
             optimizer.step(closure)
         record = record_of(optimizer)

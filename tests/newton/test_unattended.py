@@ -366,19 +366,25 @@ def test_steps_are_sound_up_to_one_that_needs_a_second_look(
     assert steps.couplings[:2].tolist() == [1e3, 1e3]
 
 
+def six_steps(vector: int, share: float, by_twos: bool) -> tuple[Steps, Tensor]:
+    """Steps along a chain whose product brings back so much of the first vector from another one, and their basis."""
+    matrix, basis = chain([1.0] * 9), torch.zeros(7, N, dtype=D)
+    basis[0, 0] = 1.0
+    matrix[0, vector] = share
+    start = [basis[0].clone()]
+    steps = unattended_steps(
+        lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, BasisStore(), start, by_twos=by_twos, scratch=True
+    )
+    return steps, basis
+
+
 @pytest.mark.parametrize("by_twos", [True, False])
 @pytest.mark.parametrize(("inside", "sound"), [(0.9, True), (1.0002, True), (1.0005, False), (1.1, False)])
 def test_a_vector_of_which_orthogonalisation_leaves_little_needs_a_second_look(
     by_twos: bool, inside: float, sound: bool
 ) -> None:
     """An operator that is not symmetric brings back the vector before last: next to 1 of what is new, so much."""
-    matrix = chain([1.0] * 9)
-    matrix[0, 3] = inside
-    basis = torch.zeros(7, N, dtype=D)
-    basis[0, 0] = 1.0
-    steps = unattended_steps(
-        lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, BasisStore(), [basis[0].clone()], by_twos=by_twos, scratch=True
-    )
+    steps, _ = six_steps(3, inside, by_twos)
     assert steps.sound == (6 if sound else 3)
 
 
@@ -387,13 +393,7 @@ def test_two_steps_share_an_orthogonalisation_as_long_as_the_first_needs_little(
     by_twos: bool, inside: float, sound: int
 ) -> None:
     """The square of what it has to lose may be 1e-8: more spoils the second, which has gone on from it."""
-    matrix = chain([1.0] * 9)
-    matrix[0, 2] = inside
-    basis = torch.zeros(7, N, dtype=D)
-    basis[0, 0] = 1.0
-    steps = unattended_steps(
-        lambda v: matrix @ v, basis, 0, 6, 1.0, 0.0, BasisStore(), [basis[0].clone()], by_twos=by_twos, scratch=True
-    )
+    steps, basis = six_steps(2, inside, by_twos)
     assert steps.sound == sound
     torch.testing.assert_close(steps.couplings[:3], torch.ones(3, dtype=D), rtol=0, atol=1e-12)
     rows = basis[:sound]
