@@ -122,9 +122,9 @@ class GridDamping(Damping):
 class WarmDamping(Damping):
     """A few candidates around the last damping, more of them while they improve.
 
-    Tries the last value and its neighbour by a factor of four on the side that the damping last moved to, and goes on
-    in the direction of improvement by factors of four while the decrease of the loss still grows by a twentieth. Where
-    the neighbour is worse, the next search looks on the other side; the first one looks on both. What is remembered is
+    Tries the last value and its neighbour by a factor of four on the side that the damping last moved to. If the
+    neighbour's decrease of the loss is larger by a twentieth, it goes on from there by factors of four, while the
+    decrease still grows by as much. Where the neighbour is worse, the next search looks on the other side; the first one looks on both. What is remembered is
     the largest damping whose decrease is within a fiftieth of the best. If no candidate lowers the loss, it goes up by
     factors of eight until one does: a trial loss costs little next to the products that built the subspace. Values
     stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs two or three trial losses.
@@ -151,13 +151,11 @@ class WarmDamping(Damping):
         best = min(tried, key=tried.__getitem__)
         if tried[best] < baseline:
             factor = self._FACTOR if best > middle else 1 / self._FACTOR
-            while best != middle and low < best < high:
-                following = min(max(best * factor, low), high)
+            last = middle
+            while baseline - tried[best] > self._WORTHWHILE * (baseline - tried[last]) and low < best < high:
+                last, following = best, min(max(best * factor, low), high)
                 tried[following] = trial_losses([following])[0]
-                grown = baseline - tried[following] > self._WORTHWHILE * (baseline - tried[best])
-                best = following if tried[following] < tried[best] else best
-                if not grown:
-                    break
+                best = min(best, following, key=tried.__getitem__)
         else:
             while tried[best] >= baseline and max(tried) < high:
                 following = min(max(tried) * self._RESCUE, high)

@@ -248,7 +248,7 @@ def take_outer_step(
     finally:
         operator.close()
     space = model.space
-    lowest, highest = (model.in_parameters(space.ritz_vector(index)) for index in (0, -1))
+    lowest, highest = model.ends
     carried.note_curvature(space, lowest)
     record = StepRecord(
         loss_before=loss,

@@ -111,8 +111,8 @@ class _OnParts(Preconditioner):
         return self._each(self._whole.unscale, vectors)
 
     def _each(self, function: Callable[[Tensor], Tensor], parts: Tensor) -> Tensor:
-        """One vector at a time, so that no process holds several whole ones."""
-        if parts.dim() > 1:
+        """One vector at a time where they are shared out, so that no process holds several whole ones."""
+        if parts.dim() > 1 and self._store.is_shared_out:
             return torch.stack([self._each(function, part) for part in parts])
         return self._store.local(function(self._store.whole(parts, self._size)))
 

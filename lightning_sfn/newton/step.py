@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import itemgetter
 
 import torch
@@ -165,6 +166,11 @@ class SubspaceModel:
         """Largest absolute eigenvalue; 1 for a flat model, so that damping keeps a unit."""
         return float(self.space.eigenvalues.abs().max()) or 1.0
 
+    @cached_property
+    def ends(self) -> Tensor:
+        """The Ritz vectors of the lowest and the highest Ritz value in parameter coordinates, shape ``(2, n)``."""
+        return self.in_parameters(self.space.lift(torch.eye(len(self.space), dtype=torch.float64)[[0, -1]]))
+
     def in_parameters(self, vectors: Tensor) -> Tensor:
         """Vectors of the subspace's coordinates in parameter coordinates, where nothing else is carried along.
 
@@ -200,7 +206,7 @@ class SubspaceModel:
         precision = torch.finfo(gradient.dtype).eps
         if not self.rule.uses_negative_curvature or lowest >= -100 * precision * self.scale:
             return coordinates
-        direction = self.in_parameters(self.space.ritz_vector(0))
+        direction = self.ends[0]
         visible_loss = math.sqrt(200 * precision * abs(loss) / -lowest)
         visible_move = math.sqrt(precision) * max(1.0, parameters_norm) / float(norm(direction))
         push = max(visible_loss, visible_move) * -lowest

@@ -97,13 +97,16 @@ def test_warm_goes_on_from_the_last_value() -> None:
         ),  # over a twentieth
         ({0.01: 0.9, 0.0025: 0.9, 0.04: 0.5, 0.16: 0.7}, [0.16]),
         ({0.01: 0.5, 0.0025: 0.9, 0.04: 0.9}, []),
+        ({0.01: 0.5, 0.0025: 0.4751, 0.04: 0.9}, []),
+        ({0.01: 0.5, 0.0025: 0.4749, 0.04: 0.9, 0.000625: 0.4}, [0.000625, 0.00015625]),
+        ({0.01: 1.5, 0.0025: 0.999, 0.04: 1.9, 0.000625: 0.9985}, [0.000625, 0.00015625]),
     ],
-    ids=["down", "too little", "enough", "worse", "middle"],
+    ids=["down", "too little", "enough", "worse", "middle", "neighbour: too little", "neighbour: enough", "rescued"],
 )
 def test_warm_follows_by_factors_of_four_while_the_decrease_grows_by_a_twentieth(
     losses: dict[float, float], asked: list[float]
 ) -> None:
-    trials = Trials(lambda d: next(loss for known, loss in losses.items() if math.isclose(d, known)))
+    trials = Trials(lambda d: next((loss for known, loss in losses.items() if math.isclose(d, known)), 0.999))
     strategy = WarmDamping()
     choice = strategy.choose(trials, scale=1.0, baseline=1.0)
     assert [d for call in trials.calls[1:] for d in call] == pytest.approx(asked)

@@ -153,6 +153,10 @@ def test_a_preconditioner_needs_to_know_a_map_and_its_inverse_alone() -> None:
 class OneByOne(Reversing):
     """Puts single vectors together only."""
 
+    @property
+    def is_shared_out(self) -> bool:
+        return True
+
     def whole(self, parts: Tensor, size: int) -> Tensor:
         assert parts.dim() == 1
         return super().whole(parts, size)
@@ -161,6 +165,22 @@ class OneByOne(Reversing):
 def test_whole_vectors_are_put_together_one_at_a_time() -> None:
     vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert torch.equal(Doubling().on_parts(OneByOne(), 2).scale(vectors), 2 * vectors)
+
+
+class Counting(Doubling):
+    """Counts how often it is applied."""
+
+    calls = 0
+
+    def scale(self, vectors: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * vectors
+
+
+def test_vectors_that_each_process_keeps_whole_are_mapped_together() -> None:
+    vectors, counting = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), Counting()
+    assert torch.equal(counting.on_parts(BasisStore(), 2).scale(vectors), 2 * vectors)
+    assert counting.calls == 1
 
 
 def test_the_identity_keeps_nothing() -> None:
