@@ -77,7 +77,7 @@ class Carried:
             space: The subspace.
             lowest: Its lowest Ritz vector in parameter coordinates, shape ``(n,)``.
         """
-        self.escape = lowest.clone()  # of the ends: no view of both
+        self.escape = lowest.clone()  # no view that keeps more than it shows
         self.bent = bool(space.eigenvalues[0] < -_BENT * space.eigenvalues[-1])
 
     def forget(self) -> None:

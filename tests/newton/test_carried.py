@@ -89,10 +89,12 @@ def test_the_way_out_joins_the_start_in_the_coordinates_of_the_subspace() -> Non
 @pytest.mark.parametrize(("lowest", "bent"), [(-1.01, True), (-1.0, False), (-0.5, False), (1.0, False)])
 def test_a_tenth_of_the_largest_curvature_counts_as_bent(lowest: float, bent: bool) -> None:
     state = carried(bent=not bent)
-    vector = torch.ones(2, dtype=torch.float64)
-    state.note_curvature(space(lowest, 5.0, 10.0), vector)
+    ends = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    state.note_curvature(space(lowest, 5.0, 10.0), ends[0])
     assert state.bent is bent
-    assert state.escape is vector
+    assert state.escape is not None
+    assert torch.equal(state.escape, ends[0])
+    assert state.escape.untyped_storage().nbytes() == ends[0].nbytes  # no view that keeps both
 
 
 def test_other_parameters_forget_steps_and_the_way_out() -> None:
