@@ -21,8 +21,8 @@ from typing import Any
 
 import record
 import torch
-from suite.methods import METHODS, SEARCHED
-from suite.tasks import STARTS, TASKS, Problem, Task
+from suite.methods import METHODS, OURS, RIVALS, SEARCHED
+from suite.tasks import EVERY, STARTS, TASKS, Problem, Task
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -66,8 +66,10 @@ class Course:
 def main() -> None:
     """Runs what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help="all by default")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=EVERY, default=list(TASKS), metavar="NAME", help="the suite by default"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*RIVALS, *OURS], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0")
     parser.add_argument("--seconds", type=float, default=12.0, help="processor time of each run")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10 and ptb")
@@ -91,7 +93,7 @@ def race(course: Course, tasks: list[str], methods: list[str], seeds: int, *, ti
     with tqdm([job for job in jobs if (*job, course.seconds) not in done], desc="race") as bar:
         for seed, name, method in bar:
             bar.set_postfix_str(f"{name}, {method}, seed {seed}")
-            task = TASKS[name].tiny() if tiny else TASKS[name]
+            task = EVERY[name].tiny() if tiny else EVERY[name]
             if name in absent:
                 continue
             try:

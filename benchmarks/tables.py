@@ -20,7 +20,7 @@ from engine_parts.tables import TABLES as ENGINE
 from record import RESULTS
 from suite.methods import METHODS
 from suite.standings import FIRST_ORDER, KFAC_TARGET, TARGETS, Standing, standings
-from suite.tasks import TASKS
+from suite.tasks import EVERY, TASKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -220,11 +220,12 @@ def claims(name: str) -> str:
 
 
 def _standings(*, tuning: bool | None, name: str = "race") -> tuple[list[Standing], dict[str, Any]]:
-    """The tasks of one half (of both for ``None``), at the budget with most runs."""
+    """The tasks of one half (of both and besides for ``None``), at the budget with most runs."""
+    tasks = EVERY if tuning is None else TASKS
     results = _load(name)
     budgets = [run["seconds"] for run in results["runs"]]
     runs = [run for run in results["runs"] if run["seconds"] == max(set(budgets), key=budgets.count)]
-    return standings(runs, {t.name: t.kind for t in TASKS.values() if tuning in (t.tuning, None)}), results
+    return standings(runs, {t.name: t.kind for t in tasks.values() if tuning in (t.tuning, None)}), results
 
 
 def race(*, tuning: bool | None, name: str = "race", command: str = "python benchmarks/race.py") -> str:
@@ -342,6 +343,10 @@ def engine(part: str) -> str:
 
 _OURS = "turns"  # what the targets are for
 _PEERS = "make bench-peers"
+_PROBES = (
+    'python benchmarks/race.py --name race_probes --seeds 3 --methods factors default "factors turns" turns --tasks '
+    '"lstm by heart" "gru by heart" symmetric "mnist escape" narrow "mnist last mile" "ptb tanh"'
+)
 _COORDINATES = "python benchmarks/race.py --name race_coordinates --methods diagonal default --seeds 1"
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -356,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "race_tuning": partial(race, tuning=True),
     "race_held_out": partial(race, tuning=False),
     "race_coordinates": partial(race, tuning=None, name="race_coordinates", command=_COORDINATES),
+    "race_probes": partial(race, tuning=None, name="race_probes", command=_PROBES),
     "targets_tuning": partial(targets, tuning=True),
     "targets_held_out": partial(targets, tuning=False),
     "searched": searched,

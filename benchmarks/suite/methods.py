@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_sfn import SaddleFreeNewton
-from lightning_sfn.newton import KroneckerFactors
+from lightning_sfn.newton import AutoPreconditioner, KroneckerFactors
 from suite.hessian_free import HessianFree
 from suite.kfac import KFAC
 from suite.tasks import Problem
 
-__all__ = ["METHODS", "OURS", "RIVALS", "SEARCHED"]
+__all__ = ["BESIDES", "METHODS", "OURS", "RIVALS", "SEARCHED"]
 
 Method = Callable[..., Iterator[None]]
 
@@ -100,8 +100,14 @@ def default(problem: Problem) -> Iterator[None]:
     yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters()))
 
 
+def factors(problem: Problem) -> Iterator[None]:
+    """The same without probes."""
+    coordinates = AutoPreconditioner(KroneckerFactors(min_rows=1.0, min_coverage=0.5, probes=0))
+    yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters(), preconditioner=coordinates))
+
+
 def diagonal(problem: Problem) -> Iterator[None]:
-    """The same in equilibrated coordinates."""
+    """`SaddleFreeNewton(params)` in equilibrated coordinates, on all data."""
     yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters(), preconditioner="diagonal"))
 
 
@@ -121,13 +127,18 @@ def turns(problem: Problem) -> Iterator[None]:
     yield from _on_parts(problem, heavy_ball=0.95)
 
 
-def _on_parts(problem: Problem, *, heavy_ball: float) -> Iterator[None]:
+def factors_turns(problem: Problem) -> Iterator[None]:
+    """The same without probes."""
+    yield from _on_parts(problem, heavy_ball=0.95, probes=0)
+
+
+def _on_parts(problem: Problem, *, heavy_ball: float, probes: int = 1) -> Iterator[None]:
     optimizer = SaddleFreeNewton(
         problem.model.parameters(),
         inner_steps=1,
         previous_directions=10,
         heavy_ball=heavy_ball,
-        preconditioner=KroneckerFactors(problem.model),
+        preconditioner=KroneckerFactors(problem.model, probes=probes),
     )
     while True:
         curved, judged = problem.some(_CURVATURE_SHARE), problem.some(_TRIAL_SHARE)
@@ -161,7 +172,10 @@ OURS: dict[str, Method] = {
 }
 """Ours."""
 
-METHODS = RIVALS | OURS
+BESIDES: dict[str, Method] = {"factors": factors, "factors turns": factors_turns}
+"""Ours without a part of it: compared with it besides the race."""
+
+METHODS = RIVALS | OURS | BESIDES
 
 SEARCHED: dict[str, list[dict[str, Any]]] = {
     "sgd": _grid(lr=(0.001, 0.003, 0.01, 0.03, 0.1, 1.0)),

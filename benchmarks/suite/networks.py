@@ -1,7 +1,7 @@
 """The networks of the suite.
 
-All are made of `Linear`, `Conv2d`, `Embedding` and `LayerNorm` modules, and their recurrences and attention are written
-out, so that every method can differentiate twice and every layer has a curvature rule.
+All but `Layered` are made of `Linear`, `Conv2d`, `Embedding` and `LayerNorm` modules, and their recurrences and
+attention are written out, so that every method can differentiate twice and every layer has a curvature rule.
 """
 
 from itertools import pairwise
@@ -9,7 +9,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Recurrent", "Transformer", "autoencoder", "convolutional", "deep_linear", "symmetric_autoencoder"]
+__all__ = [
+    "Layered",
+    "Recurrent",
+    "Transformer",
+    "autoencoder",
+    "convolutional",
+    "deep_linear",
+    "symmetric_autoencoder",
+]
 
 
 def autoencoder(sizes: tuple[int, ...], activation: type[nn.Module], *, output: bool = True) -> nn.Sequential:
@@ -99,6 +107,27 @@ class Recurrent(nn.Module):
         keep = torch.sigmoid(keep_input + keep_state)
         new = torch.tanh(new_input + torch.sigmoid(reset_input + reset_state) * new_state)
         return keep * state + (1 - keep) * new
+
+
+class Layered(nn.Module):
+    """Predicts each next token from PyTorch's own recurrent layers.
+
+    Args:
+        vocabulary: Number of tokens.
+        cell: ``nn.LSTM`` or ``nn.GRU``.
+        hidden: Number of units of a layer.
+        layers: Number of layers.
+    """
+
+    def __init__(self, vocabulary: int, cell: type[nn.RNNBase], hidden: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.input, self.output = nn.Embedding(vocabulary, hidden), nn.Linear(hidden, vocabulary)
+        self.recurrent = cell(hidden, hidden, layers, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (batch, time, vocabulary) for tokens of shape (batch, time)."""
+        logits: Tensor = self.output(self.recurrent(self.input(tokens))[0])
+        return logits
 
 
 class Transformer(nn.Module):

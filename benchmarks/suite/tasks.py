@@ -1,6 +1,7 @@
 """The tasks: a network, its data, its loss, and a start that a stated first-order phase has reached.
 
-Half of each kind was open while settings were chosen (`tuning`); the other half is what counts (`held out`).
+Half of each kind was open while settings were chosen (`tuning`); the other half is what counts (`held out`). `BESIDES`
+are tasks that choices were made on too, and that do not race.
 """
 
 import zlib
@@ -15,15 +16,24 @@ from torch.nn import functional as F
 
 from lightning_sfn.experiments.classified import labelled_images
 from lightning_sfn.experiments.text import Vocabulary, read_text
-from suite.networks import Recurrent, Transformer, autoencoder, convolutional, deep_linear, symmetric_autoencoder
+from suite.networks import (
+    Layered,
+    Recurrent,
+    Transformer,
+    autoencoder,
+    convolutional,
+    deep_linear,
+    symmetric_autoencoder,
+)
 
-__all__ = ["TASKS", "Phase", "Problem", "Task"]
+__all__ = ["BESIDES", "EVERY", "TASKS", "Phase", "Problem", "Task"]
 
 STARTS = Path(__file__).parents[2] / "runs" / "race"
 """Where starts are kept between runs; git ignores it."""
 
 BATCH = 100  # cases of a first-order step on images
 _TINY_CASES, _TINY_EPOCHS = 60, 2
+_TOKENS = 20  # kinds of random tokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Task:
         tuning: Whether settings may be chosen on it.
         what: Data and network in words.
         network: Builds the network, from the size of the vocabulary for text.
-        data: ``"mnist"``, ``"mnist classes"``, ``"cifar10"``, ``"ptb"`` or ``"shakespeare"``.
+        data: ``"mnist"``, ``"mnist classes"``, ``"cifar10"``, ``"ptb"``, ``"shakespeare"`` or ``"random"`` tokens.
         cases: Images or windows.
         phase: What comes before the start.
         time: Characters in a window.
@@ -182,6 +192,9 @@ def _load(data: str, cases: int, time: int, folder: Path) -> tuple[Tensor, Tenso
     """Inputs, targets, and the size of the vocabulary."""
     if data in ("cifar10", "ptb") and not (folder / data).exists():
         raise FileNotFoundError(f"There is no folder {folder / data}: give the folder that holds it with --data.")
+    if data == "random":
+        tokens = torch.randint(_TOKENS, (cases, time + 1), generator=torch.Generator().manual_seed(cases))
+        return tokens[:, :-1], tokens[:, 1:], _TOKENS
     if time:
         text = read_text("sample" if data == "shakespeare" else folder / data, "train")[: cases * time + 1]
         vocabulary = Vocabulary(text)
@@ -255,4 +268,27 @@ TASKS = {
         ),
     )
 }  # fmt: skip
-"""All tasks by name."""
+"""The tasks of the race by name."""
+
+_BY_HEART = Phase("sgd", 0.0, 0)
+
+BESIDES = {
+    task.name: task
+    for task in (
+        Task(
+            "narrow", "escape", True, "autoencoder 100-64-32-16-4, sigmoid",
+            partial(autoencoder, (100, 64, 32, 16, 4), nn.Sigmoid), "mnist", 5000, _SADDLE,
+        ),
+        Task(
+            "lstm by heart", "recurrent", True, "two layers of 32 units (nn.LSTM), 12 random tokens",
+            partial(Layered, cell=nn.LSTM), "random", 16, _BY_HEART, 12,
+        ),
+        Task(
+            "gru by heart", "recurrent", True, "two layers of 32 units (nn.GRU), 12 random tokens",
+            partial(Layered, cell=nn.GRU), "random", 16, _BY_HEART, 12,
+        ),
+    )
+}  # fmt: skip
+"""Other tasks by name."""
+
+EVERY = TASKS | BESIDES

@@ -124,10 +124,11 @@ class WarmDamping(Damping):
 
     Tries the last value and its neighbour by a factor of four on the side that the damping last moved to. If the
     neighbour's decrease of the loss is larger by a twentieth, it goes on from there by factors of four, while the
-    decrease still grows by as much. Where the neighbour is worse, the next search looks on the other side; the first one looks on both. What is remembered is
-    the largest damping whose decrease is within a fiftieth of the best. If no candidate lowers the loss, it goes up by
-    factors of eight until one does: a trial loss costs little next to the products that built the subspace. Values
-    stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs two or three trial losses.
+    decrease still grows by as much. Where the neighbour is worse, the next search looks on the other side; the first
+    one looks on both. What is remembered is the largest damping whose decrease is within a fiftieth of the best. If no
+    candidate lowers the loss, it goes up by factors of eight until one does: a trial loss costs little next to the
+    products that built the subspace. Values stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step
+    usually costs two or three trial losses.
     """
 
     _FACTOR, _RESCUE = 4.0, 8.0

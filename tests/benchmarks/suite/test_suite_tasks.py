@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from suite.networks import Recurrent, symmetric_autoencoder
-from suite.tasks import TASKS, Problem
+from suite.tasks import EVERY, TASKS, Problem
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_task_starts_at_a_finite_loss_with_a_gradient(name: str, tmp_path: Path) -> None:
-    problem = TASKS[name].tiny().start(0, tmp_path, tmp_path)
+    problem = EVERY[name].tiny().start(0, tmp_path, tmp_path)
     loss = problem.loss()
     gradients = torch.autograd.grad(loss, list(problem.model.parameters()))
     assert torch.isfinite(loss)
