@@ -94,34 +94,34 @@ class Carried:
             "expected": self.expected,
         }
 
-    def load_state_dict(self, state: dict[str, Any], store: BasisStore, device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any], store: BasisStore) -> None:
         """Takes over what `state_dict` gave, remembered steps whole.
 
         Args:
             state: The state.
             store: How remembered steps are kept.
-            device: Where the parameters are.
         """
-        self.memory.load_state_dict(moved_to(device, state["memory"]))
-        self.memory = self.memory.mapped(store.local)
-        self.escape = moved_to(device, state["escape"])
+        self.memory.load_state_dict(state["memory"])
+        self.memory = self.memory.mapped(lambda vector: store.local(store.working(vector)))
+        self.escape = None if state["escape"] is None else store.working(state["escape"])
         self.bent, self.expected = state["bent"], state["expected"]
 
 
-def moved_to(device: torch.device, value: Any) -> Any:
-    """Moves the tensors inside lists, tuples and dictionaries.
+def moved_to(device: torch.device, dtype: torch.dtype, value: Any) -> Any:
+    """Moves and converts the tensors inside lists, tuples and dictionaries.
 
     Args:
         device: Where to.
+        dtype: Their new dtype.
         value: What holds the tensors.
 
     Returns:
         The same with the tensors on the device.
     """
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype)
     if isinstance(value, dict):
-        return {key: moved_to(device, item) for key, item in value.items()}
+        return {key: moved_to(device, dtype, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(moved_to(device, item) for item in value)
+        return type(value)(moved_to(device, dtype, item) for item in value)
     return value

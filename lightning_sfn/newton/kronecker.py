@@ -101,12 +101,12 @@ class KroneckerFactors(Preconditioner):
         """See the class."""
         if targets not in ("sampled", "given"):
             raise ValueError(f"targets is {targets!r}, but 'sampled' or 'given' is expected.")
-        require_whole("refresh_every", refresh_every, 1)
+        self.refresh_every = require_whole("refresh_every", refresh_every, 1)
         require_at_least("average", average, 0)
         require_at_least("damping", damping, 0)
-        require_whole("max_width", max_width, 0)
+        max_width = require_whole("max_width", max_width, 0)
         require_at_least("min_rows", min_rows, 0)
-        require_whole("probes", probes, 0)
+        self.probes = require_whole("probes", probes, 0)
         require_at_least("min_coverage", min_coverage, 0)
         if average >= 1:
             raise ValueError(f"average is {average}, but a number from 0 to less than 1 is expected.")
@@ -116,11 +116,10 @@ class KroneckerFactors(Preconditioner):
             raise ValueError(f"min_coverage is {min_coverage}, but a number from 0 to 1 is expected.")
         if max_memory is not None:
             require_at_least("max_memory", max_memory, 0)
-        self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        self._named = [] if model is None else list(model.named_parameters())
         self.targets: Targets = targets
-        self.refresh_every, self.average, self.damping = refresh_every, average, damping
+        self.average, self.damping = average, damping
         self.limits, self.min_coverage = Limits(max_width, max_memory, min_rows), min_coverage
-        self.probes = probes
         self.reset()
 
     def reset(self) -> None:
@@ -208,8 +207,9 @@ class KroneckerFactors(Preconditioner):
         for _ in range(self.probes if bent else 0):
             self._probe(alone, operator, generator)
         self._allowed = self._allowed_shifts(parameters)
+        names = {id(p): name for name, p in self._named}  # made here: copies of model and optimizer have other ids
         self._unfactored = tuple(
-            self._names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
+            names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
             if block.signature[0] == "number"
         )

@@ -183,7 +183,8 @@ class BlockRoot:
             Shape ``(c, *scale.shape)``; ``(c, 1, e)`` for the e elements of a parameter that is scaled by one number.
         """
         kind, weight, bias = self.signature
-        matrices = pieces[weight].flatten(1).unsqueeze(1) if kind in ("number", "norm") else pieces[weight].flatten(2)
+        rows = pieces[weight]
+        matrices = rows.reshape(len(rows), 1, -1) if kind in ("number", "norm") else rows.flatten(2)
         if bias >= 0:
             matrices = torch.cat([matrices, pieces[bias].unsqueeze(self._side)], self._side)
         rotated = matrices if self.left is None else self.left.T @ matrices

@@ -105,18 +105,21 @@ def _observed(
     # What is wrong with the loss itself shows in the products too, and is raised there.
     fatal = failure is not None and not isinstance(failure, (RuntimeError, TypeError, ValueError))
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    own = (sums.seen, message, fatal, failure is not None and is_out_of_memory(failure))
-    reports = [own] if processes is None else processes.collect(own)
-    if failure is not None and fatal:
-        raise failure
-    for rank, (_, message, fatal, _) in enumerate(reports):
-        if fatal:
-            raise ProcessError(f"Rank {rank} of {len(reports)} failed in the middle of a step: {message}")
-    for _, message, _, for_want_of_memory in reports:
-        if message is not None:
-            kind = NoRoomForFactors if for_want_of_memory else FactorsError
-            raise kind(f"Kronecker factors cannot be estimated ({message})") from failure
-    return sums, [(tuple(signature), *rest) for seen, *_ in reports for signature, *rest in seen]
+    try:
+        own = (sums.seen, message, fatal, failure is not None and is_out_of_memory(failure))
+        reports = [own] if processes is None else processes.collect(own)
+        if failure is not None and fatal:
+            raise failure
+        for rank, (_, message, fatal, _) in enumerate(reports):
+            if fatal:
+                raise ProcessError(f"Rank {rank} of {len(reports)} failed in the middle of a step: {message}")
+        for _, message, _, for_want_of_memory in reports:
+            if message is not None:
+                kind = NoRoomForFactors if for_want_of_memory else FactorsError
+                raise kind(f"Kronecker factors cannot be estimated ({message})") from failure
+        return sums, [(tuple(signature), *rest) for seen, *_ in reports for signature, *rest in seen]
+    finally:
+        failure = None  # its traceback holds this frame: a cycle that would keep graphs and gradients
 
 
 class _Sums:

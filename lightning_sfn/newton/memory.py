@@ -33,7 +33,7 @@ class StepMemory:
             raise ValueError(f"previous_directions is {capacity}, but a count of zero or more is expected.")
         self._steps: deque[Direction] = deque(maxlen=capacity)
         self._secants = secants
-        self._pending: Direction | None = None  # a step taken, with the gradient from which it was taken
+        self._pending: Direction | None = None  # the last step, with the gradient before it
 
     def __len__(self) -> int:
         """Number of steps that would join a subspace now."""
@@ -53,19 +53,22 @@ class StepMemory:
         """
         if self._steps.maxlen == 0:
             return
-        if self._secants:
-            self._pending = Direction(step, gradient)
-        else:
-            self._steps.appendleft(Direction(step))
+        self._pending = Direction(step, gradient if self._secants else None)
 
     def complete(self, gradient: Tensor) -> None:
-        """Completes the last step's secant with the gradient after it, if a step waits for one."""
-        if self._pending is not None and self._pending.product is not None:
-            self._steps.appendleft(Direction(self._pending.vector, gradient - self._pending.product))
+        """Lets the last step join, with the gradient after it for its secant; older ones make room."""
+        if self._pending is not None:
+            step, before = self._pending.vector, self._pending.product
+            self._steps.appendleft(Direction(step, None if before is None else gradient - before))
         self._pending = None
 
     def abandon(self) -> None:
         """Drops a waiting secant: the next gradient belongs to another function."""
+        if self._secants:
+            self._pending = None
+
+    def retract(self) -> None:
+        """Drops the last step: it was taken back."""
         self._pending = None
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StepMemory":

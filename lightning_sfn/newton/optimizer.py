@@ -1,6 +1,7 @@
 """`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`: options, bookkeeping and state."""
 
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -126,10 +127,10 @@ class SaddleFreeNewton(Optimizer):
     ) -> None:
         """See the class."""
         require_at_least("lr", lr, 0.0)
-        require_whole("inner_steps", inner_steps, 1)
+        self.inner_steps = require_whole("inner_steps", inner_steps, 1)
         require_at_least("exploration", exploration, 0.0)
-        require_whole("previous_directions", previous_directions, 0)
-        require_whole("graph_bytes", graph_bytes, 0)
+        previous_directions = require_whole("previous_directions", previous_directions, 0)
+        graph_bytes = require_whole("graph_bytes", graph_bytes, 0)
         if processes is not None and not hasattr(processes, "size"):
             raise ValueError(f"processes is {processes!r}, but a Processes() or None is expected.")
         if not (isinstance(heavy_ball, (int, float)) and 0 <= heavy_ball < 1):
@@ -148,7 +149,6 @@ class SaddleFreeNewton(Optimizer):
         if preconditioner == "auto" and krylov_dim == "full":
             preconditioner = None  # nothing to make flat where every direction is known
         self.preconditioner = make_preconditioner(preconditioner)
-        self.inner_steps = inner_steps
         self.damping = make_damping(damping)
         self.trust_region = find_trust_region(trust_region)
         self.curvature: CurvatureName = curvature
@@ -269,16 +269,16 @@ class SaddleFreeNewton(Optimizer):
                     start = parameters.read()
                 record = self._with_what_memory_allows(parameters, losses, start)
                 self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
+            if self._check_ranks:
+                self._require_same_model(parameters)
         except BaseException:
             parameters.write(origin)
-            self._carried.memory.abandon()
+            self._carried.memory.retract()
             self._glide = glide
             raise
         finally:
             if self._processes is not None:
                 self._processes.release()
-        if self._check_ranks:
-            self._require_same_model(parameters)
         return self.last_step
 
     def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses, start: Tensor) -> StepRecord:
@@ -290,7 +290,7 @@ class SaddleFreeNewton(Optimizer):
                 if losses.objective.is_shared or not (is_out_of_memory(error) and self._economise(parameters)):
                     raise
             parameters.write(start)
-            self._carried.memory.abandon()
+            self._carried.memory.retract()
             if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
                 torch.cuda.empty_cache()
 
@@ -339,9 +339,12 @@ class SaddleFreeNewton(Optimizer):
         return make_operator(objective, parameters, self.curvature, self.hvp, self._budget)
 
     def _current_parameters(self) -> FlatParameters:
-        """The parameters that require gradients now; what belongs to another set of them is forgotten."""
-        parameters = FlatParameters.of_groups(self.param_groups)
-        if [id(p) for p in parameters.tensors] != [id(p) for p in self._parameters.tensors]:
+        """The parameters that require gradients now; what belongs to others, or to another dtype, is forgotten."""
+        parameters, before = FlatParameters.of_groups(self.param_groups), self._parameters
+        kept = [id(p) for p in parameters.tensors] == [id(p) for p in before.tensors]
+        if parameters.device != self._generator.device:  # the model was moved after the optimizer was made
+            self._generator = torch.Generator(parameters.device).manual_seed(self._generator.initial_seed())
+        if not kept or (parameters.dtype, parameters.device) != (before.dtype, before.device):
             self._carried.forget()
             self.preconditioner.reset()
             if self._glide is not None:
@@ -454,10 +457,18 @@ class SaddleFreeNewton(Optimizer):
                 "the preconditioner that the state was saved with."
             )
         super().load_state_dict(state_dict)
-        device = self._parameters.device
+        own_kind = self._parameters.device, self._parameters.dtype
         self.damping.load_state_dict(newton["damping"])
-        self.preconditioner.load_state_dict(moved_to(device, newton["preconditioner"]))
-        self._carried.load_state_dict(newton, self._store(), device)
+        self.preconditioner.load_state_dict(moved_to(*own_kind, newton["preconditioner"]))
+        self._carried.load_state_dict(newton, self._store())
         if self._glide is not None and newton.get("glide") is not None:
-            self._glide.load_state_dict(moved_to(device, newton["glide"]))
-        self._generator.set_state(newton["generator"].cpu())
+            self._glide.load_state_dict(moved_to(*own_kind, newton["glide"]))
+        _take_over(self._generator, newton["generator"].cpu())
+
+
+def _take_over(generator: torch.Generator, state: Tensor) -> None:
+    """Sets a generator's state, or, where that is of another kind of device, a seed that depends on it."""
+    if state.numel() == generator.get_state().numel():
+        generator.set_state(state)
+    else:
+        generator.manual_seed(zlib.crc32(state.numpy().tobytes()))

@@ -34,7 +34,7 @@ def require_at_least(name: str, value: float, minimum: float) -> None:
         raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
 
 
-def require_whole(name: str, value: float, minimum: int) -> None:
+def require_whole(name: str, value: float, minimum: int) -> int:
     """Refuses what is no whole number, or is below a minimum.
 
     Args:
@@ -42,12 +42,16 @@ def require_whole(name: str, value: float, minimum: int) -> None:
         value: What was given for it.
         minimum: The least value.
 
+    Returns:
+        The number as an integer: ``2e9`` is one too, as configuration files have it.
+
     Raises:
         ValueError: The value is none of those.
     """
     require_at_least(name, value, minimum)
     if int(value) != value:
         raise ValueError(f"{name} is {value}, but a whole number of at least {minimum} is expected.")
+    return int(value)
 
 
 def require_positive_or_none(name: str, value: float | None) -> None:

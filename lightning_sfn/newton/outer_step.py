@@ -190,8 +190,9 @@ class Search:
                 if not (loss < before.loss_after and bool(torch.isfinite(gradient).all())):
                     # The trial data promised a decrease that the objective does not show: take the step back.
                     parameters.write(origin)
-                    carried.memory.abandon()
-                    self.damping.feedback(accepted=False, reduction_ratio=0.0)
+                    carried.memory.retract()
+                    if model.rule.damped:
+                        self.damping.feedback(accepted=False, reduction_ratio=0.0)
                     return spent
                 carried.memory.complete(store.local(gradient))
                 trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)

@@ -13,9 +13,9 @@ __all__ = ["FlatParameters"]
 class FlatParameters:
     """The trainable parameters of a model seen as one vector.
 
-    Frozen parameters (``requires_grad=False``) are left out, a parameter that occurs twice (tied weights) counts once,
-    and the order is the order in which the parameters were given. Reading copies; writing goes through ``copy_``, so
-    memory layout, aliasing and autograd identity of the parameters stay as they are.
+    Frozen parameters (``requires_grad=False``) and those without elements are left out, a parameter that occurs twice
+    (tied weights) counts once, and the order is the order in which the parameters were given. Reading copies; writing
+    goes through ``copy_``, so memory layout, aliasing and autograd identity of the parameters stay as they are.
 
     Args:
         parameters: The parameters, as ``module.parameters()`` gives them.
@@ -38,11 +38,12 @@ class FlatParameters:
                 f"The parameters were given as a module ({type(parameters).__name__}), but tensors are expected: pass "
                 "its parameters(), as in model.parameters()."
             )
-        self.tensors: tuple[Tensor, ...] = tuple({id(p): p for p in parameters if p.requires_grad}.values())
+        trained = {id(p): p for p in parameters if p.requires_grad and p.numel() > 0}
+        self.tensors: tuple[Tensor, ...] = tuple(trained.values())
         if not self.tensors:
             raise ValueError(
-                "No parameter requires a gradient, so there is nothing to optimize: give at least one parameter with "
-                "requires_grad=True."
+                "No parameter requires a gradient (empty ones do not count), so there is nothing to optimize: give at "
+                "least one parameter with requires_grad=True."
             )
         self._check()
         self.dtype = self.tensors[0].dtype

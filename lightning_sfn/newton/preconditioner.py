@@ -201,7 +201,9 @@ class DiagonalPreconditioner(Preconditioner):
     def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
         """The part of the diagonal; where it ends with padding, ones."""
         own = DiagonalPreconditioner()
-        own._diagonal = None if self._diagonal is None else store.local(self._diagonal - 1) + 1
+        if self._diagonal is not None:
+            part = store.local(self._diagonal)
+            own._diagonal = part.masked_fill(part == 0, 1.0)
         return own
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from lightning_sfn.newton.trust_region import TrustRegion
 __all__ = ["StepRecord", "SubspaceModel", "TrialLoss", "build_subspace", "clip", "take_inner_step"]
 
 
+_HARDLY = 1e-3  # share of a vector's length that is too little to tell a curvature by
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What one call of ``step`` did.
@@ -168,8 +171,17 @@ class SubspaceModel:
 
     @cached_property
     def ends(self) -> Tensor:
-        """The Ritz vectors of the lowest and the highest Ritz value in parameter coordinates, shape ``(2, n)``."""
-        return self.in_parameters(self.space.lift(torch.eye(len(self.space), dtype=torch.float64)[[0, -1]]))
+        """The Ritz vectors of the lowest and the highest Ritz value in parameter coordinates, shape ``(2, n)``.
+
+        One of which next to nothing lies where gradient and products have reached is left whole: its Ritz value is
+        rounding, and would be divided by the square of next to nothing for a curvature.
+        """
+        whole = self.preconditioner.scale(self.space.lift(torch.eye(len(self.space), dtype=torch.float64)[[0, -1]]))
+        if self.space.reached is None:
+            return whole
+        inside = whole * self.space.reached
+        hardly = torch.stack([norm(part) < _HARDLY * norm(row) for part, row in zip(inside, whole, strict=True)])
+        return torch.where(hardly.unsqueeze(1), whole, inside)
 
     def in_parameters(self, vectors: Tensor) -> Tensor:
         """Vectors of the subspace's coordinates in parameter coordinates, where nothing else is carried along.

@@ -107,7 +107,7 @@ def test_other_parameters_forget_steps_and_the_way_out() -> None:
 def test_a_state_goes_on_where_it_was() -> None:
     first = carried(escape=GRADIENT, bent=False, expected=(5.0, 0.5), checked=True)
     second = Carried(StepMemory(3, secants=True))
-    second.load_state_dict(first.state_dict(), BasisStore(), torch.device("cpu"))
+    second.load_state_dict(first.state_dict(), BasisStore())
     for state in (first, second):
         state.complete_secant(5.2, GRADIENT, None, BasisStore())
     assert second.escape is not None
@@ -116,8 +116,22 @@ def test_a_state_goes_on_where_it_was() -> None:
     assert not second.checked  # another run may be given another loss
 
 
+def test_a_state_takes_the_dtype_of_the_parameters() -> None:
+    first = carried(escape=GRADIENT)
+    second = Carried(StepMemory(3, secants=True))
+    second.load_state_dict(first.state_dict(), BasisStore(working_dtype=torch.float32))
+    second.memory.complete(GRADIENT.float())
+    (direction,) = second.memory.directions
+    assert second.escape is not None
+    assert direction.product is not None
+    assert {second.escape.dtype, direction.vector.dtype, direction.product.dtype} == {torch.float32}
+
+
 def test_moving_reaches_tensors_at_any_depth_and_nothing_else() -> None:
-    moved = moved_to(torch.device("meta"), {"a": [torch.ones(2)], "b": (1.5, {"c": torch.ones(1)}), "d": None})
-    assert moved["a"][0].device.type == moved["b"][1]["c"].device.type == "meta"
+    moved = moved_to(
+        torch.device("meta"), torch.float64, {"a": [torch.ones(2)], "b": (1.5, {"c": torch.ones(1)}), "d": None}
+    )
+    for tensor in (moved["a"][0], moved["b"][1]["c"]):
+        assert (tensor.device.type, tensor.dtype) == ("meta", torch.float64)
     assert type(moved["b"]) is tuple
     assert (moved["b"][0], moved["d"]) == (1.5, None)

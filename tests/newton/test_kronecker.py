@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -534,6 +536,71 @@ def test_a_failed_estimate_keeps_what_there_was() -> None:
     with pytest.warns(UserWarning, match="no such layer"):
         refresh(breaking)
     assert factors._blocks[0] is kept
+
+
+class Scaled(nn.Module):
+    """A linear layer times a number that is a parameter without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * torch.tanh(self.linear(x))
+
+
+def test_a_parameter_without_dimensions_is_scaled_by_one_number() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(Scaled(), inputs=x, outputs=2)
+    factors = refreshed(model, loss)
+    assert factors.unfactored == ("0.scale",)
+    size = sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(dense(factors, size) @ dense(factors, size, inverse=True), torch.eye(size, dtype=D))
+    optimizer = SaddleFreeNewton(model.parameters())
+    optimizer.step(loss)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.coordinates == "kronecker"
+    assert optimizer.last_step.accepted
+
+
+def test_an_empty_parameter_changes_nothing() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    empty = nn.Parameter(torch.zeros(0, 4, dtype=D))
+    optimizer = SaddleFreeNewton([empty, *model.parameters()])
+    optimizer.step(lambda: loss() + empty.sum())
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.coordinates == "kronecker"
+
+
+def test_copies_of_model_and_factors_know_the_names() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model, _ = fitting(Scaled(), inputs=x, outputs=2)
+    copied, factors = copy.deepcopy((model, KroneckerFactors(model, probes=0)))
+    objective = Objective([lambda: copied(x).square().mean()])
+    factors.refresh(HessianOperator(objective, copied.parameters()), torch.Generator().manual_seed(0))
+    assert factors.unfactored == ("0.scale",)
+
+
+def test_a_failed_estimate_keeps_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that ran out is needed by what comes next; the cyclic collector would free it too late."""
+    kept: list[weakref.ref[Tensor]] = []
+
+    def short_of_memory(self: Any, uses: Any, outputs: Any, gradients: list[Tensor | None], weight: float) -> None:
+        kept.extend(weakref.ref(g) for g in gradients if g is not None)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("lightning_sfn.newton.kronecker_estimate._Sums.add", short_of_memory)
+    x = torch.randn(10, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="cannot be estimated"):
+            refreshed(model, loss)
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_compiled_models_are_watched_as_written() -> None:

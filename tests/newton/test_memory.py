@@ -32,11 +32,24 @@ def test_the_newest_step_comes_first_and_the_oldest_leaves() -> None:
     assert len(memory) == 2
 
 
-def test_without_secants_steps_join_at_once_without_a_product() -> None:
+def test_without_secants_steps_join_without_a_product_whatever_the_function() -> None:
     memory = StepMemory(2, secants=False)
     memory.record(vector(1), vector(10))
+    memory.abandon()
     memory.complete(vector(13))
     assert contents(memory) == [(1, None)]
+
+
+@pytest.mark.parametrize("secants", [True, False])
+def test_a_step_that_was_taken_back_leaves_the_others_as_they_were(secants: bool) -> None:
+    memory = StepMemory(1, secants=secants)
+    memory.record(vector(1), vector(0))
+    memory.complete(vector(5))
+    before = contents(memory)
+    memory.record(vector(2), vector(0))
+    memory.retract()
+    memory.complete(vector(7))
+    assert contents(memory) == before
 
 
 @pytest.mark.parametrize("secants", [True, False])

@@ -1039,6 +1039,68 @@ def test_unfit_parameters_are_named_in_one_sentence(parameters: list[Tensor], wo
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
+@pytest.mark.parametrize("preconditioner", ["auto", "diagonal", None])
+def test_a_model_may_be_converted_between_steps(preconditioner: str | None) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(40, 5), torch.randint(3, (40,))
+    optimizer = SaddleFreeNewton(model.parameters(), preconditioner=preconditioner, heavy_ball=0.5)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        for _ in range(3):
+            loss = optimizer.step(lambda dtype=dtype: F.cross_entropy(model(x.to(dtype)), y))
+    assert loss.dtype == torch.float64
+    assert len(optimizer.memory) > 0
+    assert all(d.vector.dtype == torch.float64 for d in optimizer.memory.directions)
+
+
+def test_a_state_is_loaded_into_a_model_of_another_dtype() -> None:
+    state = copy.deepcopy(trained(heavy_ball=0.5).state_dict())
+    x = torch.tensor([0.3, 0.01, 0.2], requires_grad=True)
+    other = SaddleFreeNewton([x], heavy_ball=0.5)
+    other.load_state_dict(state)
+    other.step(lambda: (x**4).sum() + x[0] ** 2 - x[1] ** 2 + x[2] * x[1])
+    assert other.last_step is not None
+    assert other.last_step.accepted
+
+
+def test_a_generator_state_of_another_device_becomes_a_seed() -> None:
+    """A CUDA generator saves 16 bytes."""
+    states = []
+    for last in (7, 7, 8):
+        state = copy.deepcopy(trained().state_dict())
+        state["newton"]["generator"] = torch.tensor([*range(15), last], dtype=torch.uint8)
+        optimizer = SaddleFreeNewton([torch.zeros(3, dtype=torch.float64, requires_grad=True)])
+        optimizer.load_state_dict(state)
+        states.append(optimizer.state_dict()["newton"]["generator"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+class OtherChecksums(Alike):
+    """Refuses the parameters after the step."""
+
+    def require_equal(self, value: str, what: str, remedy: str) -> None:
+        super().require_equal(value, what, remedy)
+        if len(self.compared) == 4:
+            raise ValueError("other parameters")
+
+
+def test_a_step_after_which_ranks_differ_is_taken_back() -> None:
+    x = torch.tensor([2.0, 1.0], requires_grad=True)
+    optimizer, start = SaddleFreeNewton([x], processes=OtherChecksums(), check_ranks=True), bits([x])
+    with pytest.raises(ValueError, match="other parameters"):
+        optimizer.step(lambda: (x**4).sum())
+    assert bits([x]) == start
+
+
+def test_whole_numbers_may_be_written_as_configuration_files_have_them() -> None:
+    x = torch.tensor([2.0, 1.0], requires_grad=True)
+    optimizer = SaddleFreeNewton([x], inner_steps=2.0, previous_directions=3.0, graph_bytes=1e6)  # type: ignore[arg-type]
+    optimizer.step(lambda: (x**4).sum())
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.inner_steps == 2
+
+
 def test_frozen_parameters_alone_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^No parameter requires a gradient.*requires_grad=True\.$"):
         SaddleFreeNewton([torch.ones(2)])

@@ -23,8 +23,8 @@ def test_other_numbers_are_refused(value: float) -> None:
 
 
 def test_whole_numbers_are_let_through_whatever_their_type() -> None:
-    require_whole("inner_steps", 3, 3)
-    require_whole("inner_steps", 4.0, 3)
+    assert require_whole("inner_steps", 3, 3) == 3
+    assert isinstance(require_whole("inner_steps", 4.0, 3), int)
 
 
 def test_numbers_that_are_not_whole_are_refused() -> None:

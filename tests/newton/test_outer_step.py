@@ -16,6 +16,7 @@ from lightning_sfn.newton import (
     HessianOperator,
     IdentityPreconditioner,
     KrylovSubspace,
+    LevenbergMarquardt,
     Objective,
 )
 from lightning_sfn.newton.basis import BasisStore
@@ -450,6 +451,16 @@ def test_a_first_step_whose_loss_is_higher_is_taken_back_bit_for_bit() -> None:
     assert (record.predicted_decrease, record.damping) == (0.0, 1e-9)
     assert state.expected == (record.loss_before, 0.0)
     assert damping.heard == [(True, pytest.approx(1.0)), (False, 0.0)]
+
+
+def test_a_rule_without_damping_tells_the_damping_nothing() -> None:
+    x = leaf()
+    flat = Objective([quadratic(MATRIX / 10)(x)])
+    losses = replace(same(Objective([quadratic(MATRIX)(x)])), curvature=flat, trial=flat)
+    damping = LevenbergMarquardt()
+    record = take(x, losses, descent(rule=RULES["newton"]), Search(damping, 2), carried())
+    assert (record.gradients, record.accepted) == (2, False)  # taken back
+    assert damping.value is None
 
 
 def test_a_step_to_a_gradient_that_is_not_finite_is_taken_back() -> None:

@@ -70,10 +70,10 @@ def test_non_contiguous_parameters_are_read_and_written_in_logical_order() -> No
     assert parameter.stride() == (1, 3)
 
 
-def test_scalar_and_empty_parameters() -> None:
-    flat = FlatParameters([nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.empty(0, 3))])
+def test_a_scalar_is_a_parameter_and_an_empty_tensor_is_none() -> None:
+    flat = FlatParameters([nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.tensor(2.0))])
     assert flat.read().tolist() == [2.0]
-    assert [piece.shape for piece in flat.unflatten(torch.ones(1))] == [(), (0, 3)]
+    assert [piece.shape for piece in flat.unflatten(torch.ones(1))] == [()]
 
 
 def test_missing_gradients_are_zeros() -> None:
@@ -86,6 +86,7 @@ def test_missing_gradients_are_zeros() -> None:
     ("parameters", "words"),
     [
         ([], ["No parameter requires", "parameter with requires_grad=True."]),
+        ([nn.Parameter(torch.empty(0, 3))], ["empty ones do not count"]),
         (
             [nn.Parameter(torch.ones(1), requires_grad=False)],
             ["No parameter requires", "parameter with requires_grad=True."],

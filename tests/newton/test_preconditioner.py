@@ -229,6 +229,14 @@ def test_a_diagonal_acts_on_its_part_and_leaves_padding_alone(matrix: Tensor) ->
     torch.testing.assert_close(parts.unscale(part), torch.cat([whole.unscale(v)[2:], part[2:]]))
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_a_part_of_a_diagonal_is_exact_whatever_its_size(matrix: Tensor, size: float) -> None:
+    whole = refreshed(size * matrix, 3)
+    part = whole.on_parts(Reversing(), len(matrix))
+    vector = torch.ones(len(matrix), dtype=torch.float64)
+    assert torch.equal(part.scale(vector), whole.scale(vector).flip(-1))
+
+
 def test_parts_of_an_unknown_diagonal_and_of_the_identity_stay_as_they_are() -> None:
     part = torch.tensor([5.0, -7.0, 2.0], dtype=torch.float64)
     for unknown in (DiagonalPreconditioner(), IdentityPreconditioner()):

@@ -44,6 +44,32 @@ def flat(parameters: list[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------ exact steps
 
 
+@pytest.mark.parametrize("preconditioner", [None, "diagonal", "auto"])
+def test_parameters_that_nothing_reaches_have_no_curvature(preconditioner: str | None) -> None:
+    """A linear least squares problem half of whose inputs are zero; single precision, in which that is rounding."""
+    model, x, y = nn.Linear(8, 1), torch.randn(300, 8), torch.randn(300, 1)
+    x[:, 4:] = 0
+    joined = torch.cat([x, torch.ones(300, 1)], 1).double()
+    largest = float(torch.linalg.eigvalsh(2 * joined.T @ joined / 300)[-1])
+    optimizer = SaddleFreeNewton(model.parameters(), preconditioner=preconditioner, krylov_dim=8)
+    for _ in range(3):
+        optimizer.step(lambda: nn.functional.mse_loss(model(x), y))
+        record = optimizer.last_step
+        assert record is not None
+        assert -1e-4 * largest < record.lambda_min <= record.lambda_max < largest * (1 + 1e-4)
+
+
+def test_an_escape_along_what_nothing_reaches_does_not_hide_the_gradient() -> None:
+    """Once the curvature is positive, the lowest Ritz vector is that of the parameter without any effect."""
+    x = torch.tensor([0.3, 5.0], requires_grad=True)
+    optimizer = SaddleFreeNewton([x], krylov_dim=2, preconditioner=None)
+    for _ in range(6):
+        optimizer.step(lambda: -(x[0] ** 2) + 0.01 * x[0] ** 4)
+        assert optimizer.last_step is not None
+        assert math.isfinite(optimizer.last_step.lambda_min)
+    assert x.tolist() == [pytest.approx(math.sqrt(50.0), rel=1e-5), 5.0]
+
+
 def test_the_full_step_is_the_inverse_absolute_hessian_times_the_gradient() -> None:
     """-|H|^-1 g by numpy, on an indefinite network Hessian; what is flat to rounding is left out of the comparison."""
     case, expected = make("mlp"), reference("mlp")
