@@ -16,9 +16,12 @@ from torch.utils import checkpoint
 
 from lightning_sfn.newton.randomness import RandomState
 
-__all__ = ["Isolation", "is_mixed", "isolated"]
+__all__ = ["Isolation", "isolated", "rounds_otherwise"]
 
 _CONTAINERS = (list, dict, set, deque)
+# Layers whose cuDNN kernels have no second derivative. Those of convolutions and norms have one, and are fast.
+_NOT_BY_CUDNN = (nn.RNNBase, nn.CTCLoss)
+_BY_TF32 = (nn.modules.conv._ConvNd, nn.RNNBase)  # what cuDNN computes with TensorFloat-32 unless it is told not to
 
 
 @contextmanager
@@ -38,11 +41,11 @@ class Isolation:
     """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
 
     A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
-    recurrent layers without cuDNN, compiled modules eagerly, activation checkpoints without reentry, and automatic
-    mixed precision is off, since Lanczos amplifies rounding noise. `rewind` puts the module back to the state at the
-    beginning, so that each evaluation after it is the same function. At the end every attribute of every submodule is
-    what it was (buffers and other tensors, torchmetrics states, counters, the contents of lists, dictionaries and
-    sets), and so are the global random numbers.
+    modules with recurrent layers or CTC losses without cuDNN, compiled modules eagerly, activation checkpoints without
+    reentry, and automatic mixed precision and cuDNN's TF32 are off, since Lanczos amplifies rounding noise. `rewind`
+    puts the module back to the state at the beginning, so that each evaluation after it is the same function. At the
+    end every attribute of every submodule is what it was (buffers and other tensors, torchmetrics states, counters, the
+    contents of lists, dictionaries and sets), and so are the global random numbers.
 
     Tensors are copied before an evaluation changes them in place. Not undone are in-place changes of tensors inside
     lists and dictionaries, and changes of anything outside the module.
@@ -63,7 +66,7 @@ class Isolation:
         """Notes the module's state."""
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_differentiable_cudnn(self._module))
             if "torch._dynamo" in sys.modules:  # only then can anything have been compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_differentiable_checkpoints())
@@ -144,8 +147,47 @@ def _full_precision(trainer: Trainer) -> Any:
 
 
 def is_mixed(trainer: Trainer) -> bool:
-    """Whether training runs under autocast, so that its losses differ from those of replays by rounding."""
+    """Whether training runs under autocast."""
     return hasattr(trainer.precision_plugin, "scaler")  # the slot of the mixed precision plugin alone
+
+
+def rounds_otherwise(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether losses of training differ from those of replays by rounding: under autocast, or by cuDNN's TF32.
+
+    Args:
+        trainer: The module's Trainer.
+        module: The module.
+    """
+    if is_mixed(trainer):
+        return True
+    if module.device.type != "cuda" or not torch.backends.cudnn.enabled or not _allows_tf32():
+        return False
+    layers = (layer for layer in module.modules() if isinstance(layer, _BY_TF32))
+    return any(p.dtype == torch.float32 for layer in layers for p in layer.parameters(recurse=False))
+
+
+def _allows_tf32() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set by operation (torch 2.9 and newer), which this option does not go with: a choice to keep
+        return False
+
+
+@contextmanager
+def _differentiable_cudnn(module: nn.Module) -> Iterator[None]:
+    """Float32 as it is in cuDNN's kernels, and none of them where a layer of the module has one without derivative."""
+    cudnn = torch.backends.cudnn  # its `flags` would reset what is not given, deterministic kernels among it
+    enabled, tf32 = cudnn.enabled, _allows_tf32()
+    try:
+        if any(isinstance(layer, _NOT_BY_CUDNN) for layer in module.modules()):
+            cudnn.enabled = False
+        if tf32:
+            cudnn.allow_tf32 = False
+        yield
+    finally:
+        cudnn.enabled = enabled
+        if tf32:
+            cudnn.allow_tf32 = True
 
 
 class _NonReentrant:

@@ -164,7 +164,7 @@ class SaddleFreeNewtonMixin(LightningModule):
                 log_step(self.trainer, self, record, prefix)
         if any(driver.last_record is not None for driver in self._drivers):
             self._newton_steps += 1
-        self._step_schedulers("step", self._newton_steps)
+            self._step_schedulers("step", self._newton_steps)
 
     def _step_schedulers(self, interval: str, count: int) -> None:
         for config in self.trainer.strategy.lr_scheduler_configs:

@@ -8,7 +8,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-__all__ = ["cast", "curvature_dtype", "in_precision"]
+__all__ = ["cast", "curvature_dtype", "in_precision", "widened_stand_ins"]
 
 _BITS = {32: torch.float32, 64: torch.float64}
 
@@ -66,6 +66,27 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 setattr(submodule, name, tensor)
             else:
                 submodule._buffers[name] = tensor
+
+
+def widened_stand_ins(module: nn.Module) -> list[Tensor]:
+    """Tensors without elements that are otherwise what `in_precision` makes of a module's parameters for float64.
+
+    Args:
+        module: The module.
+
+    Returns:
+        One for each parameter, of its dtype and device, dense or sparse: enough to tell whether curvature can be taken.
+    """
+    return [
+        torch.empty(
+            0,
+            dtype=torch.float64 if p.is_floating_point() else p.dtype,
+            layout=torch.strided if p.layout == torch.strided else torch.sparse_coo,
+            device=p.device,
+            requires_grad=p.requires_grad,
+        )
+        for p in module.parameters()
+    ]
 
 
 def _at_least(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:

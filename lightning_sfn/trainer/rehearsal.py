@@ -1,18 +1,23 @@
 """A rehearsal on the first batch, so that a run does not fail hours later, at its plateau."""
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
+from copy import deepcopy
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.diagnosis import CurvatureError
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.trainer.isolation import Isolation
@@ -56,17 +61,18 @@ class Rehearsal:
             who: Name of the callback that asks, for the message.
 
         Raises:
-            MisconfigurationException: A replay gives another loss each time, or an operation has no second derivative.
+            MisconfigurationException: A replay gives another loss each time, an operation has no second derivative, or
+                the optimizer's coordinates cannot be estimated.
         """
         if self._step is not None:
-            _require_second_derivatives(trainer, module, make_newton(), self._step, who)
+            _rehearse(trainer, module, make_newton(), self._step, who)
             self._step, self._over = None, True
 
 
-def _require_second_derivatives(
+def _rehearse(
     trainer: Trainer, module: LightningModule, newton: SaddleFreeNewton, recorded: RecordedStep, who: str
 ) -> None:
-    """Takes a Hessian-vector product of one recorded step, and evaluates it again.
+    """Takes a Hessian-vector product of one recorded step, evaluates it again, and estimates coordinates from it.
 
     Args:
         trainer: The Trainer.
@@ -76,7 +82,8 @@ def _require_second_derivatives(
         who: Name of the callback that asks, for the message.
 
     Raises:
-        MisconfigurationException: A replay gives another loss each time, or an operation has no second derivative.
+        MisconfigurationException: A replay gives another loss each time, an operation has no second derivative, or the
+            optimizer's coordinates cannot be estimated.
     """
     parameters = FlatParameters.of_groups(newton.param_groups)
     with Isolation(trainer, module) as isolation, torch.no_grad():
@@ -88,15 +95,46 @@ def _require_second_derivatives(
 
         objective = Objective([closure], self_seeding=True)
         try:
-            operator = newton.operator(objective, parameters)
-            operator.matvec(parameters.read())
-            operator.close()
-            loss = objective.value()
-            if math.isfinite(loss):
-                objective.require_repeatable(loss)
+            with closing(newton.operator(objective, parameters)) as operator:
+                operator.matvec(parameters.read())
+                loss = objective.value()
+                if math.isfinite(loss):
+                    objective.require_repeatable(loss)
+                    _require_coordinates(newton.preconditioner, operator, module, who)
         except (CurvatureError, ObjectiveError) as error:
             if not is_out_of_memory(error):
                 raise MisconfigurationException(f"{who} cannot replay training_step. {error}") from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+
+
+def _require_coordinates(
+    coordinates: Preconditioner, operator: CurvatureOperator, module: LightningModule, who: str
+) -> None:
+    """Estimates an optimizer's coordinates once, on a copy: the factory may give the same object to the switch.
+
+    Args:
+        coordinates: The optimizer's preconditioner.
+        operator: The curvature of one recorded step.
+        module: The module.
+        who: Name of the callback that asks, for the message.
+
+    Raises:
+        MisconfigurationException: They cannot be estimated.
+    """
+    shared = {id(part): part for part in (*module.modules(), *module.parameters())}  # what is not copied along
+    copy = deepcopy(coordinates, shared)
+    generator = torch.Generator(operator.parameters.device).manual_seed(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is still true at the switch is said there
+            copy.refresh(operator, generator)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, (CurvatureError, ObjectiveError)):
+            raise
+        raise MisconfigurationException(
+            f"{who} cannot estimate the coordinates of its optimizer, {type(coordinates).__name__}, from replays of "
+            f"training_step ({type(error).__name__}: {error}): pass preconditioner='diagonal' to the optimizer, which "
+            "needs Hessian-vector products alone."
+        ) from error

@@ -29,8 +29,14 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
         The Newton optimizer.
 
     Raises:
-        MisconfigurationException: It cannot be made, or it is no `SaddleFreeNewton` that can work here.
+        MisconfigurationException: It cannot be made, or it is no `SaddleFreeNewton` that can work here; or the other
+            optimizer maximizes.
     """
+    if any(group.get("maximize") for group in base.param_groups):
+        raise MisconfigurationException(
+            f"{who} got an optimizer with maximize=True, but saddle-free Newton minimizes what training_step returns: "
+            "return the negated loss, and leave maximize out."
+        )
     try:
         newton = make([{"params": group["params"]} for group in base.param_groups])
     except ValueError as error:

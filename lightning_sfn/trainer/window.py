@@ -25,7 +25,7 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
-from lightning_sfn.trainer.isolation import Isolation, is_mixed
+from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
 from lightning_sfn.trainer.replay import evaluate, processes_of
 
@@ -221,8 +221,9 @@ class WindowedNewton:
         curvature, trial = self._budgets.choose(len(everything), self.growth, generator)
         objective = self._objective(window, everything)
         self.last_curvature = objective if len(curvature) == len(everything) else self._objective(window, curvature)
-        # Under autocast the window's loss is not that of its replays, with which trial losses are compared.
-        on_all = len(trial) == len(everything) and not is_mixed(self._trainer)
+        # Trial losses are replays: a loss that training rounded in another way is none that they are compared with.
+        rounded = loss_and_gradient is not None and rounds_otherwise(self._trainer, self._module)
+        on_all = len(trial) == len(everything) and not rounded
         trial_objective = objective if on_all else self._objective(window, trial)
         self.steps_taken += 1
         self._last_step = None

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -12,15 +13,17 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.newton import KroneckerFactors
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.outer_step import Search
+from lightning_sfn.newton.preconditioner import IdentityPreconditioner
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.newton.weight_uses import WatchingWeights
 
-from .modules import Fitting, MemoryLogger, Untidy, flat, forced, make_trainer, regression_loader, sgd
+from .modules import Fitting, MemoryLogger, Untidy, flat, forced, make_trainer, random_streams, regression_loader, sgd
 
 SWITCH = 2  # epochs of four steps before the switch
 
@@ -376,6 +379,65 @@ def test_what_cannot_be_replayed_is_found_out_on_the_first_batch() -> None:
         with pytest.raises(MisconfigurationException, match=f"SwitchToSFN cannot replay training_step. .*{message}"):
             trainer.fit(module, regression_loader())
         assert trainer.global_step == 1
+
+
+class Coordinates(IdentityPreconditioner):
+    """Counts and warns at each estimate, and draws; it knows one of the module's parameters by identity."""
+
+    def __init__(self, module: nn.Module, error: Exception | None = None) -> None:
+        self.weight, self.error, self.estimates = next(module.parameters()), error, 0
+
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+        assert self.weight is operator.parameters.tensors[0]
+        operator.objective.evaluate(0)
+        torch.rand(3)
+        operator.parameters.random(generator)
+        self.estimates += 1
+        if self.error is not None:
+            raise self.error
+        warnings.warn("These are said at the switch.", stacklevel=1)
+
+
+def test_coordinates_that_cannot_be_estimated_are_found_out_on_the_first_batch() -> None:
+    class Watchful(Fitting):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if any(isinstance(mode, WatchingWeights) for mode in torch.overrides._get_current_function_mode_stack()):
+                raise KeyError("mode")
+            return super().training_step(batch, batch_idx)
+
+    module = Fitting()
+    own = Coordinates(module, ArithmeticError("broken"))
+    for each, coordinates, message in (
+        (Watchful(), "kronecker", r"KroneckerFactors, from replays of training_step \(KeyError: 'mode'\): pass "),
+        (module, own, r"Coordinates, from replays of training_step \(ArithmeticError: broken\): pass "),
+    ):
+        trainer = make_trainer(1, callbacks=[switch(optimizer=partial(SaddleFreeNewton, preconditioner=coordinates))])
+        with pytest.raises(MisconfigurationException, match=f"^SwitchToSFN cannot estimate the coord.*{message}"):
+            trainer.fit(each, regression_loader())
+        assert trainer.global_step == 1
+
+
+def test_the_rehearsal_leaves_coordinates_and_random_numbers_alone() -> None:
+    """An estimate is taken on a copy of the coordinates that the factory gives to each optimizer."""
+    estimates = []
+
+    class Noting(Coordinates):
+        def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+            estimates.append(id(self))
+            super().refresh(operator, generator, bent)
+
+    results = []
+    for rehearsing in (False, True):
+        seed_everything(0)
+        module = Untidy()
+        coordinates = Noting(module)
+        never = SwitchToSFN(patience=99, optimizer=partial(SaddleFreeNewton, preconditioner=coordinates))
+        make_trainer(1, callbacks=[never] if rehearsing else []).fit(module, regression_loader())
+        assert coordinates.estimates == 0
+        results.append((module.traces(), random_streams()))
+    assert len(estimates) == 1
+    assert estimates != [id(coordinates)]
+    assert results[0] == results[1]
 
 
 def test_memory_does_not_grow(new_tensors: Callable[[], list[Tensor]]) -> None:

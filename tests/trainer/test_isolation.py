@@ -1,8 +1,13 @@
 """What an isolation puts back; whole runs with replays are in test_replay.py."""
 
-import torch
+from collections.abc import Iterator
+from typing import Any
 
-from lightning_sfn.trainer.isolation import Isolation, isolated
+import pytest
+import torch
+from torch import nn
+
+from lightning_sfn.trainer.isolation import Isolation, isolated, rounds_otherwise
 
 from .modules import Fitting, Untidy, make_trainer, random_streams
 
@@ -63,3 +68,86 @@ def test_parameters_are_never_copied() -> None:
         assert module.net[2].weight is dict(module.named_parameters())["net.2.weight"]
         (gradient,) = torch.autograd.grad(module.favourite.sum(), module.net[0].weight)
     assert bool(gradient.all())
+
+
+# ------------------------------------------------------------------------------------------------ cuDNN
+
+CUDNN = torch.backends.cudnn
+
+
+@pytest.fixture(autouse=True)
+def cudnn_as_it_was() -> Iterator[None]:
+    yield
+    CUDNN.enabled, CUDNN.deterministic, CUDNN.benchmark = True, False, False
+    if hasattr(CUDNN, "conv"):
+        CUDNN.conv.fp32_precision = CUDNN.rnn.fp32_precision = "tf32"
+    CUDNN.allow_tf32 = True
+
+
+def flags() -> tuple[bool, ...]:
+    return CUDNN.enabled, CUDNN.allow_tf32, CUDNN.deterministic, CUDNN.benchmark
+
+
+@pytest.mark.parametrize(
+    ("layer", "enabled"),
+    [
+        (lambda: nn.Conv2d(1, 1, 3), True),
+        (lambda: nn.BatchNorm1d(3), True),
+        (lambda: nn.LSTMCell(3, 2), True),  # not by cuDNN
+        (lambda: nn.GRU(3, 2), False),
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Sequential(nn.LSTM(3, 2))), False),
+        (lambda: nn.CTCLoss(), False),
+    ],
+)
+def test_cudnn_is_left_to_layers_that_it_can_differentiate_twice(layer: Any, enabled: bool) -> None:
+    """In float32 whatever training allows; what the user chose besides stays, and everything comes back."""
+    CUDNN.deterministic = CUDNN.benchmark = True
+    before = flags()
+    with isolated(make_trainer(1), Fitting(layer())):
+        assert flags() == (enabled, False, True, True)
+        with isolated(make_trainer(1), Fitting()):
+            assert flags() == (enabled, False, True, True)
+        assert flags() == (enabled, False, True, True)
+    assert flags() == before == (True, True, True, True)
+    CUDNN.enabled = CUDNN.allow_tf32 = False
+    with isolated(make_trainer(1), Fitting(layer())):
+        assert flags() == (False, False, True, True)
+    assert flags() == (False, False, True, True)
+
+
+@pytest.mark.skipif(not hasattr(CUDNN, "conv"), reason="this torch has no precision for each operation")
+def test_precisions_chosen_for_each_operation_are_kept() -> None:
+    CUDNN.conv.fp32_precision = "ieee"  # now torch refuses to say whether TF32 is allowed
+    with isolated(make_trainer(1), Fitting(nn.LSTM(3, 2))):
+        assert not CUDNN.enabled
+        assert (CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision) == ("ieee", "tf32")
+    assert CUDNN.enabled
+
+
+class OnCuda(Fitting):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+
+CONVOLUTION = nn.Sequential(nn.Conv1d(3, 2, 1), nn.Flatten(), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "enabled", "tf32", "precision", "otherwise"),
+    [
+        (OnCuda(CONVOLUTION), True, True, "32-true", True),
+        (OnCuda(nn.GRU(3, 2)), True, True, "32-true", True),
+        (OnCuda(CONVOLUTION), True, False, "32-true", False),
+        (OnCuda(CONVOLUTION), False, True, "32-true", False),
+        (OnCuda(nn.Linear(3, 1)), True, True, "32-true", False),
+        (OnCuda(nn.Conv1d(3, 2, 1).double()), True, True, "64-true", False),
+        (Fitting(CONVOLUTION), True, True, "32-true", False),
+        (Fitting(nn.Linear(3, 1)), True, True, "bf16-mixed", True),
+    ],
+)
+def test_where_losses_of_training_are_rounded_in_another_way(
+    module: Fitting, enabled: bool, tf32: bool, precision: Any, otherwise: bool
+) -> None:
+    CUDNN.enabled, CUDNN.allow_tf32 = enabled, tf32
+    assert rounds_otherwise(make_trainer(1, precision=precision), module) == otherwise

@@ -90,6 +90,28 @@ def test_schedulers_count_newton_steps_or_epochs(interval: str, frequency: int, 
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**halvings
 
 
+class Overflowing(Net):
+    """Has no finite loss in some epochs."""
+
+    def __init__(self, epochs: Sequence[int], **options: Any) -> None:
+        super().__init__(**options)
+        self.epochs = epochs
+
+    def objective(self, batch: Any) -> Tensor:
+        loss = super().objective(batch)
+        return loss * torch.nan if self.current_epoch in self.epochs else loss
+
+
+@pytest.mark.parametrize(
+    ("epochs", "frequency", "halvings"), [((0, 1, 2), 1, 0), ((0, 1, 2), 2, 0), ((1,), 1, 2), ((2,), 2, 1)]
+)
+def test_schedulers_of_steps_rest_where_no_step_is_taken(epochs: Any, frequency: int, halvings: int) -> None:
+    module = Overflowing(epochs, scheduler=decaying("step", frequency))
+    with pytest.warns(UserWarning, match=r"such batches are left out of Newton steps"):
+        trainer = trained(module)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**halvings
+
+
 def test_a_scheduler_of_plateaus_gets_its_metric() -> None:
     def make(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1e9)

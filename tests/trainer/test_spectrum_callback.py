@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_sfn import HessianSpectrum
@@ -868,6 +869,64 @@ def test_modules_that_cannot_be_looked_at() -> None:
     ):
         with pytest.raises(MisconfigurationException, match=message):
             make_trainer(1, callbacks=[HessianSpectrum()], logger=MemoryLogger()).fit(module, regression_loader())
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+def started(module: LightningModule) -> int:
+    """The largest tensor that is made before training for parameters to be looked at."""
+    callback, trainer = HessianSpectrum(log=False), make_trainer(1)
+    with Allocations() as allocations:
+        callback.on_train_start(trainer, module)
+    return allocations.largest
+
+
+def test_the_look_at_parameters_before_training_copies_none() -> None:
+    module = Fitting()
+    module.half = nn.Linear(2, 2).bfloat16()
+    module.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    assert started(module) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda module: module.requires_grad_(False), "No parameter requires a gradient, "),
+        (lambda module: setattr(module, "far", nn.Linear(1, 1, device="meta")), r"The .* devices \(cpu, meta\), "),
+        (
+            lambda module: setattr(module, "wave", nn.Linear(1, 1, dtype=torch.complex64)),
+            r"The .* several dtypes \(torch.complex64, torch.float64\), ",
+        ),
+        (
+            lambda module: setattr(module, "net", nn.Linear(1, 1, dtype=torch.complex64)),
+            "The parameters have dtype torch.complex64, ",
+        ),
+        *(
+            (
+                lambda module, sparse=sparse: setattr(module, "thin", nn.Parameter(sparse(torch.eye(2)))),
+                "A parameter is sparse, ",
+            )
+            for sparse in (Tensor.to_sparse, Tensor.to_sparse_csr, lambda dense: dense.to_sparse_bsr((1, 1)))
+        ),
+    ],
+)
+def test_parameters_without_curvature_are_refused_before_training(change: Any, message: str) -> None:
+    module = Fitting()
+    change(module)
+    with pytest.raises(MisconfigurationException, match=f"^HessianSpectrum: {message}"):
+        started(module)
 
 
 def test_hessian_and_gauss_newton_side_by_side() -> None:

@@ -109,6 +109,22 @@ def test_optimizer_factory_of_another_class() -> None:
     assert "got an optimizer of class Adam, but a SaddleFreeNewton is expected" in message
 
 
+@pytest.mark.parametrize("who", ["SwitchToSFN", "SFNStrategy"])
+def test_an_optimizer_that_maximizes(who: str) -> None:
+    """One group that does is enough."""
+
+    def half_maximizing(parameters: Any) -> torch.optim.Optimizer:
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first]}, {"params": others, "maximize": True}], lr=0.1)
+
+    module, callback = Fitting(optimizer=half_maximizing), SwitchToSFN()
+    if who == "SwitchToSFN":
+        message = refusal(callback, module)
+    else:
+        message = refusal(Callback(), module, strategy="sfn", accelerator="auto")
+    assert message.startswith(f"{who} got an optimizer with maximize=True, but saddle-free Newton minimizes")
+
+
 def test_plain_module_is_accepted() -> None:
     for callback in CALLBACKS:
         require_replayable(make_trainer(1), Fitting(), callback.__name__)

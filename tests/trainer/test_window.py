@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_sfn import SaddleFreeNewton
 from lightning_sfn.trainer.budgets import DataBudgets
 
 from .modules import (
@@ -306,6 +307,22 @@ def test_held_data_stay_what_they_were_while_the_loader_goes_on() -> None:
         nn.utils.vector_to_parameters(call.parameters, net.parameters())
         assert call.loss == pytest.approx(F.mse_loss(net(x), y).item(), rel=1e-12)
         assert call.loss != pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_loss_rounded_in_another_way_is_no_baseline(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
+    """Trials then see an objective of their own, with a loss of its own, unless every loss is a replay's."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Watching(SaddleFreeNewton):
+        def step_on(self, objective: Any, **given: Any) -> Any:
+            seen.append((given["loss_and_gradient"] is not None, given["trial"] is objective))
+            return super().step_on(objective, **given)
+
+    monkeypatch.setattr("lightning_sfn.trainer.window.rounds_otherwise", lambda trainer, module: rounded)
+    callback = forced(optimizer=Watching, hold=True, trial_fraction=1.0)
+    make_trainer(4, callbacks=[callback]).fit(Fitting(), regression_loader(16, 8))
+    assert seen[:3] == [(True, not rounded), (False, True), (False, True)]
 
 
 # ------------------------------------------------------------------------------------------------ weight decay

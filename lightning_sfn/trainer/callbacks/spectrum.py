@@ -18,7 +18,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
-from lightning_sfn.trainer.precision import in_precision
+from lightning_sfn.trainer.precision import widened_stand_ins
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments
 from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.support import is_dry_run, require_replayable
@@ -155,8 +155,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses parameters whose curvature cannot be taken, before anything is spent."""
         try:
-            with in_precision(pl_module, torch.float64):  # the dtypes of training do not matter here
-                FlatParameters(pl_module.parameters())
+            FlatParameters(widened_stand_ins(pl_module))  # the dtypes of training do not matter here
         except ValueError as error:
             raise MisconfigurationException(f"HessianSpectrum: {error}") from error
         for name, patterns in self.groups.items():
