@@ -1,4 +1,4 @@
-"""A device that is not there: tensors whose values lie on the CPU, but who say that they lie elsewhere and insist on it.
+"""A device that is not there: tensors whose values lie on the CPU, but that say they lie elsewhere, and insist on it.
 
 As with CUDA, an operation on tensors of two devices is refused (tensors without dimensions and indices excepted), and a
 generator draws for its own device alone. What runs here mixes no devices, whatever the real one is called.
@@ -29,7 +29,7 @@ class Elsewhere(Tensor):
     values: Tensor
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> "Elsewhere":
+    def __new__(cls: type["Elsewhere"], values: Tensor) -> "Elsewhere":
         layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
         self = Tensor._make_wrapper_subclass(cls, values.size(), dtype=values.dtype, device=DEVICE, **layout)
         self.values = values
