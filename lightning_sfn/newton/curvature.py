@@ -168,7 +168,7 @@ class HessianOperator(CurvatureOperator):
         super().__init__(objective, parameters)
         self._budget = budget or GraphBudget()
         self._graphs = GraphStore(
-            self._build, objective.sizes, retention, self._budget, self.parameters.tensors, _GradientGraph.slimmed
+            objective.sizes, retention, self._budget, self.parameters.tensors, _GradientGraph.slimmed
         )
         self._batchable = True
         self._room: Tensor | None = None  # memory for the next product
@@ -196,7 +196,7 @@ class HessianOperator(CurvatureOperator):
         total: Tensor | None = None
         directions = self.parameters.unflatten(vector)
         for index, weight in enumerate(self.objective.weights):
-            roots, along = self._graphs.get(index).towards(directions)
+            roots, along = self._graphs.get(index, self._build).towards(directions)
             if not roots:
                 continue
             try:
@@ -232,7 +232,7 @@ class HessianOperator(CurvatureOperator):
         directions = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parameters.shapes, strict=True)]
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
-            roots, along = self._graphs.get(index).towards(directions)
+            roots, along = self._graphs.get(index, self._build).towards(directions)
             if not roots:
                 continue
             product = torch.autograd.grad(
@@ -255,7 +255,7 @@ class HessianOperator(CurvatureOperator):
 
         def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor, ...]]]:
             for index, weight in enumerate(self.objective.weights):
-                graph = self._graphs.get(index)
+                graph = self._graphs.get(index, self._build)
                 if graph.gradient is None:  # a product came first, and the values were let go
                     graph = self._build(index)
                 assert graph.gradient is not None
