@@ -149,8 +149,14 @@ class Objective:
 
         Returns:
             The weighted mean of the parts, accumulated in float64; NaN or infinite where the closures say so.
+
+        Raises:
+            ProcessError: A closure failed on another process.
         """
-        return float(self.reduce(self.local_value()))
+        nothing = torch.full((), math.nan, dtype=torch.float64)
+        value = self.reduce(self.guarded(self.local_value, nothing))
+        self.require_sound(value, far=True)
+        return float(value)
 
     def local_value(self) -> Tensor:
         """This process' share of `value`, as a float64 scalar on the loss' device."""

@@ -275,6 +275,8 @@ def curved_without_bound(loss: Tensor) -> Tensor:
 def failures() -> dict[str, tuple[Failed | None, bool]]:
     return {
         "raises": attempt(spoilt(1, 1, raising), hvp="retain"),
+        "raises in measuring a graph": attempt(spoilt(1, 1, raising)),
+        "raises in a second look": attempt(spoilt(1, 2, raising), hvp="retain"),
         "raises in a product": attempt(spoilt(1, 4, raising), hvp="recompute", preconditioner="diagonal"),
         "raises in a trial": attempt(spoilt(1, 3, raising), hvp="retain", preconditioner="diagonal"),
         "raises in estimating factors": attempt(spoilt(1, 3, raising), hvp="retain"),
@@ -293,7 +295,17 @@ def failed() -> list[dict[str, tuple[Failed, bool]]]:
     return outcomes
 
 
-@pytest.mark.parametrize("how", ["raises", "raises in a product", "raises in a trial", "raises in estimating factors"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raises",
+        "raises in measuring a graph",
+        "raises in a second look",
+        "raises in a product",
+        "raises in a trial",
+        "raises in estimating factors",
+    ],
+)
 def test_an_error_on_one_rank_ends_the_step_on_all_and_names_it(failed: list[Any], how: str) -> None:
     for rank, outcome in enumerate(failed):
         failure, unchanged = outcome[how]
