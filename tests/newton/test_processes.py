@@ -1,9 +1,12 @@
 """Several ranks: exactness against one process, what they send each other, the sharded basis, and failures."""
 
+import contextlib
 import copy
+import gc
 import math
 import os
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -626,6 +629,26 @@ def test_a_failed_computation_is_nan_until_all_processes_know() -> None:
         processes.require_sound()
     processes.require_sound()
     assert told == [("KeyError: 'boom'", math.inf), (None, math.inf)]
+
+
+def test_a_failure_that_was_told_keeps_nothing_in_memory() -> None:
+    """Without the collector of reference cycles."""
+    processes, seen = reporting(one_of(2), [FINE]), list[weakref.ref[Tensor]]()
+
+    def compute() -> Tensor:
+        large = torch.ones(5)
+        seen.append(weakref.ref(large))
+        raise KeyError("boom")
+
+    gc.collect()
+    gc.disable()
+    try:
+        processes.guard(compute, torch.zeros(2))
+        with contextlib.suppress(KeyError):
+            processes.require_sound()
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("blame_nan", [True, False])
