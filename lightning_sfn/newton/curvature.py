@@ -39,6 +39,7 @@ class CurvatureOperator(ABC):
         self.objective = objective
         self.parameters = parameters if isinstance(parameters, FlatParameters) else FlatParameters(parameters)
         self.products = 0
+        objective.device = self.parameters.device
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product of the matrix with a vector.
@@ -336,7 +337,7 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
     def marks() -> list[tuple[int, int]]:
         return [(id(p.grad), p.grad._version if p.grad is not None else 0) for p in parameters.tensors]
 
-    before = marks()
+    before, objective.device = marks(), parameters.device
     evaluation = objective.evaluate(index)
     if marks() != before:
         raise ObjectiveError(
