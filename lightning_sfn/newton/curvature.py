@@ -124,11 +124,13 @@ class _GradientGraph:
         loss: The loss, without its graph.
         roots: Where the graph of the gradient by each parameter begins; ``None`` where it has none.
         gradient: The values, as long as they are at hand: as large as the parameters, and products need none of them.
+        rounds_otherwise: Whether the loss is off from the closure's own by rounding (see `FastSecondDerivatives`).
     """
 
     loss: Tensor
     roots: tuple[GradientEdge | None, ...]
     gradient: tuple[Tensor, ...] | None
+    rounds_otherwise: bool
 
     def slimmed(self) -> "_GradientGraph":
         """What is worth keeping."""
@@ -176,14 +178,19 @@ class HessianOperator(CurvatureOperator):
 
     def _build(self, index: int) -> _GradientGraph:
         """Loss and gradient of one part, the gradient with its graph."""
-        with FastSecondDerivatives():
+        with FastSecondDerivatives() as substitution:
             loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
         require_double_backward(loss)
         try:
             gradient = torch.autograd.grad(loss, self.parameters.tensors, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise explain(error) from error
-        return _GradientGraph(loss.detach(), tuple(map(root_of, gradient)), tuple(g.detach() for g in gradient))
+        return _GradientGraph(
+            loss.detach(),
+            tuple(map(root_of, gradient)),
+            tuple(g.detach() for g in gradient),
+            substitution.rounds_otherwise,
+        )
 
     def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
         """See the base class."""
@@ -252,7 +259,11 @@ class HessianOperator(CurvatureOperator):
         return total
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """Loss and gradient, read off the graphs that the products use as well."""
+        """Loss and gradient, read off the graphs that the products use as well.
+
+        Where those round otherwise than the closure, the loss is evaluated apart: trial losses are compared with it,
+        and close to a loss of zero the difference is all that they would show.
+        """
 
         def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor, ...]]]:
             for index, weight in enumerate(self.objective.weights):
@@ -260,7 +271,8 @@ class HessianOperator(CurvatureOperator):
                 if graph.gradient is None:  # a product came first, and the values were let go
                     graph = self._build(index)
                 assert graph.gradient is not None
-                yield weight, graph.loss, graph.gradient
+                loss = self.objective.evaluate(index).loss.detach() if graph.rounds_otherwise else graph.loss
+                yield weight, loss, graph.gradient
 
         return _average(self.objective, self.parameters, parts())
 
