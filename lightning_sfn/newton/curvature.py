@@ -39,6 +39,7 @@ class CurvatureOperator(ABC):
         self.objective = objective
         self.parameters = parameters if isinstance(parameters, FlatParameters) else FlatParameters(parameters)
         self.products = 0
+        objective.device = self.parameters.device
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product of the matrix with a vector.
@@ -123,11 +124,13 @@ class _GradientGraph:
         loss: The loss, without its graph.
         roots: Where the graph of the gradient by each parameter begins; ``None`` where it has none.
         gradient: The values, as long as they are at hand: as large as the parameters, and products need none of them.
+        rounds_otherwise: Whether the loss is off from the closure's own by rounding (see `FastSecondDerivatives`).
     """
 
     loss: Tensor
     roots: tuple[GradientEdge | None, ...]
     gradient: tuple[Tensor, ...] | None
+    rounds_otherwise: bool
 
     def slimmed(self) -> "_GradientGraph":
         """What is worth keeping."""
@@ -168,21 +171,26 @@ class HessianOperator(CurvatureOperator):
         super().__init__(objective, parameters)
         self._budget = budget or GraphBudget()
         self._graphs = GraphStore(
-            self._build, objective.sizes, retention, self._budget, self.parameters.tensors, _GradientGraph.slimmed
+            objective.sizes, retention, self._budget, self.parameters.tensors, _GradientGraph.slimmed
         )
         self._batchable = True
         self._room: Tensor | None = None  # memory for the next product
 
     def _build(self, index: int) -> _GradientGraph:
         """Loss and gradient of one part, the gradient with its graph."""
-        with FastSecondDerivatives():
+        with FastSecondDerivatives() as substitution:
             loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
         require_double_backward(loss)
         try:
             gradient = torch.autograd.grad(loss, self.parameters.tensors, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise explain(error) from error
-        return _GradientGraph(loss.detach(), tuple(map(root_of, gradient)), tuple(g.detach() for g in gradient))
+        return _GradientGraph(
+            loss.detach(),
+            tuple(map(root_of, gradient)),
+            tuple(g.detach() for g in gradient),
+            substitution.rounds_otherwise,
+        )
 
     def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
         """See the base class."""
@@ -196,7 +204,7 @@ class HessianOperator(CurvatureOperator):
         total: Tensor | None = None
         directions = self.parameters.unflatten(vector)
         for index, weight in enumerate(self.objective.weights):
-            roots, along = self._graphs.get(index).towards(directions)
+            roots, along = self._graphs.get(index, self._build).towards(directions)
             if not roots:
                 continue
             try:
@@ -232,7 +240,7 @@ class HessianOperator(CurvatureOperator):
         directions = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parameters.shapes, strict=True)]
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
-            roots, along = self._graphs.get(index).towards(directions)
+            roots, along = self._graphs.get(index, self._build).towards(directions)
             if not roots:
                 continue
             product = torch.autograd.grad(
@@ -251,15 +259,20 @@ class HessianOperator(CurvatureOperator):
         return total
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """Loss and gradient, read off the graphs that the products use as well."""
+        """Loss and gradient, read off the graphs that the products use as well.
+
+        Where those round otherwise than the closure, the loss is evaluated apart: trial losses are compared with it,
+        and close to a loss of zero the difference is all that they would show.
+        """
 
         def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor, ...]]]:
             for index, weight in enumerate(self.objective.weights):
-                graph = self._graphs.get(index)
+                graph = self._graphs.get(index, self._build)
                 if graph.gradient is None:  # a product came first, and the values were let go
                     graph = self._build(index)
                 assert graph.gradient is not None
-                yield weight, graph.loss, graph.gradient
+                loss = self.objective.evaluate(index).loss.detach() if graph.rounds_otherwise else graph.loss
+                yield weight, loss, graph.gradient
 
         return _average(self.objective, self.parameters, parts())
 
@@ -336,7 +349,7 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
     def marks() -> list[tuple[int, int]]:
         return [(id(p.grad), p.grad._version if p.grad is not None else 0) for p in parameters.tensors]
 
-    before = marks()
+    before, objective.device = marks(), parameters.device
     evaluation = objective.evaluate(index)
     if marks() != before:
         raise ObjectiveError(

@@ -23,7 +23,9 @@ def dense_matrix(operator: CurvatureOperator, preconditioner: Preconditioner | N
     d = preconditioner or IdentityPreconditioner()
     size = operator.parameters.size
     matrix = torch.empty(size, size, dtype=torch.float64)
-    batch = operator.batch
+    batch, processes = operator.batch, operator.objective.processes
+    if processes is not None:  # other graphs would ask for another number of collectives
+        batch = min(processes.collect(batch))
     for start in range(0, size, batch):
         rows = torch.arange(start, min(start + batch, size))
         units = torch.zeros(len(rows), size, dtype=operator.parameters.dtype, device=operator.parameters.device)

@@ -29,7 +29,7 @@ class FisherOperator(CurvatureOperator):
         budget: Byte budget for kept graphs; 1 GiB if left out.
 
     Raises:
-        ObjectiveError: A closure gives no distribution, or one of another kind.
+        ObjectiveError: At the first product: a closure gives no distribution, or one of another kind.
 
     Example:
         >>> import torch
@@ -50,19 +50,10 @@ class FisherOperator(CurvatureOperator):
         """See the class."""
         super().__init__(objective, parameters)
         # The random numbers of each part are replayed inside the part's own evaluations, so both see one model.
-        divergences = [lambda index=index: self._divergence(index) for index in range(len(objective))]
+        divergences = [lambda index=index: _divergence(objective, index) for index in range(len(objective))]
         self._divergences = HessianOperator(
             Objective(divergences, objective.sizes), self.parameters, retention=retention, budget=budget
         )
-
-    def _divergence(self, index: int) -> Tensor:
-        distribution = self.objective.evaluate(index).output
-        if not isinstance(distribution, Distribution):
-            raise ObjectiveError(
-                "curvature='fisher' needs the predicted distribution: let the closure return the pair (loss, "
-                "distribution), for instance (loss, torch.distributions.Categorical(logits=output))."
-            )
-        return kl_divergence(_frozen(distribution), distribution).mean()
 
     @property
     def batch(self) -> int:
@@ -82,6 +73,17 @@ class FisherOperator(CurvatureOperator):
     def close(self) -> None:
         """Drops the retained graphs."""
         self._divergences.close()
+
+
+def _divergence(objective: Objective, index: int) -> Tensor:
+    """Of a part's present predictions from themselves; no method, since the operator holds what evaluates it."""
+    distribution = objective.evaluate(index).output
+    if not isinstance(distribution, Distribution):
+        raise ObjectiveError(
+            "curvature='fisher' needs the predicted distribution: let the closure return the pair (loss, "
+            "distribution), for instance (loss, torch.distributions.Categorical(logits=output))."
+        )
+    return kl_divergence(_frozen(distribution), distribution).mean()
 
 
 def _frozen(distribution: Distribution) -> Distribution:

@@ -38,7 +38,8 @@ class GaussNewtonOperator(CurvatureOperator):
         budget: Byte budget for kept graphs; 1 GiB if left out.
 
     Raises:
-        ObjectiveError: A closure gives no output, or the loss depends on parameters other than through the output.
+        ObjectiveError: At the first product: a closure gives no output, or the loss depends on parameters other than
+            through the output.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class GaussNewtonOperator(CurvatureOperator):
         """See the class."""
         super().__init__(objective, parameters)
         self._checked: set[int] = set()
-        self._graphs = GraphStore(
-            self._build, objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
+        self._graphs: GraphStore[_OutputGraph] = GraphStore(
+            objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
         )
 
     def _build(self, index: int) -> _OutputGraph:
@@ -93,7 +94,7 @@ class GaussNewtonOperator(CurvatureOperator):
         directions = self.parameters.unflatten(vector)
         total = torch.zeros_like(vector)
         for index, weight in enumerate(self.objective.weights):
-            graph = self._graphs.get(index)
+            graph = self._graphs.get(index, self._build)
             forward = graph.jacobian.forward(directions)
             if forward is None or not graph.output_gradient.requires_grad:
                 continue  # the output does not move, or the loss is linear in it

@@ -29,7 +29,7 @@ class GradientCovarianceOperator(CurvatureOperator):
         budget: Byte budget for kept graphs; 1 GiB if left out.
 
     Raises:
-        ObjectiveError: A closure gives no losses of cases, or the loss is not their mean.
+        ObjectiveError: At the first product: a closure gives no losses of cases, or the loss is not their mean.
 
     Example:
         >>> import torch
@@ -49,8 +49,8 @@ class GradientCovarianceOperator(CurvatureOperator):
     ) -> None:
         """See the class."""
         super().__init__(objective, parameters)
-        self._graphs = GraphStore(
-            self._build, objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
+        self._graphs: GraphStore[OutputJacobian] = GraphStore(
+            objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
         )
 
     def _build(self, index: int) -> OutputJacobian:
@@ -74,7 +74,7 @@ class GradientCovarianceOperator(CurvatureOperator):
         directions = self.parameters.unflatten(vector)
         total = torch.zeros_like(vector)
         for index, weight in enumerate(self.objective.weights):
-            jacobian = self._graphs.get(index)
+            jacobian = self._graphs.get(index, self._build)
             slopes = jacobian.forward(directions)
             if slopes is None:
                 continue

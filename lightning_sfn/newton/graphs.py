@@ -88,7 +88,6 @@ class GraphStore(Generic[Graph]):
     """The graphs of the parts of one objective.
 
     Args:
-        build: Builds the graph of a part.
         sizes: Sizes of the parts, in cases or in any unit that objectives share.
         retention: Which graphs to keep.
         budget: The byte budget that ``"auto"`` keeps to.
@@ -98,7 +97,6 @@ class GraphStore(Generic[Graph]):
 
     def __init__(
         self,
-        build: Callable[[int], Graph],
         sizes: Sequence[float],
         retention: Retention,
         budget: GraphBudget,
@@ -106,20 +104,42 @@ class GraphStore(Generic[Graph]):
         slimmed: Callable[[Graph], Graph] = lambda graph: graph,
     ) -> None:
         """See the class."""
-        self._build, self._slimmed = build, slimmed
-        if retention == "auto" and budget.bytes_per_size is None:
-            budget.measure(lambda: build(0), sizes[0], excluded)
-        self._keep = budget.affordable(sizes) if retention == "auto" else [retention == "retain"] * len(sizes)
+        self._sizes, self._retention, self._budget, self._excluded = sizes, retention, budget, excluded
+        self._slimmed = slimmed
+        self._keep: list[bool] | None = None  # which graphs, once the first is asked for
         self._kept: dict[int, Graph] = {}
 
-    def get(self, index: int) -> Graph:
-        """The graph of a part, kept or built now."""
+    def get(self, index: int, build: Callable[[int], Graph]) -> Graph:
+        """The graph of a part, kept or built now.
+
+        Args:
+            index: Which part.
+            build: Builds the graph of a part. It is no attribute of the store: the operator's own method there would
+                make a cycle, which keeps data and graphs in memory until the garbage collector happens to run.
+
+        Returns:
+            The graph.
+        """
         if index in self._kept:
             return self._kept[index]
-        graph = self._build(index)
+        if self._keep is None:
+            self._keep = self._affordable(build)
+        graph = build(index)
         if self._keep[index]:
             self._kept[index] = self._slimmed(graph)
         return graph
+
+    def _affordable(self, build: Callable[[int], Graph]) -> list[bool]:
+        """Which graphs to keep.
+
+        A part that has to be measured for it is built here, not where the store is made: here whoever asks for a graph
+        is prepared for an evaluation that fails, on one process of several too.
+        """
+        if self._retention != "auto":
+            return [self._retention == "retain"] * len(self._sizes)
+        if self._budget.bytes_per_size is None:
+            self._budget.measure(lambda: build(0), self._sizes[0], self._excluded)
+        return self._budget.affordable(self._sizes)
 
     @property
     def retained(self) -> int:

@@ -193,8 +193,9 @@ def fill_basis(
 ) -> tuple[int, Tensor, float]:
     """Takes Lanczos steps from a row of a basis until it has ``steps`` rows.
 
-    The steps leave their numbers on the device; the host looks at them once, or once more for each step at which
-    something comes up (see `unattended_steps`).
+    The steps leave their numbers on the device; the host looks at them once, if nothing comes up at any step (see
+    `unattended_steps`). After one at which something does, it looks again after 1, 2, 4, ... steps: what is taken
+    beyond a step like that before the host hears of it is lost, and now that is no more than what was gained before.
 
     Args:
         matvec: The symmetric operator on parts of vectors.
@@ -213,14 +214,16 @@ def fill_basis(
         the basis, shape ``(n,)``; and the norm of that (see `lanczos_step`).
     """
     store = store or BasisStore()
-    j, leftover, calm = first, recent[0], True
+    j, leftover, calm, stretch = first, recent[0], True, steps - first
     coupling = float(projected[first - 1, first]) if first else 0.0
     while j < steps:
         scale = float(projected[: j + 1, : j + 1].abs().max())
+        last = min(j + stretch, steps)
         found = unattended_steps(
-            matvec, basis, j, steps, scale, coupling, store, recent, by_twos=calm, scratch=first > 0
+            matvec, basis, j, last, scale, coupling, store, recent, by_twos=calm, scratch=first > 0
         )
         calm = False  # from where something has come up, step by step
+        stretch = 2 * stretch if found.sound == len(found) else 1
         count = min(found.sound + 1, len(found))
         before, (leftover, coupling) = coupling, _settled(found, count, matvec, basis, projected, store)
         j += count
@@ -249,7 +252,9 @@ def _settled(
         if count < len(found):
             matvec(store.working(basis[last]))  # again, so that the first bad product is the last one
         return leftover, math.nan
-    if count < len(found):  # heard of too late: the steps since went on from a bad vector
+    # Heard of too late, the steps since went on from a bad vector; in time by chance, it is done again all the same, so
+    # that the outcome is the same bit for bit.
+    if count < len(found) or found.by_chance:
         return lanczos_step(matvec, basis, projected, last, store)
     leftover, coupling = _orthogonalise(leftover, basis[: last + 1], store)
     return leftover, _unless_rounding(coupling, projected, last, leftover.dtype)

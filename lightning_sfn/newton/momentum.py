@@ -138,14 +138,16 @@ class Glide:
         origin = parameters.read()
         if self.best is None or loss < self.best[0]:
             self.best = (loss, origin)
-        step = clip(self._next(clip(gradient, descent.max_grad_norm), descent), descent.max_step_norm)
-        step = step * float(descent.preconditioner.shares((step * descent.learning_rates).unsqueeze(0)))
-        self.velocity, self.shrink = step, min(1.0, self.shrink * _LONGER)
+        self.velocity, taken = _within_bounds(self._next(clip(gradient, descent.max_grad_norm), descent), descent)
+        self.shrink = min(1.0, self.shrink * _LONGER)
         self.steps = (self.steps + 1) % _RARER
-        taken = step * descent.learning_rates
-        parameters.write(origin + taken)
-        carried.memory.record(store.local(taken), store.local(gradient))
-        slope = float(dot(gradient, taken))
+        target = store.agreed_point(origin + taken)  # ranks with other rounding must not drift apart
+        parameters.write(target)
+        moved = target - origin
+        changed = bool(moved.any())  # not with a learning rate of zero
+        if changed:
+            carried.memory.record(store.local(moved), store.local(gradient))
+        slope = float(dot(gradient, moved))
         carried.expected = (loss + slope / 2, abs(slope))
         return StepRecord(
             loss_before=loss,
@@ -154,8 +156,8 @@ class Glide:
             predicted_decrease=-slope / 2,
             products=operator.products,
             gradients=1,
-            inner_steps=1,
-            accepted=True,
+            inner_steps=int(changed),
+            accepted=changed,
             coordinates=descent.preconditioner.name,
             unfactored=descent.preconditioner.unfactored,
             kind="momentum",
@@ -181,3 +183,16 @@ class Glide:
         self.velocity, self.best = state["velocity"], state["best"]
         self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
         self.pace.load_state_dict(state["pace"])
+
+
+def _within_bounds(step: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
+    """A step that is shortened to its bounds, and the change of the parameters that it makes.
+
+    The bounds are those of the change, as in subspace steps: learning rates come before them.
+    """
+    change = step * descent.learning_rates
+    share = float(descent.preconditioner.shares(change.unsqueeze(0)))
+    if descent.max_step_norm is not None:
+        length = float(norm(change))
+        share = min(share, descent.max_step_norm / length) if length > 0 else share
+    return (step * share, change * share) if share < 1 else (step, change)

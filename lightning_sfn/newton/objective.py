@@ -59,6 +59,7 @@ class Objective:
     Attributes:
         weights: The parts' weights, adding up to 1.
         sizes: The weights as they were given: comparable between objectives.
+        device: Where the parameters are, as soon as somebody says so; random numbers of that device are replayed.
 
     Raises:
         ObjectiveError: There are no closures, or the weights do not fit.
@@ -100,6 +101,7 @@ class Objective:
         self._states: list[RandomState | None] = list(random_states or [None] * len(closures))
         self._self_seeding = self_seeding
         self._reduce = reduce
+        self.device: torch.device | None = None
 
     def __len__(self) -> int:
         """Number of parts."""
@@ -126,7 +128,7 @@ class Objective:
             if self._self_seeding:
                 result = self._closures[index]()
             elif state is None:
-                self._states[index] = RandomState.capture(_first_accelerator())
+                self._states[index] = RandomState.capture(_accelerator(self.device))
                 result = self._closures[index]()
             else:
                 with state.replayed():
@@ -149,8 +151,14 @@ class Objective:
 
         Returns:
             The weighted mean of the parts, accumulated in float64; NaN or infinite where the closures say so.
+
+        Raises:
+            ProcessError: A closure failed on another process.
         """
-        return float(self.reduce(self.local_value()))
+        nothing = torch.full((), math.nan, dtype=torch.float64)
+        value = self.reduce(self.guarded(self.local_value, nothing))
+        self.require_sound(value, far=True)
+        return float(value)
 
     def local_value(self) -> Tensor:
         """This process' share of `value`, as a float64 scalar on the loss' device."""
@@ -177,7 +185,7 @@ class Objective:
     def local(self) -> "Objective":
         """The same parts, with the same random numbers, without the mean over processes."""
         objective = Objective(self._closures, self.weights, self_seeding=self._self_seeding)
-        objective._states = self._states
+        objective._states, objective.device = self._states, self.device
         return objective
 
     @property
@@ -220,7 +228,9 @@ class Objective:
             self._reduce.processes.require_sound(blame_nan=not far)
 
 
-def _first_accelerator() -> torch.device | None:
-    """The CUDA device in use, so that its random numbers are replayed as well."""
+def _accelerator(parameters: torch.device | None) -> torch.device | None:
+    """The CUDA device whose random numbers are replayed as well: that of the parameters, or else the current one."""
+    if parameters is not None and parameters.type == "cuda":
+        return parameters
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return torch.device("cuda", torch.cuda.current_device()) if in_use else None

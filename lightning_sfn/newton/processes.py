@@ -186,7 +186,10 @@ class Processes:
         self._first_bad = None
         reports = self.collect((None if failure is None else f"{type(failure).__name__}: {failure}", first_bad))
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame, so together they would keep the tensors of all frames
         for rank, (message, _) in enumerate(reports):
             if message is not None:
                 raise ProcessError(f"Rank {rank} of {self.size} failed in the middle of a step: {message}")

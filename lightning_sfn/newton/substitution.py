@@ -27,12 +27,16 @@ class FastSecondDerivatives(TorchFunctionMode):
 
     Left alone are calls under autocast, under functorch transforms, and where somebody else's hooks on saved tensors
     are active: activation checkpointing evaluates a second time later, and must then see the same operations.
+
+    Attributes:
+        rounds_otherwise: Whether it has put something in place so far whose values are off by rounding.
     """
 
     def __init__(self) -> None:
         """See the class."""
         super().__init__()
         self._hooks = saved_tensor_hooks()
+        self.rounds_otherwise = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers one call of a torch function."""
@@ -41,6 +45,7 @@ class FastSecondDerivatives(TorchFunctionMode):
         if rule is not None and self._may(args):
             result = rule(*args, **kwargs)
             if result is not None:
+                self.rounds_otherwise |= func in _ROUNDED
                 return result
         return func(*args, **kwargs)
 
@@ -107,3 +112,6 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv3d: _convolution,
     torch.rnn_tanh: _rnn_tanh,
 }
+
+# The others run the same kernels as the model does, so that their values are the same bit for bit.
+_ROUNDED = frozenset({torch.rnn_tanh})

@@ -32,6 +32,7 @@ class Steps:
         couplings: Norms of what each product has outside the basis, likewise.
         sound: How many steps, from the first one on, need no second look.
         leftover: What the last product has outside the basis, shape ``(n,)``, not normalised.
+        by_chance: Whether there might as well have been more steps, had the host heard later of what ended them.
     """
 
     first: int
@@ -39,6 +40,7 @@ class Steps:
     couplings: Tensor
     sound: int
     leftover: Tensor
+    by_chance: bool = False
 
     def __len__(self) -> int:
         """Number of steps taken."""
@@ -96,7 +98,8 @@ def unattended_steps(
     diagonals, couplings, flags = torch.stack(course.numbers).cpu().unbind(1)
     found = [step for step, flag in enumerate(flags.tolist()) if flag or math.isnan(flag)]
     sound = store.agreed(found[0] if found else len(flags))
-    return Steps(first, diagonals, couplings, int(sound), course.leftover)
+    by_chance = len(flags) < last - first and not course.watch.is_prompt
+    return Steps(first, diagonals, couplings, int(sound), course.leftover, by_chance)
 
 
 class _Course:

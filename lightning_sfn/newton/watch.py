@@ -16,12 +16,16 @@ class Watch:
         capacity: How many conditions will be posted.
         device: Where they are computed.
         deaf: Never hear of anything: processes that hear at different times would go different ways.
+
+    Attributes:
+        is_prompt: Whether it hears of a condition at once or never; else chance says when.
     """
 
     def __init__(self, capacity: int, device: torch.device, *, deaf: bool = False) -> None:
         """See the class."""
-        self._on_cuda = device.type == "cuda"
+        self._device, self._on_cuda = device, device.type == "cuda"
         self._deaf = deaf or device.type not in ("cpu", "cuda")
+        self.is_prompt = self._deaf or not self._on_cuda
         arrived = torch.zeros(capacity, dtype=torch.bool, pin_memory=self._on_cuda)
         self._slots = arrived.unbind(0)
         self._flags = arrived.numpy()  # the same memory, read without an operation of torch
@@ -36,7 +40,7 @@ class Watch:
         self._posted += 1
         if self._on_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))  # the condition's device need not be the current one
             self._events.append(event)
 
     def raised(self) -> bool:

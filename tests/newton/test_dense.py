@@ -1,10 +1,15 @@
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 
 from lightning_sfn.newton import DiagonalPreconditioner, HessianOperator, Objective
 from lightning_sfn.newton.dense import dense_matrix, full_space
+from lightning_sfn.newton.processes import ProcessMean
 
 from .cases import DTYPES, assert_close, frozen_probes, make, quadratic, reference, symmetric, tolerance
+from .ranks import Alike
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,3 +53,20 @@ def test_a_preconditioner_scales_rows_and_columns() -> None:
     preconditioner.refresh(operator, torch.Generator().manual_seed(0))
     d = preconditioner.scale(torch.ones(6, dtype=torch.float64))
     torch.testing.assert_close(full_space(operator, preconditioner).projected, d[:, None] * matrix * d)
+
+
+class Smaller(Alike):
+    """The other process has room for three products at once."""
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value, 3]
+
+
+def test_processes_ask_for_as_many_products_at_once() -> None:
+    matrix = symmetric(7)
+    x = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    objective = Objective([quadratic(matrix)(x)], reduce=ProcessMean(Smaller(), 1.0))
+    operator = HessianOperator(objective, [x])
+    with mock.patch.object(operator, "matmat", side_effect=operator.matmat) as together:
+        torch.testing.assert_close(dense_matrix(operator), matrix)
+    assert [len(call.args[0]) for call in together.call_args_list] == [3, 3, 1]

@@ -530,12 +530,67 @@ def test_random_vectors_are_drawn_whole_and_kept_as_others_are(store: BasisStore
     torch.testing.assert_close(store.whole(other.basis, 9), plain.basis)
 
 
-def test_a_dominant_eigenvalue_costs_a_few_looks_at_the_numbers_and_then_none(looks: mock.Mock) -> None:
-    """Where steps by two are too coarse the rest is taken one by one."""
+def test_a_dominant_eigenvalue_costs_fewer_and_fewer_looks_at_the_numbers(looks: mock.Mock) -> None:
+    """Where steps by two are too coarse the rest is taken one by one, with looks after 1, 2, 4, ... of them."""
     spectrum = torch.linspace(-0.3, 1.0, 2000)
     spectrum[17] = 5000.0
     lanczos(rotated(spectrum), torch.randn(2000), 40, generator=torch.Generator().manual_seed(1))
-    assert looks.call_count <= 6
+    assert looks.call_count <= 7
+
+
+@pytest.mark.parametrize("kinds", [2, 3, 6])
+def test_where_many_steps_stumble_few_are_lost_however_late_the_host_hears(kinds: int) -> None:
+    """So many eigenvalues: each space that a vector opens is exhausted after as many steps. The basis is the same."""
+    values, start = torch.arange(1.0, 1.0 + kinds).repeat(30)[:60], torch.linspace(-1.0, 2.0, 60)
+    spaces = []
+    for never in (False, True):
+        with mock.patch.object(unattended, "Watch", lambda *a, never=never, **k: Watch(*a, **(k | {"deaf": never}))):
+            spaces.append(lanczos(lambda v: values * v, start, 40, generator=torch.Generator().manual_seed(1)))
+    attended, late = spaces
+    assert attended.products == 40
+    assert late.products <= 3 * 40
+    torch.testing.assert_close(late.basis, attended.basis, rtol=0, atol=1e-4)
+    torch.testing.assert_close(late.projected, attended.projected, rtol=0, atol=1e-4)
+
+
+def test_an_eigenvalue_beyond_all_others_in_single_precision_costs_twice_the_products_at_most() -> None:
+    """Nearly every step needs a second look then."""
+    spectrum = torch.linspace(-0.3, 1.0, 300)
+    spectrum[17] = 1e7
+    product = rotated(spectrum)
+    with mock.patch.object(unattended, "Watch", lambda *a, **k: Watch(*a, **(k | {"deaf": True}))):
+        space = lanczos(product, torch.randn(300), 64, generator=torch.Generator().manual_seed(1))
+    assert orthogonality(space) <= 1e-6
+    assert 64 < space.products <= 128
+
+
+class Distant(Watch):
+    """Of a device that is heard of a number of steps late."""
+
+    def __init__(self, capacity: int, device: torch.device, *, deaf: bool, late: int) -> None:
+        super().__init__(capacity, device)
+        self.is_prompt, self.late = False, late
+
+    def raised(self) -> bool:
+        while self._heard + self.late < self._posted:
+            self._heard += 1
+            if self._flags[self._heard - 1]:
+                return True
+        return False
+
+
+@pytest.mark.parametrize("outlier", [None, 5e3, 1e6])
+def test_the_basis_does_not_depend_on_when_the_host_hears_of_a_device(outlier: float | None) -> None:
+    """Without an outlier each space is exhausted after three vectors."""
+    spectrum = torch.arange(1.0, 4.0).repeat(20) if outlier is None else torch.linspace(-0.3, 1.0, 60)
+    spectrum[17] = outlier or 1.0
+    product, start = rotated(spectrum), torch.randn(60)
+    spaces = []
+    for late in (0, 1, 2, 5, 100):
+        with mock.patch.object(unattended, "Watch", lambda *a, late=late, **k: Distant(*a, **k, late=late)):
+            spaces.append(lanczos(product, start, 30, generator=torch.Generator().manual_seed(1)))
+    assert all(torch.equal(space.basis, spaces[0].basis) for space in spaces)
+    assert all(torch.equal(space.projected, spaces[0].projected) for space in spaces)
 
 
 def test_directions_that_are_not_finite_and_those_beyond_a_whole_space_are_left_out() -> None:

@@ -403,15 +403,58 @@ def test_a_gradient_of_zero_leaves_the_last_step() -> None:
     torch.testing.assert_close(stage.moved, 0.5 * BEFORE)
 
 
-def test_gradients_steps_and_learning_rates_have_their_bounds() -> None:
-    """The gradient is cut to 0.25, the step of 0.3 to 0.15, of which the preconditioner allows a third."""
-    rates, doubling = torch.tensor([1.0, 0.5, 0.0], dtype=D), Doubling(1 / 3)
-    stage = Stage(under_way(), max_grad_norm=0.25, max_step_norm=0.15, learning_rates=rates, preconditioner=doubling)
+@pytest.mark.parametrize(
+    ("share", "bound", "left"),
+    [
+        (1 / 3, None, 1 / 3),
+        (1.0, None, 1.0),
+        (1 / 3, 0.25, 1 / 4),
+        (1 / 4, 1 / 3, 1 / 4),
+        (1.0, 0.9, 0.9),
+        (1.0, 2.0, 1.0),
+    ],
+)
+@pytest.mark.parametrize("rate", [1.0, 0.1, 10.0])
+def test_gradients_steps_and_learning_rates_have_their_bounds(
+    share: float, bound: float | None, left: float, rate: float
+) -> None:
+    """The gradient is cut to 0.25, so that the step is 0.3; the bounds are those of it times the learning rates."""
+    rates, doubling = rate * torch.tensor([1.0, 0.5, 0.0], dtype=D), Doubling(share)
+    change = -0.1 * GRADIENT * rates
+    longest = None if bound is None else bound * float(change.norm())
+    stage = Stage(under_way(), max_grad_norm=0.25, max_step_norm=longest, learning_rates=rates, preconditioner=doubling)
     stage.step()
-    torch.testing.assert_close(stage.moved, -0.05 / 3 * GRADIENT * rates)
+    torch.testing.assert_close(stage.moved, left * change)
     assert stage.glide.velocity is not None
-    torch.testing.assert_close(stage.glide.velocity, -0.05 / 3 * GRADIENT)
-    torch.testing.assert_close(doubling.asked, (-0.15 / 3 * GRADIENT * rates).unsqueeze(0))
+    torch.testing.assert_close(stage.glide.velocity, -0.1 * left * GRADIENT)
+    torch.testing.assert_close(doubling.asked, change.unsqueeze(0))
+
+
+def test_a_learning_rate_of_zero_is_no_step() -> None:
+    stage = Stage(under_way(), learning_rates=0.0, max_step_norm=1.0)
+    record = stage.step()
+    assert (record.accepted, record.inner_steps, record.loss_after) == (False, 0, record.loss_before)
+    assert not stage.moved.any()
+    stage.carried.memory.complete(GRADIENT)
+    assert len(stage.carried.memory) == 1  # the step before
+
+
+class Elsewhere(BasisStore):
+    """Rank zero's rounding is another one."""
+
+    def agreed_point(self, vector: Tensor) -> Tensor:
+        return vector * (1 + 2**-30)
+
+
+def test_the_point_after_a_step_is_that_of_rank_zero() -> None:
+    stage, store = Stage(under_way()), Elsewhere()
+    with torch.no_grad():
+        record = stage.glide.step(stage.parameters, stage.losses, stage.operator, stage.descent, stage.carried, store)
+    there = (START - 0.3 * GRADIENT) * (1 + 2**-30)
+    assert torch.equal(stage.x.detach(), there)
+    assert record.predicted_decrease == -float(GRADIENT @ (there - START)) / 2
+    stage.carried.memory.complete(GRADIENT)
+    assert torch.equal(stage.carried.memory.directions[0].vector, there - START)
 
 
 def test_the_bound_on_gradients_holds_alone() -> None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_sfn.newton import Objective, ObjectiveError
+from lightning_sfn.newton import FlatParameters, HessianOperator, Objective, ObjectiveError
+from lightning_sfn.newton.curvature import evaluate_without_backward
 from lightning_sfn.newton.processes import ContributionError, Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 
@@ -62,6 +63,42 @@ def test_given_random_states_are_used_from_the_first_evaluation_on() -> None:
     before = torch.get_rng_state()
     assert Objective([lambda: x * torch.randn(())], random_states=[state]).value() == pytest.approx(expected)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "in_use", "device"),
+    [
+        (torch.device("cuda", 1), True, torch.device("cuda", 1)),
+        (torch.device("cpu"), True, torch.device("cuda", 0)),
+        (None, True, torch.device("cuda", 0)),
+        (torch.device("cpu"), False, None),
+        (None, False, None),
+    ],
+)
+def test_random_numbers_of_the_parameters_device_are_replayed(
+    parameters: torch.device | None, in_use: bool, device: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current device is the first one."""
+    noted: list[torch.device | None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(RandomState, "capture", noted.append)
+    objective = Objective([lambda: torch.ones(())])
+    objective.device = parameters
+    objective.evaluate(0)
+    assert noted == [device]
+    assert objective.local().device == parameters
+
+
+def test_operators_and_gradients_say_where_the_parameters_are() -> None:
+    x = torch.ones(2, requires_grad=True)
+    parameters = FlatParameters([x])
+    evaluated, asked, known = (Objective([lambda: x.sum()]) for _ in range(3))
+    evaluate_without_backward(evaluated, 0, parameters)
+    HessianOperator(asked, parameters)
+    assert evaluated.device == asked.device == x.device
+    assert known.device is None
 
 
 def test_local_shares_random_numbers_but_not_the_reduction() -> None:

@@ -1,9 +1,12 @@
 """Several ranks: exactness against one process, what they send each other, the sharded basis, and failures."""
 
+import contextlib
 import copy
+import gc
 import math
 import os
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -275,6 +278,8 @@ def curved_without_bound(loss: Tensor) -> Tensor:
 def failures() -> dict[str, tuple[Failed | None, bool]]:
     return {
         "raises": attempt(spoilt(1, 1, raising), hvp="retain"),
+        "raises in measuring a graph": attempt(spoilt(1, 1, raising)),
+        "raises in a second look": attempt(spoilt(1, 2, raising), hvp="retain"),
         "raises in a product": attempt(spoilt(1, 4, raising), hvp="recompute", preconditioner="diagonal"),
         "raises in a trial": attempt(spoilt(1, 3, raising), hvp="retain", preconditioner="diagonal"),
         "raises in estimating factors": attempt(spoilt(1, 3, raising), hvp="retain"),
@@ -293,7 +298,17 @@ def failed() -> list[dict[str, tuple[Failed, bool]]]:
     return outcomes
 
 
-@pytest.mark.parametrize("how", ["raises", "raises in a product", "raises in a trial", "raises in estimating factors"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raises",
+        "raises in measuring a graph",
+        "raises in a second look",
+        "raises in a product",
+        "raises in a trial",
+        "raises in estimating factors",
+    ],
+)
 def test_an_error_on_one_rank_ends_the_step_on_all_and_names_it(failed: list[Any], how: str) -> None:
     for rank, outcome in enumerate(failed):
         failure, unchanged = outcome[how]
@@ -614,6 +629,26 @@ def test_a_failed_computation_is_nan_until_all_processes_know() -> None:
         processes.require_sound()
     processes.require_sound()
     assert told == [("KeyError: 'boom'", math.inf), (None, math.inf)]
+
+
+def test_a_failure_that_was_told_keeps_nothing_in_memory() -> None:
+    """Without the collector of reference cycles."""
+    processes, seen = reporting(one_of(2), [FINE]), list[weakref.ref[Tensor]]()
+
+    def compute() -> Tensor:
+        large = torch.ones(5)
+        seen.append(weakref.ref(large))
+        raise KeyError("boom")
+
+    gc.collect()
+    gc.disable()
+    try:
+        processes.guard(compute, torch.zeros(2))
+        with contextlib.suppress(KeyError):
+            processes.require_sound()
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("blame_nan", [True, False])

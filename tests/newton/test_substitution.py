@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sfn.newton import HessianOperator, Objective
@@ -251,3 +252,27 @@ def test_a_penalty_on_the_gradient_has_its_hessian() -> None:
     expected = torch.autograd.functional.hessian(of, torch.cat([p.detach().flatten() for p in parameters]))
     operator = HessianOperator(Objective([lambda: penalised(dict(network.named_parameters()))]), parameters)
     assert_close(torch.stack([operator.matvec(e) for e in torch.eye(len(expected)).double()]), expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("operation", "rounds"),
+    [
+        (lambda x: x.tanh(), False),
+        (lambda x: torch.sigmoid(x), False),
+        (lambda x: F.conv1d(x, x[:2], padding=1), False),
+        (lambda x: F.conv1d(x, x[:2], stride=2, bias=x[:2, 0, 0]), False),
+        (lambda x: x.sin(), False),
+        (nn.RNN(5, 16, batch_first=True), True),
+        (nn.RNN(5, 16, nonlinearity="relu", batch_first=True), False),
+    ],
+    ids=["tanh", "sigmoid", "convolution", "with a stride", "left alone", "recurrence", "another recurrence"],
+)
+def test_what_may_round_otherwise_is_noted_and_the_rest_is_the_same_bit_for_bit(
+    operation: Callable[[Tensor], Tensor], rounds: bool
+) -> None:
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    with FastSecondDerivatives() as mode:
+        ours = operation(x)
+    assert mode.rounds_otherwise == rounds
+    if not rounds:
+        assert all(map(torch.equal, tree_leaves(ours), tree_leaves(operation(x))))

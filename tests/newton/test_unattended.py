@@ -175,6 +175,29 @@ def test_nothing_is_heard_of_on_devices_that_cannot_be_asked() -> None:
     assert not watch.raised()
 
 
+def test_a_watch_of_another_than_the_current_device_listens_to_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A condition counts as arrived once the work on its own device's stream is done."""
+    done: set[Any] = set()
+
+    class Event:
+        def record(self, stream: Any = "stream of the current device") -> None:
+            self.stream = stream
+
+        def query(self) -> bool:
+            return self.stream in done
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, pin_memory: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    watch = Watch(1, torch.device("cuda", 1))
+    watch.post(torch.tensor(True))
+    done.add("stream of the current device")
+    assert not watch.raised()
+    done.add("stream of cuda:1")
+    assert watch.raised()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_watch_hears_of_a_condition_on_a_device_once_it_has_come() -> None:
     device = torch.device("cuda")
