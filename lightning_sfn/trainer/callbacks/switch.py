@@ -388,6 +388,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     # ------------------------------------------------------------------------------------------------ Newton's steps
 
     def _before_newton_step(self) -> None:
+        assert self._phase is not None
+        self._phase.rates.restore()
         if self._ledger.report.spectrum_at_switch is None:
             self._ledger.report.spectrum_at_switch = self._probe()
 
@@ -424,7 +426,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             "return_reason": self._return_reason,
             "failures": self._failures,
             "ledger": self._ledger.state_dict(),
-            "newton": self.newton.state_dict() if self.newton is not None and self.switched else None,
+            "newton": self._phase.newton_state() if self._phase is not None and self.switched else None,
             "window": None if self._phase is None else self._phase.driver.state_dict(),
             "random": RandomState.capture(device).state_dict() if alone else None,
         }

@@ -1,0 +1,179 @@
+"""What code that was written for the first optimizer meets when Newton's has taken its place."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import BackboneFinetuning, StochasticWeightAveraging
+
+from lightning_sfn import SaddleFreeNewton, SFNStrategy, SwitchToSFN
+
+from .modules import Fitting, flat, make_trainer, regression_loader
+
+IGNORED = "ignores the learning rate .* that a callback or hook wrote into the optimizer"
+
+
+def switching(**options: Any) -> SwitchToSFN:
+    return SwitchToSFN(**({"switch_at_epoch": 1, "probe_dim": 0} | options))
+
+
+def fit(module: LightningModule, *callbacks: Callback, epochs: int = 3, **options: Any) -> Trainer:
+    trainer = make_trainer(epochs, callbacks=list(callbacks), **options)
+    trainer.fit(module, regression_loader())
+    return trainer
+
+
+def end(*callbacks: Callback, module: Callable[[], LightningModule] = Fitting, **options: Any) -> torch.Tensor:
+    """The parameters after a run."""
+    torch.manual_seed(0)
+    made = module()
+    fit(made, *callbacks, **options)
+    return flat(made)
+
+
+# ------------------------------------------------------------------------------------------------ learning rates
+
+
+class Rated(SaddleFreeNewton):
+    """Notes the learning rates of its steps."""
+
+    def __init__(self, params: Any, rates: list[list[float]], **options: Any) -> None:
+        super().__init__(params, **options)
+        self.rates = rates
+
+    def step_on(self, *args: Any, **kwargs: Any) -> Any:
+        self.rates.append([group["lr"] for group in self.param_groups])
+        return super().step_on(*args, **kwargs)
+
+
+class Cosine(Callback):
+    """A schedule of the user's own, as many write it; from some epoch on."""
+
+    def __init__(self, start: int = 1) -> None:
+        self.start = start
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch >= self.start:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = 1e-3 * (1 + math.cos(trainer.global_step / 40))
+
+
+class Warming(Fitting):
+    """Sets the learning rate where Lightning's documentation does."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+        if epoch >= 1:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * 0.99**self.trainer.global_step
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_rates_that_others_write_do_not_reach_newton_steps(lr: float) -> None:
+    """The rate that the user gave to SFN counts; the run is that of one without the schedule, bit for bit."""
+    newton = partial(SaddleFreeNewton, lr=lr)
+    alone = end(switching(optimizer=newton))
+    with pytest.warns(UserWarning, match=rf"^SwitchToSFN {IGNORED}.* go on with {lr:.3g}: pass optimizer="):
+        beside = end(switching(optimizer=newton), Cosine())
+    assert torch.equal(alone, beside)
+
+
+def test_rates_that_the_modules_own_step_writes_do_not_reach_newton_steps() -> None:
+    with pytest.warns(UserWarning, match=IGNORED):
+        warming = end(switching(), module=Warming)
+    assert torch.equal(warming, end(switching()))
+
+
+def test_it_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    end(switching(gradient_batches=1), Cosine())
+    assert len([w for w in recwarn if "ignores the learning rate" in str(w.message)]) == 1
+
+
+def test_rates_of_weight_averaging_do_not_reach_newton_steps() -> None:
+    rates: list[list[float]] = []
+    with pytest.warns(UserWarning, match=IGNORED):
+        fit(
+            Fitting(),
+            switching(optimizer=partial(Rated, rates=rates)),
+            StochasticWeightAveraging(0.01, swa_epoch_start=3),
+            epochs=6,
+        )
+    assert rates == [[1.0]] * 5
+
+
+class Backboned(Fitting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.net[0]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.05)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_rates_of_finetuning_do_not_reach_newton_steps(epoch: int) -> None:
+    """The backbone is freed before the switch or after it."""
+    rates: list[list[float]] = []
+    switch = switching(switch_at_epoch=2, optimizer=partial(Rated, rates=rates))
+    tuning = BackboneFinetuning(unfreeze_backbone_at_epoch=epoch, backbone_initial_lr=1e-3)
+    with pytest.warns(UserWarning, match=IGNORED):
+        fit(Backboned(), switch, tuning, epochs=6)
+    assert {rate for step in rates for rate in step} == {1.0}
+    assert len(rates[-1]) == 2
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{IGNORED}")
+def test_the_first_optimizer_returns_with_its_own_rate() -> None:
+    switch = switching(return_when=1)
+
+    class Forgetting(Cosine):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if switch.switched:
+                super().on_train_batch_start(trainer, *args)
+
+    trainer = fit(Fitting(), switch, Forgetting(), epochs=4)
+    assert not switch.switched
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{IGNORED}")
+@pytest.mark.parametrize("strategy", [False, True])
+def test_checkpoints_hold_newtons_own_rate(strategy: bool) -> None:
+    def run(epochs: int, **options: Any) -> tuple[Trainer, SwitchToSFN | None]:
+        switch = None if strategy else switching()
+        trainer = make_trainer(
+            epochs, callbacks=[Cosine(), *([] if switch is None else [switch])], strategy="sfn" if strategy else "auto"
+        )
+        trainer.fit(Fitting(), regression_loader(), **options)
+        return trainer, switch
+
+    trainer, _ = run(2)
+    trainer.optimizers[0].param_groups[0]["lr"] = 0.25  # after the last step
+    trainer.save_checkpoint("here.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25
+    stored = torch.load("here.ckpt")
+    newton = stored["optimizer_states"] if strategy else [s["newton"] for s in stored["callbacks"].values()]
+    assert newton[0]["param_groups"][0]["lr"] == 1.0
+    trainer, _ = run(3, ckpt_path="here.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1.0
+
+
+def test_a_strategy_ignores_them_as_well() -> None:
+    alone = end(strategy="sfn")
+    with pytest.warns(UserWarning, match=f"^SFNStrategy {IGNORED}"):
+        beside = end(Cosine(), strategy=SFNStrategy())
+    assert torch.equal(alone, beside)
+
+
+def test_a_strategy_leaves_the_rates_of_a_modules_own_newton_optimizer_alone() -> None:
+    class Own(Fitting):
+        def configure_optimizers(self) -> Any:
+            return SaddleFreeNewton(self.parameters(), lr=1.0)
+
+    trainer = fit(Own(), Cosine(0), strategy="sfn")
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.01
