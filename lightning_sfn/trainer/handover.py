@@ -5,6 +5,8 @@ from typing import Any, Literal
 from pytorch_lightning import Trainer
 from torch.optim.optimizer import Optimizer
 
+from lightning_sfn.trainer.takeover import resting_groups
+
 __all__ = ["Handover", "SchedulerRule"]
 
 SchedulerRule = Literal["rest", "step"]
@@ -35,18 +37,20 @@ class Handover:
             newton: The other one, over the same parameters.
 
         Returns:
-            What became of the schedulers, as a sentence to append; empty if there are none.
+            What became of parameter groups and schedulers, as sentences to append; empty if there is nothing to say.
         """
         strategy = self._trainer.strategy
+        resting = sum(resting_groups(self.base))
+        groups = f" {resting} parameter group(s) with learning rate 0 stay as they are." if resting else ""
         self._configs = list(strategy.lr_scheduler_configs)
         # The setter rebuilds Lightning's wrappers; changing the list in place would leave the old optimizer stepping.
         strategy.optimizers = [newton]
         if not self._configs:
-            return ""
+            return groups
         if self._rule == "step":
-            return f" {len(self._configs)} learning rate scheduler(s) go on stepping the resting optimizer."
+            return f"{groups} {len(self._configs)} learning rate scheduler(s) go on stepping the resting optimizer."
         strategy.lr_scheduler_configs = []
-        return f" {len(self._configs)} learning rate scheduler(s) rest from now on."
+        return f"{groups} {len(self._configs)} learning rate scheduler(s) rest from now on."
 
     def back(self, *, reset: bool) -> str:
         """Puts the first optimizer back, with its learning rates and schedulers.

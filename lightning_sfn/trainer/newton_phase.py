@@ -64,7 +64,7 @@ class NewtonPhase:
             handover: Knows the first optimizer.
 
         Returns:
-            What became of the schedulers, as a sentence to append; empty if there are none.
+            What became of parameter groups and schedulers, as sentences to append; empty if there is nothing to say.
         """
         if trainer.gradient_clip_val and self.newton.max_grad_norm is None:
             if trainer.gradient_clip_algorithm == "value":

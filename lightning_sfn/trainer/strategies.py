@@ -19,7 +19,7 @@ from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.own_rates import OwnRates
 from lightning_sfn.trainer.step_log import StepLog
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton, resting_groups
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
@@ -65,6 +65,9 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         else:
             newton = make_newton(self._make_optimizer, base, who)
             self._rates = OwnRates(newton, who)
+            if any(resting_groups(base)):
+                resting = sum(resting_groups(base))
+                rank_zero_info(f"{who}: {resting} parameter group(s) with learning rate 0 stay as they are.")
             if self.lr_scheduler_configs:
                 rank_zero_info(f"{who}: {len(self.lr_scheduler_configs)} learning rate scheduler(s) rest.")
             self.lr_scheduler_configs = []

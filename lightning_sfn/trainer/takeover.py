@@ -11,14 +11,16 @@ from torch.optim.optimizer import Optimizer
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.trainer.support import require_curvature
 
-__all__ = ["OptimizerFactory", "coupled_decay", "make_newton"]
+__all__ = ["OptimizerFactory", "coupled_decay", "make_newton", "resting_groups"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Makes an optimizer from parameter groups: `SaddleFreeNewton` itself, or a `functools.partial` of it."""
 
 
 def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFreeNewton:
-    """Makes the Newton optimizer over another one's parameters.
+    """Makes the Newton optimizer over another one's parameters, with as many groups.
+
+    Groups that are not meant to train (`resting_groups`) are empty.
 
     Args:
         make: Makes it.
@@ -32,7 +34,12 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
         MisconfigurationException: It cannot be made, or it is no `SaddleFreeNewton` that can work here.
     """
     try:
-        newton = make([{"params": group["params"]} for group in base.param_groups])
+        newton = make(
+            [
+                {"params": [] if rests else group["params"]}
+                for group, rests in zip(base.param_groups, resting_groups(base), strict=True)
+            ]
+        )
     except ValueError as error:
         raise MisconfigurationException(f"{who} cannot make its optimizer: {error}") from error
     if not isinstance(newton, SaddleFreeNewton):
@@ -47,6 +54,25 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
             "objective but not a function of the model output: use curvature='hessian', or no weight decay."
         )
     return newton
+
+
+def resting_groups(optimizer: Optimizer) -> list[bool]:
+    """Whether each parameter group has had a learning rate of zero from the beginning, as one that shall not train.
+
+    A rate that a scheduler has led to zero says nothing about what shall train, and nor does a zero for all groups,
+    which a warm-up may begin with.
+
+    Args:
+        optimizer: The optimizer whose place Newton's takes.
+    """
+
+    def rests(group: dict[str, Any]) -> bool:
+        rate = float(group.get("lr", 1.0))
+        return rate == 0.0 == float(group.get("initial_lr", rate))  # which schedulers keep in the group
+
+    resting = [rests(group) for group in optimizer.param_groups]
+    alone = all(rest or not group["params"] for rest, group in zip(resting, optimizer.param_groups, strict=True))
+    return [False] * len(resting) if alone else resting
 
 
 def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:

@@ -177,3 +177,65 @@ def test_a_strategy_leaves_the_rates_of_a_modules_own_newton_optimizer_alone() -
 
     trainer = fit(Own(), Cosine(0), strategy="sfn")
     assert trainer.optimizers[0].param_groups[0]["lr"] < 0.01
+
+
+# ------------------------------------------------------------------------------------------------ parameter groups
+
+
+class Groups(Fitting):
+    """The first layer has a learning rate of its own."""
+
+    def __init__(self, first: float, last: float = 0.05, scheduler: Callable[[Any], Any] | None = None) -> None:
+        super().__init__()
+        self.rates, self.make_scheduler = (first, last), scheduler
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": self.net[i].parameters(), "lr": lr, "name": f"layer {i}"}
+            for i, lr in zip((0, 2), self.rates, strict=True)
+        ]
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.5, weight_decay=0.1)
+        return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
+
+
+def moved(module: Groups, *callbacks: Callback, **options: Any) -> list[bool]:
+    """Whether each layer was trained in the epochs after the first."""
+    before: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                before.extend(module.net[i].weight.clone() for i in (0, 2))
+
+    fit(module, *callbacks, Watch(), **options)
+    return [not torch.equal(module.net[i].weight, w) for i, w in zip((0, 2), before, strict=True)]
+
+
+@pytest.mark.parametrize("strategy", [False, True])
+def test_a_group_with_learning_rate_zero_stays_as_it_is(strategy: bool, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"strategy": "sfn"} if strategy else {}
+    assert moved(Groups(0.0), *([] if strategy else [switching()]), **options) == [False, True]
+    assert "1 parameter group(s) with learning rate 0 stay as they are." in caplog.text
+
+
+def test_a_rate_that_a_scheduler_led_to_zero_is_none_that_was_zero() -> None:
+    def ended(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda epoch: float(epoch < 1), lambda epoch: 1.0])
+
+    assert moved(Groups(0.02, scheduler=ended), switching()) == [True, True]
+
+
+def test_zeros_for_all_groups_rest_none() -> None:
+    assert moved(Groups(0.0, 0.0), switching()) == [True, True]
+
+
+def test_a_resting_group_survives_a_checkpoint_and_a_return() -> None:
+    module, switch = Groups(0.0), switching()
+    trainer = fit(module, switch, epochs=2)
+    trainer.save_checkpoint("here.ckpt")
+    resumed = Groups(0.0)
+    make_trainer(3, callbacks=[switching()]).fit(resumed, regression_loader(), ckpt_path="here.ckpt")
+    assert torch.equal(resumed.net[0].weight, module.net[0].weight)
+    back = switching(return_when=1)
+    trainer = fit(Groups(0.0), back, epochs=4)
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [2, 2]

@@ -332,7 +332,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             rank_zero_warn("SwitchToSFN does not switch: the parameters are not finite any more.")
             return
         assert self._handover is not None
-        schedulers = self._begin(trainer, module).take_over(trainer, self._handover)
+        others = self._begin(trainer, module).take_over(trainer, self._handover)
         self.switched = True
         self.switched_at_step = trainer.global_step
         self._ledger.begin(trainer, type(self.newton).__name__, newton=True)
@@ -341,7 +341,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         say(
             trainer,
             f"SwitchToSFN: {self.monitor} {state} {reached}; saddle-free Newton goes on from step "
-            f"{trainer.global_step}.{schedulers}",
+            f"{trainer.global_step}.{others}",
         )
         self.restart()
 
