@@ -14,6 +14,7 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
+from lightning_sfn.trainer.handover import at_rest
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.own_rates import OwnRates
@@ -70,7 +71,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
                 rank_zero_info(f"{who}: {resting} parameter group(s) with learning rate 0 stay as they are.")
             if self.lr_scheduler_configs:
                 rank_zero_info(f"{who}: {len(self.lr_scheduler_configs)} learning rate scheduler(s) rest.")
-            self.lr_scheduler_configs = []
+            self.lr_scheduler_configs = at_rest(self.lr_scheduler_configs)
         if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
             newton.max_grad_norm = float(trainer.gradient_clip_val)
         self._hooks = _Hooks()

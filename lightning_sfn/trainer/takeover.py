@@ -20,7 +20,8 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFreeNewton:
     """Makes the Newton optimizer over another one's parameters, with as many groups.
 
-    Groups that are not meant to train (`resting_groups`) are empty.
+    Groups that are not meant to train (`resting_groups`) are empty. The other entries of the groups (momentum, names)
+    come along for code that reads them.
 
     Args:
         make: Makes it.
@@ -53,7 +54,19 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
             f"{who} got curvature={newton.curvature!r} and an optimizer with weight decay, which is part of the "
             "objective but not a function of the model output: use curvature='hessian', or no weight decay."
         )
+    _keep_entries(newton, base)
     return newton
+
+
+def _keep_entries(newton: SaddleFreeNewton, base: Optimizer) -> None:
+    """Copies what Newton's groups lack from the other optimizer's; it means nothing to a Newton step."""
+    for name, value in base.defaults.items():  # for groups that are added later
+        newton.defaults.setdefault(name, value)
+    for group, other in zip(newton.param_groups, base.param_groups, strict=False):
+        for name, value in other.items():
+            group.setdefault(name, value)
+        if "param_names" in other:  # one for each parameter
+            group["param_names"] = list(other["param_names"]) if group["params"] else []
 
 
 def resting_groups(optimizer: Optimizer) -> list[bool]:

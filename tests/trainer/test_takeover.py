@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import BackboneFinetuning, StochasticWeightAveraging
+from pytorch_lightning.callbacks import BackboneFinetuning, LearningRateMonitor, StochasticWeightAveraging
 
 from lightning_sfn import SaddleFreeNewton, SFNStrategy, SwitchToSFN
 
-from .modules import Fitting, flat, make_trainer, regression_loader
+from .modules import Fitting, MemoryLogger, flat, make_trainer, regression_loader
 
 IGNORED = "ignores the learning rate .* that a callback or hook wrote into the optimizer"
 
@@ -239,3 +239,61 @@ def test_a_resting_group_survives_a_checkpoint_and_a_return() -> None:
     back = switching(return_when=1)
     trainer = fit(Groups(0.0), back, epochs=4)
     assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [2, 2]
+
+
+# ------------------------------------------------------------------------------------------------ what others read
+
+
+class Reading(Groups):
+    """Asks in its step for what the first optimizer and its scheduler have."""
+
+    def __init__(self) -> None:
+        super().__init__(0.02, scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+        self.seen: list[tuple[float, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        rate, momentum = self.lr_schedulers().get_last_lr()[1], self.optimizers().param_groups[1]["momentum"]
+        if batch_idx == 0:
+            self.seen.append((rate, momentum))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("rule", "factors"), [("rest", [1, 0.5, 0.5, 0.5]), ("step", [1, 0.5, 0.25, 0.125])])
+def test_a_step_that_reads_schedulers_and_groups_goes_on(rule: Any, factors: list[float]) -> None:
+    module = Reading()
+    fit(module, switching(schedulers=rule), epochs=4)
+    assert module.seen == [(0.05 * factor, 0.5) for factor in factors]
+
+
+def test_schedulers_that_rested_go_on_after_a_return() -> None:
+    module = Reading()
+    trainer = fit(module, switching(return_when=1), epochs=4)
+    assert [rate for rate, _ in module.seen] == [0.05, 0.025, 0.025, 0.0125]
+    assert [config.interval for config in trainer.lr_scheduler_configs] == ["epoch"]
+
+
+def test_they_rest_under_a_strategy_and_survive_its_checkpoints() -> None:
+    module = Reading()
+    trainer = fit(module, strategy="sfn")
+    assert module.seen == [(0.05, 0.5)] * 3
+    trainer.save_checkpoint("here.ckpt")
+    resumed = Reading()
+    make_trainer(4, strategy="sfn").fit(resumed, regression_loader(), ckpt_path="here.ckpt")
+    assert resumed.seen == [(0.05, 0.5)]
+
+
+def test_everything_that_the_monitor_of_learning_rates_logs() -> None:
+    """Also of a layer that is freed while SFN trains, whose group has the defaults."""
+    logger, monitor = MemoryLogger(), LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+
+    class Freeing(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+    fit(Reading(), Freeing(), switching(), monitor, logger=logger)
+    for group in ("layer 0", "layer 2", "pg3"):
+        name = f"lr-SaddleFreeNewton/{group}"
+        assert {value for _, value in logger.values(f"{name}-weight_decay")} == {0.1}
+        assert {value for _, value in logger.values(f"{name}-momentum")} == {0.5}
+        assert {value for _, value in logger.values(name)} == {1.0}
