@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import BackboneFinetuning, LearningRateMonitor, StochasticWeightAveraging
+from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
 
 from lightning_sfn import SaddleFreeNewton, SFNStrategy, SwitchToSFN
 
@@ -297,3 +302,21 @@ def test_everything_that_the_monitor_of_learning_rates_logs() -> None:
         assert {value for _, value in logger.values(f"{name}-weight_decay")} == {0.1}
         assert {value for _, value in logger.values(f"{name}-momentum")} == {0.5}
         assert {value for _, value in logger.values(name)} == {1.0}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_trainer_finds_its_own_early_stopping(first: bool) -> None:
+    """`SwitchToSFN` is an `EarlyStopping` for Lightning; each callback is set up once, in whichever order they come."""
+    stopping, switch = EarlyStopping("train_loss", patience=99), switching()
+    set_up: list[Callback] = []
+
+    class Noting(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            set_up.append(self)
+
+    order = [Noting(), switch, Noting(), stopping, Noting()] if first else [stopping, Noting(), switch]
+    trainer = fit(Fitting(), *order)
+    assert trainer.early_stopping_callback is stopping
+    assert len(set_up) == sum(isinstance(callback, Noting) for callback in order)
+    assert sorted(map(id, order)) == sorted(id(callback) for callback in trainer.callbacks if callback in order)
+    assert switch.switched

@@ -206,6 +206,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._trainer = trainer
             require_replayable(trainer, pl_module, type(self).__name__)
             _require_one_switch(trainer)
+            _stand_behind_early_stopping(trainer, self)
             if not self.rules.forces:
                 require_metrics(trainer, type(self).__name__)
 
@@ -461,3 +462,14 @@ def _require_one_switch(trainer: Trainer) -> None:
             f"The Trainer has {len(watching)} SwitchToSFN callbacks (monitors {', '.join(watching)}), but "
             "there is one optimizer to replace: keep one of them."
         )
+
+
+def _stand_behind_early_stopping(trainer: Trainer, switch: SwitchToSFN) -> None:
+    """Moves behind the `EarlyStopping` callbacks, the first of which is ``trainer.early_stopping_callback``."""
+    stopping = [callback for callback in trainer.early_stopping_callbacks if callback is not switch]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in a connector
+    if not stopping or callbacks.index(stopping[-1]) < callbacks.index(switch):
+        return
+    others = [callback for callback in callbacks if callback is not switch]
+    others.insert(others.index(stopping[-1]) + 1, switch)
+    trainer.callbacks = others  # type: ignore[attr-defined]  # a new list: Lightning walks over the old one
