@@ -139,6 +139,10 @@ class _Hooks(Callback):
         self.driver: WindowedNewton | None = None
         self.steps = StepLog()
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.driver is not None:
+            self.driver.note_backward()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.gradient_clip_val and self.driver is not None:
             self.driver.note_gradient()

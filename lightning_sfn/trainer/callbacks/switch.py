@@ -258,6 +258,11 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._steps.flush(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees the gradient before hooks of the module change it."""
+        if self.switched and self._phase is not None:
+            self._phase.driver.note_backward()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
         if trainer.gradient_clip_val and self.switched and self._phase is not None:
