@@ -13,6 +13,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.trainer.handover import Handover
+from lightning_sfn.trainer.own_rates import OwnRates
 from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.window import WindowedNewton
 
@@ -27,11 +28,15 @@ class NewtonPhase:
     Args:
         newton: The optimizer.
         driver: What feeds it.
+
+    Attributes:
+        rates: Keeps the optimizer's learning rates its own.
     """
 
     def __init__(self, newton: SaddleFreeNewton, driver: WindowedNewton) -> None:
         """See the class."""
         self.newton, self.driver = newton, driver
+        self.rates = OwnRates(newton, "SwitchToSFN")
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where another phase was when a checkpoint was written.
@@ -43,8 +48,13 @@ class NewtonPhase:
         if state["newton"] is not None:
             try:
                 self.newton.load_state_dict(state["newton"])
+                self.rates.remember()
             except ValueError as error:
                 rank_zero_warn(f"SwitchToSFN begins with a new optimizer: {error}")
+
+    def newton_state(self) -> dict[str, Any]:
+        """The optimizer's state, for checkpoints."""
+        return self.rates.put_into(self.newton.state_dict())
 
     def take_over(self, trainer: Trainer, handover: Handover) -> str:
         """Puts the Newton optimizer in the first one's place.
@@ -54,7 +64,7 @@ class NewtonPhase:
             handover: Knows the first optimizer.
 
         Returns:
-            What became of the schedulers, as a sentence to append; empty if there are none.
+            What became of parameter groups and schedulers, as sentences to append; empty if there is nothing to say.
         """
         if trainer.gradient_clip_val and self.newton.max_grad_norm is None:
             if trainer.gradient_clip_algorithm == "value":

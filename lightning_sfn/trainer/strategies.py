@@ -14,11 +14,13 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
+from lightning_sfn.trainer.handover import at_rest
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
+from lightning_sfn.trainer.own_rates import OwnRates
 from lightning_sfn.trainer.step_log import StepLog
 from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
+from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton, resting_groups
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
@@ -45,10 +47,12 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._driver: WindowedNewton | None = None
         self._hooks: _Hooks | None = None
+        self._rates: OwnRates | None = None  # of an optimizer that took the place of the module's
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Lets the module make its optimizer, and puts Newton's in its place (unless it is one already)."""
         super().setup_optimizers(trainer)
+        self._rates = None  # of another fit
         module, who = self.lightning_module, type(self).__name__
         assert isinstance(module, LightningModule)
         if isinstance(module, SaddleFreeNewtonMixin):
@@ -61,9 +65,13 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             newton = base
         else:
             newton = make_newton(self._make_optimizer, base, who)
+            self._rates = OwnRates(newton, who)
+            if any(resting_groups(base)):
+                resting = sum(resting_groups(base))
+                rank_zero_info(f"{who}: {resting} parameter group(s) with learning rate 0 stay as they are.")
             if self.lr_scheduler_configs:
                 rank_zero_info(f"{who}: {len(self.lr_scheduler_configs)} learning rate scheduler(s) rest.")
-            self.lr_scheduler_configs = []
+            self.lr_scheduler_configs = at_rest(self.lr_scheduler_configs)
         if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
             newton.max_grad_norm = float(trainer.gradient_clip_val)
         self._hooks = _Hooks()
@@ -73,6 +81,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             newton,
             self._budgets,
             weight_decay=[] if newton is base else coupled_decay(base),
+            before_step=self._restore_rates,
             on_step=self._hooks.steps.note,
         )
         newton.attach(self._driver)
@@ -82,6 +91,8 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, and what the driver carries from window to window."""
         state: dict[str, Any] = super().optimizer_state(optimizer)
+        if self._rates is not None:
+            state = self._rates.put_into(state)
         return state if self._driver is None else state | {"window": self._driver.state_dict()}
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -96,6 +107,12 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             if "window" in state:
                 self._driver.load_state_dict(state["window"])
         super().load_optimizer_state_dict(checkpoint)
+        if self._rates is not None:
+            self._rates.remember()
+
+    def _restore_rates(self) -> None:
+        if self._rates is not None:
+            self._rates.restore()
 
     def teardown(self) -> None:
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
@@ -121,6 +138,10 @@ class _Hooks(Callback):
     def __init__(self) -> None:
         self.driver: WindowedNewton | None = None
         self.steps = StepLog()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.driver is not None:
+            self.driver.note_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.gradient_clip_val and self.driver is not None:

@@ -11,14 +11,17 @@ from torch.optim.optimizer import Optimizer
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.trainer.support import require_curvature
 
-__all__ = ["OptimizerFactory", "coupled_decay", "make_newton"]
+__all__ = ["OptimizerFactory", "coupled_decay", "make_newton", "resting_groups"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Makes an optimizer from parameter groups: `SaddleFreeNewton` itself, or a `functools.partial` of it."""
 
 
 def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFreeNewton:
-    """Makes the Newton optimizer over another one's parameters.
+    """Makes the Newton optimizer over another one's parameters, with as many groups.
+
+    Groups that are not meant to train (`resting_groups`) are empty. The other entries of the groups (momentum, names)
+    come along for code that reads them.
 
     Args:
         make: Makes it.
@@ -38,7 +41,12 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
             "return the negated loss, and leave maximize out."
         )
     try:
-        newton = make([{"params": group["params"]} for group in base.param_groups])
+        newton = make(
+            [
+                {"params": [] if rests else group["params"]}
+                for group, rests in zip(base.param_groups, resting_groups(base), strict=True)
+            ]
+        )
     except ValueError as error:
         raise MisconfigurationException(f"{who} cannot make its optimizer: {error}") from error
     if not isinstance(newton, SaddleFreeNewton):
@@ -52,7 +60,38 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
             f"{who} got curvature={newton.curvature!r} and an optimizer with weight decay, which is part of the "
             "objective but not a function of the model output: use curvature='hessian', or no weight decay."
         )
+    _keep_entries(newton, base)
     return newton
+
+
+def _keep_entries(newton: SaddleFreeNewton, base: Optimizer) -> None:
+    """Copies what Newton's groups lack from the other optimizer's; it means nothing to a Newton step."""
+    for name, value in base.defaults.items():  # for groups that are added later
+        newton.defaults.setdefault(name, value)
+    for group, other in zip(newton.param_groups, base.param_groups, strict=False):
+        for name, value in other.items():
+            group.setdefault(name, value)
+        if "param_names" in other:  # one for each parameter
+            group["param_names"] = list(other["param_names"]) if group["params"] else []
+
+
+def resting_groups(optimizer: Optimizer) -> list[bool]:
+    """Whether each parameter group has had a learning rate of zero from the beginning, as one that shall not train.
+
+    A rate that a scheduler has led to zero says nothing about what shall train, and nor does a zero for all groups,
+    which a warm-up may begin with.
+
+    Args:
+        optimizer: The optimizer whose place Newton's takes.
+    """
+
+    def rests(group: dict[str, Any]) -> bool:
+        rate = float(group.get("lr", 1.0))
+        return rate == 0.0 == float(group.get("initial_lr", rate))  # which schedulers keep in the group
+
+    resting = [rests(group) for group in optimizer.param_groups]
+    alone = all(rest or not group["params"] for rest, group in zip(resting, optimizer.param_groups, strict=True))
+    return [False] * len(resting) if alone else resting
 
 
 def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:

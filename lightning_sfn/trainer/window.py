@@ -25,6 +25,7 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.gradient_edits import GradientEdits
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
 from lightning_sfn.trainer.replay import evaluate, processes_of
@@ -85,6 +86,7 @@ class WindowedNewton:
         self.batch_gradients = 0
         self.growth = 1.0
         self._unclipped: Tensor | None = None
+        self._edits = GradientEdits()
         self._warned = False
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
@@ -136,6 +138,13 @@ class WindowedNewton:
         window, self._window = self._window, Batches()
         return self._objective(window, range(len(window.steps)))
 
+    def note_backward(self) -> None:
+        """Keeps the gradient that `backward` has just made, to see once whether hooks change it."""
+        # A gradient scaler divides it by its scale afterwards; a held window asks for no more gradients.
+        scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
+        if not (self._edits.over or scaled or self._held is not None):
+            self._edits.note(self._parameters().gradients())
+
     def note_gradient(self) -> None:
         """Keeps the gradient that Lightning is about to clip: secants and trial losses need the objective's own."""
         self._unclipped = self._parameters().gradients()
@@ -163,15 +172,16 @@ class WindowedNewton:
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
         recorded = recorded[-self._trainer.accumulate_grad_batches :]
         unclipped, self._unclipped = self._unclipped, None
-        gradient = self._parameters().gradients() if unclipped is None else unclipped
+        given = self._parameters().gradients() if unclipped is None else unclipped
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
-        gradient = gradient * (self._trainer.accumulate_grad_batches / len(recorded))
+        gradient = given * (self._trainer.accumulate_grad_batches / len(recorded))
         loss = sum(float(step.loss) for step in recorded if step.loss is not None) / len(recorded)
         finite = math.isfinite(loss) and bool(torch.isfinite(gradient).all())
         weights = self._weigh(recorded, finite=finite)
         if math.isnan(weights.mean):
             self._leave_out(recorded)
             return
+        self._edits.compare(given)
         if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
             self._window = Batches()  # layers were frozen or freed: the gradients so far are of another function
         self._window.add(recorded, weights, loss, gradient)

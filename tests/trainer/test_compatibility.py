@@ -448,6 +448,7 @@ class Rated(Validated):
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
+@pytest.mark.filterwarnings("ignore:SwitchToSFN ignores the learning rate")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_beside_other_callbacks(name: str) -> None:
     make, options = CALLBACKS[name]
@@ -456,6 +457,7 @@ def test_beside_other_callbacks(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+@pytest.mark.filterwarnings("ignore:SwitchToSFN ignores the learning rate")
 def test_beside_backbone_finetuning() -> None:
     """It frees the backbone while SFN trains, and adds it to the optimizer in use."""
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=3, lambda_func=lambda epoch: 1.0, initial_denom_lr=1.0)

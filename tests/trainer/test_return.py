@@ -196,6 +196,8 @@ def test_layers_freed_meanwhile_are_trained_by_the_first_optimizer_too() -> None
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch. Found .*interval='rest'")
+@pytest.mark.filterwarnings("ignore:SwitchToSFN ignores the learning rate")
 def test_a_scheduler_set_up_meanwhile_is_dropped_and_said(caplog: pytest.LogCaptureFixture) -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=4, annealing_epochs=1)
     with caplog.at_level(logging.INFO):

@@ -206,6 +206,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._trainer = trainer
             require_replayable(trainer, pl_module, type(self).__name__)
             _require_one_switch(trainer)
+            _stand_behind_early_stopping(trainer, self)
             if not self.rules.forces:
                 require_metrics(trainer, type(self).__name__)
 
@@ -256,6 +257,11 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._watch(trainer)
         self._steps.flush(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees the gradient before hooks of the module change it."""
+        if self.switched and self._phase is not None:
+            self._phase.driver.note_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
@@ -332,7 +338,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             rank_zero_warn("SwitchToSFN does not switch: the parameters are not finite any more.")
             return
         assert self._handover is not None
-        schedulers = self._begin(trainer, module).take_over(trainer, self._handover)
+        others = self._begin(trainer, module).take_over(trainer, self._handover)
         self.switched = True
         self.switched_at_step = trainer.global_step
         self._ledger.begin(trainer, type(self.newton).__name__, newton=True)
@@ -341,7 +347,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         say(
             trainer,
             f"SwitchToSFN: {self.monitor} {state} {reached}; saddle-free Newton goes on from step "
-            f"{trainer.global_step}.{schedulers}",
+            f"{trainer.global_step}.{others}",
         )
         self.restart()
 
@@ -388,6 +394,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     # ------------------------------------------------------------------------------------------------ Newton's steps
 
     def _before_newton_step(self) -> None:
+        assert self._phase is not None
+        self._phase.rates.restore()
         if self._ledger.report.spectrum_at_switch is None:
             self._ledger.report.spectrum_at_switch = self._probe()
 
@@ -424,7 +432,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             "return_reason": self._return_reason,
             "failures": self._failures,
             "ledger": self._ledger.state_dict(),
-            "newton": self.newton.state_dict() if self.newton is not None and self.switched else None,
+            "newton": self._phase.newton_state() if self._phase is not None and self.switched else None,
             "window": None if self._phase is None else self._phase.driver.state_dict(),
             "random": RandomState.capture(device).state_dict() if alone else None,
         }
@@ -459,3 +467,14 @@ def _require_one_switch(trainer: Trainer) -> None:
             f"The Trainer has {len(watching)} SwitchToSFN callbacks (monitors {', '.join(watching)}), but "
             "there is one optimizer to replace: keep one of them."
         )
+
+
+def _stand_behind_early_stopping(trainer: Trainer, switch: SwitchToSFN) -> None:
+    """Moves behind the `EarlyStopping` callbacks, the first of which is ``trainer.early_stopping_callback``."""
+    stopping = [callback for callback in trainer.early_stopping_callbacks if callback is not switch]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in a connector
+    if not stopping or callbacks.index(stopping[-1]) < callbacks.index(switch):
+        return
+    others = [callback for callback in callbacks if callback is not switch]
+    others.insert(others.index(stopping[-1]) + 1, switch)
+    trainer.callbacks = others  # type: ignore[attr-defined]  # a new list: Lightning walks over the old one
