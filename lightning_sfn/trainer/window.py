@@ -159,10 +159,16 @@ class WindowedNewton:
             self._held = window
         self._newton_step(window, self._loss_and_gradient(window))
 
-    def detach(self) -> None:
-        """Gives Lightning's `training_step` back, and the memory that held the window."""
+    def detach(self, *, keep: bool = False) -> None:
+        """Gives Lightning's `training_step` back, and the memory that held the window.
+
+        Args:
+            keep: Whether the batches that wait stay, for a checkpoint of an interrupted run.
+        """
         self._recorder.detach()
-        self._window, self._held, self.last_curvature = Batches(), None, None
+        self.last_curvature = None
+        if not keep:
+            self._window, self._held = Batches(), None
 
     def _collect(self, recorded: list[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""

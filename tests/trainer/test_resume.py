@@ -1,6 +1,8 @@
 """Resuming is going on: bit for bit, from any checkpoint, also one written in the middle of an epoch or a window."""
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -230,6 +233,33 @@ def test_callback_object_of_an_interrupted_run_resumes_it() -> None:
     with pytest.raises(SystemExit):
         trainer.fit(Random(), StatefulLoader())
     resumed, _ = train(callback, "kept/14.ckpt")
+    assert torch.equal(resumed, end)
+
+
+class Terminating(Callback):
+    """Sends the signal by which clusters preempt a job; Lightning raises it as an exception after the batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("options", [{}, {"hold": True, "gradient_batches": 3}])
+def test_a_checkpoint_of_an_interrupted_run_holds_the_window(options: dict[str, Any]) -> None:
+    """Written while the exception is handled, by a callback that comes after this one."""
+    end, _ = train(switch(**options))
+    interrupted = switch(**options)
+    saving = ModelCheckpoint("exception", "last", save_on_exception=True, save_top_k=0, every_n_train_steps=1)
+    trainer = make_trainer(4, callbacks=[interrupted, Terminating(15), saving], enable_checkpointing=True)
+    torch.manual_seed(1)
+    random.seed(2)
+    np.random.seed(3)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Random(), StatefulLoader())
+    resumed, _ = train(switch(**options), "exception/last.ckpt")
     assert torch.equal(resumed, end)
 
 

@@ -289,8 +289,12 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._phase.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes our hands off the Trainer, which calls no teardown after an exception."""
-        self.teardown(trainer, pl_module, "fit")
+        """Takes our hands off the Trainer, which calls no teardown after an exception.
+
+        The window stays until the next fit: checkpoint callbacks come last, and save it only now.
+        """
+        if self._phase is not None:
+            self._phase.release(keep=True)
 
     # ------------------------------------------------------------------------------------------------ the decisions
 
