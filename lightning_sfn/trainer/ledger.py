@@ -88,7 +88,11 @@ class Ledger:
             value: The metric.
         """
         self._tick()
-        if math.isnan(self.phase.before):
+        if self.phase.newton and not self.phase.taken:
+            # The metric at the switch was collected while the first optimizer moved: this is what it had come to.
+            self.report.phases[-2].after = self.phase.before = value
+            self.progress.restart_at(value)
+        elif math.isnan(self.phase.before):
             self.phase.before = value
         per_epoch = trainer.num_training_batches  # where an epoch has no known length, a batch is the unit
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1

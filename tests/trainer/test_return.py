@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import nn
 
-from lightning_sfn import SwitchToSFN
+from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.trainer.progress import Progress
 from lightning_sfn.trainer.rules import SwitchRules
 
@@ -142,6 +143,27 @@ def test_return_when_slower(rule: Any, min_delta: float, script: list[float], ba
     )
     assert seen.names.index("SFN") == 4
     assert (seen.names.index("SGD", 4) if "SGD" in seen.names[4:] else None) == back
+
+
+@pytest.mark.parametrize(("lr", "back"), [(0.0, 6), (1.0, None)])
+def test_what_improves_before_the_first_newton_step_is_not_newtons(lr: float, back: int | None) -> None:
+    """The metric falls on by as much as it did, as one does that was collected while the first optimizer moved."""
+    script = [3.0, 2.75, 2.5, 2.25, 1.75, 1.25, 0.75, 0.25]
+    callback, seen = run(
+        Scripted(script),
+        8,
+        patience=2,
+        switch_at_epoch=4,
+        return_when="slower_per_epoch",
+        cooldown=99,
+        optimizer=partial(SaddleFreeNewton, lr=lr),
+    )
+    assert (seen.names.index("SGD", 4) if "SGD" in seen.names[4:] else None) == back
+    assert callback.report is not None
+    first, newton = callback.report.phases[:2]
+    if lr == 0.0:
+        assert (first.after, newton.before, newton.after) == (1.25, 1.25, 1.25)
+        assert callback.report.verdict() == "SFN took no step: of 2 tried, none lowered the loss."
 
 
 def test_speed_by_the_clock_and_by_data() -> None:
