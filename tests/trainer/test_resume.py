@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -211,7 +212,36 @@ def test_steps_survive_a_checkpoint_with_their_structure() -> None:
     assert all(leaf.untyped_storage().nbytes() < 100 for leaf in packed[0]["leaves"] if isinstance(leaf, Tensor))
 
 
-@pytest.mark.parametrize("strange", [Box((torch.ones(1), torch.ones(1))), np.ones(3), np.float64(2), {1, 2}])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {("a", "to", "b"): torch.ones(2), "y": [torch.zeros(1), (1.5, None)]},
+        {(("a", 1), 2): torch.ones(2)},
+        {7: torch.ones(2), None: 1, True: 2, 0.5: 3},
+        OrderedDict(b=torch.ones(2), a=2),
+    ],
+)
+def test_keys_of_any_plain_kind_survive_a_checkpoint(batch: Any) -> None:
+    packed = pack_steps([RecordedStep((batch, 0), {"n": 1}, RandomState.capture(), None)])
+    torch.save(packed, "steps.pt")
+    (again,) = unpack_steps(torch.load("steps.pt", weights_only=True), torch.device("cpu"))
+    assert str(again.args) == str((batch, 0))
+    assert type(again.args[0]) is type(batch)
+    assert again.kwargs == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        Box((torch.ones(1), torch.ones(1))),
+        np.ones(3),
+        np.float64(2),
+        {1, 2},
+        {b"x": 1},
+        {frozenset("x"): 1},
+        OrderedDict({("a", 1): 2}),
+    ],
+)
 def test_batches_of_other_things_are_not_packed(strange: Any) -> None:
     assert pack_steps([RecordedStep((strange, 0), {}, RandomState.capture(), None)]) is None
 
