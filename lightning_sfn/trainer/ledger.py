@@ -100,15 +100,18 @@ class Ledger:
         self.progress.note(sum(phase.seconds for phase in self.report.phases), epochs, value)
 
     def count_batch(self, trainer: Trainer) -> None:
-        """Counts a batch of the first optimizer.
+        """Counts the steps of the first optimizer.
 
         Args:
             trainer: The Trainer, after the batch.
         """
         step = trainer.global_step
-        self.phase.gradients += 1
         self.phase.steps += step - self._step_seen
         self._step_seen = step
+
+    def count_gradient(self) -> None:
+        """Counts a gradient of the first optimizer."""
+        self.phase.gradients += 1
 
     def count_step(self, record: StepRecord, batch_gradients: int) -> None:
         """Counts a Newton step.

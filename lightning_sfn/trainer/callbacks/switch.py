@@ -257,6 +257,11 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._steps.flush(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the first optimizer's gradients: some optimizers (LBFGS) take several in a step."""
+        if not self.switched:
+            self._ledger.count_gradient()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sees the gradient before Lightning clips it."""
         if trainer.gradient_clip_val and self.switched and self._phase is not None:
