@@ -88,11 +88,15 @@ class Ledger:
             value: The metric.
         """
         self._tick()
-        if self.phase.newton and not self.phase.taken:
+        if self.phase.newton and self._is_older(trainer):
             # The metric at the switch was collected while the first optimizer moved: this is what it had come to.
             self.report.phases[-2].after = self.phase.before = value
+            if self.phase.taken:
+                self.progress.points = []  # SFN's pace begins here; as long as it takes no step, it makes none
             self.progress.restart_at(value)
-        elif math.isnan(self.phase.before):
+        else:
+            self.phase.unseen = False
+        if math.isnan(self.phase.before):
             self.phase.before = value
         per_epoch = trainer.num_training_batches  # where an epoch has no known length, a batch is the unit
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -113,18 +117,28 @@ class Ledger:
         """Counts a gradient of the first optimizer."""
         self.phase.gradients += 1
 
-    def count_step(self, record: StepRecord, batch_gradients: int) -> None:
+    def count_step(self, trainer: Trainer, record: StepRecord, batch_gradients: int) -> None:
         """Counts a Newton step.
 
         Args:
+            trainer: The Trainer.
             record: Its record.
             batch_gradients: Gradients of single batches since the switch.
         """
         self.phase.steps += 1
+        if record.accepted and not self.phase.taken:
+            self.phase.first_taken_at, self.phase.unseen = trainer.fit_loop.epoch_loop.total_batch_idx, True
         self.phase.taken += record.accepted
         self.phase.products += record.products
         self.phase.gradients = batch_gradients
         self.report.last_step = (record.loss_before, record.loss_after)
+
+    def _is_older(self, trainer: Trainer) -> bool:
+        """Whether a metric that is seen now was collected before SFN's first step."""
+        now = trainer.fit_loop.epoch_loop.total_batch_idx
+        if not self.phase.taken:
+            return True
+        return self.phase.first_taken_at == now and _is_of_training(trainer, self.report.monitor)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -146,3 +160,9 @@ class Ledger:
         self.report = SwitchReport.from_state(state["report"])
         self.progress.load_state_dict(state["progress"])
         self.first_speed = state["first_speed"]
+
+
+def _is_of_training(trainer: Trainer, name: str) -> bool:
+    """Whether training logs a metric, and not validation, which sees the parameters after a step."""
+    logged = {metric.meta.name for metric in trainer.fit_loop.epoch_loop._results.values()}
+    return name in logged or name.removesuffix("_epoch") in logged or name.removesuffix("_step") in logged

@@ -43,6 +43,8 @@ class Phase:
         taken: Steps that changed the parameters.
         gradients: Gradients of one loader batch; for SFN, those of Newton steps included.
         products: Hessian-vector products.
+        first_taken_at: In which training batch (counted over all epochs) the first Newton step was taken.
+        unseen: Whether the metric has not been seen since, so that what SFN gained is not known.
     """
 
     optimizer: str
@@ -54,6 +56,8 @@ class Phase:
     taken: int = 0
     gradients: int = 0
     products: int = 0
+    first_taken_at: int | None = None
+    unseen: bool = False
 
 
 @dataclass
@@ -161,7 +165,7 @@ class SwitchReport:
             tried = f": of {self.newton_steps} tried, none lowered the loss" if self.newton_steps else ""
             return f"SFN took no step{tried}."
         if not self._is_gain_known:
-            return f"Whether SFN paid is not known: {self.monitor} was not logged both before and after its steps."
+            return f"Whether SFN paid is not known: {self.monitor} was not seen both before and after its steps."
         if gain <= 0:
             return f"SFN did not pay: {self.monitor} did not improve with it."
         if not self.checks:
@@ -248,7 +252,8 @@ class SwitchReport:
 
 def _is_known(phase: Phase) -> bool:
     """Whether the metric tells what a phase improved. Where SFN took no step, that was not its doing."""
-    return math.isfinite(phase.after - phase.before) and (phase.taken > 0 or not phase.newton)
+    by_newton = phase.taken > 0 and not phase.unseen
+    return math.isfinite(phase.after - phase.before) and (by_newton or not phase.newton)
 
 
 def _shown(metric: float) -> str:

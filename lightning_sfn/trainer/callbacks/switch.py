@@ -404,7 +404,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         assert self._phase is not None
         self._steps.note(record)
         self._failures = 0
-        self._ledger.count_step(record, self._phase.driver.batch_gradients)
+        assert self._trainer is not None
+        self._ledger.count_step(self._trainer, record, self._phase.driver.batch_gradients)
         steps = self._ledger.phase.steps
         if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:
             self._return_reason = f"{steps} Newton steps were asked for"
