@@ -8,6 +8,7 @@ error: exit status 2 for the command line or the recipe, 1 for what turned out w
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -156,12 +157,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         _require_extras()
         arguments = list(sys.argv[1:] if args is None else args)
+        if args is None:
+            _see_working_directory()
         if arguments == ["--version"]:
             sys.stdout.write(f"lightning-sfn {__version__}\n")
             return 0
-        if not arguments:
-            commands = ", ".join([*SFNCommand.subcommands(), *_OWN_COMMANDS])
-            raise UsageError(f"a command is expected, one of {commands}; each has its own --help.")
+        _require_command(arguments)
         if arguments[0] in _OWN_COMMANDS:
             import_module(_OWN_COMMANDS[arguments[0]]).main(arguments[1:])
             return 0
@@ -176,6 +177,21 @@ def main(args: Sequence[str] | None = None) -> int:
     except _RUNTIME_ERRORS as error:
         return _fail(" ".join(str(error).split()), _RUNTIME_ERROR)
     return 0
+
+
+def _see_working_directory() -> None:
+    """Let a recipe name classes in modules of the working directory, as ``python -m`` does and a script does not."""
+    if os.getcwd() not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, os.getcwd())
+
+
+def _require_command(arguments: list[str]) -> None:
+    known = [*SFNCommand.subcommands(), *_OWN_COMMANDS]
+    names = ", ".join(known)
+    if not arguments:
+        raise UsageError(f"a command is expected, one of {names}; each has its own --help.")
+    if not arguments[0].startswith("-") and arguments[0] not in known:
+        raise UsageError(f"there is no command {arguments[0]!r}: choose one of {names}.")
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:

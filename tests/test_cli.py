@@ -28,6 +28,7 @@ class Command:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch = monkeypatch
+        monkeypatch.setattr(sys, "path", list(sys.path))  # to which the command adds the working directory
         self.capsys = capsys
 
     def __call__(self, *words: str) -> tuple[int, str, str]:
@@ -139,7 +140,7 @@ def test_mistakes_in_a_recipe(command: Command, tmp_path: Path, old: str, new: s
         (("fit", "-c", "autoencodr"), "There is no recipe 'autoencodr'"),
         (("fit", "-c", "autoencoder", "--foo", "3"), "nrecognized arguments: --foo 3"),
         (("fit", "-c", "autoencoder", "--trainer.strategy", "foo"), "invalid strategy name"),
-        (("fitt",), "invalid choice: 'fitt'"),
+        (("fitt",), "there is no command 'fitt': choose one of fit, validate, test, predict, spectrum, reproduce."),
         ((), "a command is expected, one of fit, validate, test, predict, spectrum, reproduce"),
     ],
 )
@@ -164,6 +165,15 @@ def test_missing_data(
     status, line = command.fails("fit", "-c", "autoencoder", "--data.source", source)
     assert status == 1
     assert said in line
+
+
+def test_modules_in_the_working_directory_are_found(command: Command, empty_folder: Path) -> None:
+    words = "from pytorch_lightning import LightningModule\n\n\nclass Own(LightningModule):\n    pass\n"
+    (empty_folder / "module_beside_the_recipe.py").write_text(words)
+    (empty_folder / "own.yaml").write_text("model: {class_path: module_beside_the_recipe.Own}\n")
+    status, out, err = command("fit", "-c", "own.yaml", "--print_config")
+    assert status == 0, err
+    assert "class_path: module_beside_the_recipe.Own" in out
 
 
 def test_missing_packages_are_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

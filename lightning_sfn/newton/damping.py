@@ -93,6 +93,9 @@ class FixedDamping(Damping):
         assert self.value is not None
         return Choice(self.value, trial_losses([self.value])[0], 1)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps its own value, which is an option and no state: a resumed run can be given another one."""
+
 
 class GridDamping(Damping):
     """The best of a fixed set of values, chosen anew at each step (the paper's Appendix F).

@@ -133,6 +133,11 @@ class Objective:
             else:
                 with state.replayed():
                     result = self._closures[index]()
+            if isinstance(result, tuple) and len(result) != 2:
+                raise ObjectiveError(
+                    f"The closure returned a tuple of {len(result)}, but the scalar loss, or a pair of loss and model "
+                    "output, is expected: leave the rest out."
+                )
             loss, output = result if isinstance(result, tuple) else (result, None)
             if not isinstance(loss, Tensor):
                 raise ObjectiveError(

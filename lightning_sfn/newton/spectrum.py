@@ -230,7 +230,7 @@ class Spectrum:
 
 def hessian_spectrum(
     closure: Closure,
-    params: Iterable[Tensor],
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
     krylov_dim: int | None = None,
     *,
     smallest: int = 1,
@@ -248,7 +248,7 @@ def hessian_spectrum(
     Args:
         closure: Returns the loss with its graph (with ``curvature="gauss_newton"`` the pair of loss and output). It is
             evaluated once or a few times and must not call ``backward``.
-        params: The parameters; nothing about them is changed.
+        params: The parameters, named or not; nothing about them is changed.
         krylov_dim: Number of Lanczos vectors, each one Hessian-vector product. 64 (or the number of parameters, if
             smaller) when left out.
         smallest: Eigenvalues asked for at the lower end, with ``tol``.
@@ -276,7 +276,11 @@ def hessian_spectrum(
         >>> hessian_spectrum(lambda: 5 * x[0] ** 2 - x[1] ** 2, [x], krylov_dim=2).eigenvalues.round(decimals=4)
         tensor([-2., 10.], dtype=torch.float64)
     """
-    parameters = FlatParameters(params)
+    # A module is no list of parameters, and is refused as one.
+    given: Any = (
+        params if isinstance(params, torch.nn.Module) else [p[1] if isinstance(p, tuple) else p for p in params]
+    )
+    parameters = FlatParameters(given)
     krylov_dim = min(_DEFAULT_KRYLOV_DIM, parameters.size) if krylov_dim is None else krylov_dim
     if not 1 <= krylov_dim <= parameters.size:
         raise ValueError(

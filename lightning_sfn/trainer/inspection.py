@@ -142,6 +142,12 @@ class _Inspection(Callback):
         else:
             _load_parameters(trainer, pl_module, self._ckpt_path)
         batches = _draw(trainer, pl_module, self._num_batches)
+        if batches.total < self._num_batches:
+            rank_zero_info(
+                f"num_batches is {self._num_batches}, but the data loader gives {batches.total}: the spectrum is of "
+                "those."
+            )
+        self._num_batches = batches.total
         at_most = self._probe.settings.most_products(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
         with tqdm(
             total=at_most, desc="Hessian-vector products (at most)", disable=not trainer.is_global_zero, leave=False

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unflatten, treespec_dumps, treespec_loads
 
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.recording import RecordedStep
@@ -28,9 +28,8 @@ def pack_steps(steps: Sequence[RecordedStep]) -> list[dict[str, Any]] | None:
     packed = []
     for step in steps:
         leaves, structure = tree_flatten((step.args, step.kwargs))
-        try:
-            named = treespec_dumps(structure)
-        except NotImplementedError:  # a container of somebody's own
+        named = _name(structure)
+        if named is None:  # a container of somebody's own
             return None
         if not all(type(leaf) in (Tensor, *_SCALARS) for leaf in leaves):
             return None
@@ -57,6 +56,35 @@ def unpack_steps(packed: Sequence[dict[str, Any]], device: torch.device) -> list
     for state in packed:
         pairs = zip(state["leaves"], state["on_accelerator"], strict=True)
         leaves = [leaf.to(device) if moved else leaf for leaf, moved in pairs]
-        args, kwargs = tree_unflatten(leaves, treespec_loads(state["structure"]))
+        args, kwargs = tree_unflatten(leaves, _structure_of(state["structure"]))
         steps.append(RecordedStep(args, kwargs, RandomState.from_state(state["random_state"]), None))
     return steps
+
+
+def _name(structure: TreeSpec) -> Any:
+    """A structure as plain data: as JSON, or as containers filled with numbers where JSON would change a key."""
+    try:
+        named = treespec_dumps(structure)
+    except (NotImplementedError, TypeError):
+        return None
+    try:
+        if treespec_loads(named) == structure:
+            return named
+    except TypeError:  # a key that JSON has made a list
+        pass
+    filled = tree_unflatten(range(structure.num_leaves), structure)
+    return filled if _is_plain(filled) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value consists of Python's own containers, keys and numbers."""
+    if type(value) is dict:
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in _SCALARS
+
+
+def _structure_of(named: Any) -> TreeSpec:
+    """The structure that `_name` gave."""
+    return treespec_loads(named) if isinstance(named, str) else tree_structure(named)

@@ -88,6 +88,14 @@ class Ledger:
             value: The metric.
         """
         self._tick()
+        if self.phase.newton and self._is_older(trainer):
+            # The metric at the switch was collected while the first optimizer moved: this is what it had come to.
+            self.report.phases[-2].after = self.phase.before = value
+            if self.phase.taken:
+                self.progress.points = []  # SFN's pace begins here; as long as it takes no step, it makes none
+            self.progress.restart_at(value)
+        else:
+            self.phase.unseen = False
         if math.isnan(self.phase.before):
             self.phase.before = value
         per_epoch = trainer.num_training_batches  # where an epoch has no known length, a batch is the unit
@@ -96,28 +104,41 @@ class Ledger:
         self.progress.note(sum(phase.seconds for phase in self.report.phases), epochs, value)
 
     def count_batch(self, trainer: Trainer) -> None:
-        """Counts a batch of the first optimizer.
+        """Counts the steps of the first optimizer.
 
         Args:
             trainer: The Trainer, after the batch.
         """
         step = trainer.global_step
-        self.phase.gradients += 1
         self.phase.steps += step - self._step_seen
         self._step_seen = step
 
-    def count_step(self, record: StepRecord, batch_gradients: int) -> None:
+    def count_gradient(self) -> None:
+        """Counts a gradient of the first optimizer."""
+        self.phase.gradients += 1
+
+    def count_step(self, trainer: Trainer, record: StepRecord, batch_gradients: int) -> None:
         """Counts a Newton step.
 
         Args:
+            trainer: The Trainer.
             record: Its record.
             batch_gradients: Gradients of single batches since the switch.
         """
         self.phase.steps += 1
+        if record.accepted and not self.phase.taken:
+            self.phase.first_taken_at, self.phase.unseen = trainer.fit_loop.epoch_loop.total_batch_idx, True
         self.phase.taken += record.accepted
         self.phase.products += record.products
         self.phase.gradients = batch_gradients
         self.report.last_step = (record.loss_before, record.loss_after)
+
+    def _is_older(self, trainer: Trainer) -> bool:
+        """Whether a metric that is seen now was collected before SFN's first step."""
+        now = trainer.fit_loop.epoch_loop.total_batch_idx
+        if not self.phase.taken:
+            return True
+        return self.phase.first_taken_at == now and _is_of_training(trainer, self.report.monitor)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -139,3 +160,9 @@ class Ledger:
         self.report = SwitchReport.from_state(state["report"])
         self.progress.load_state_dict(state["progress"])
         self.first_speed = state["first_speed"]
+
+
+def _is_of_training(trainer: Trainer, name: str) -> bool:
+    """Whether training logs a metric, and not validation, which sees the parameters after a step."""
+    logged = {metric.meta.name for metric in trainer.fit_loop.epoch_loop._results.values()}
+    return name in logged or name.removesuffix("_epoch") in logged or name.removesuffix("_step") in logged

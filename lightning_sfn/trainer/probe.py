@@ -52,6 +52,11 @@ class ProbeBatches:
         """Batches that this process holds."""
         return len(self._own)
 
+    @property
+    def total(self) -> int:
+        """Batches that all processes hold, once they are fixed."""
+        return len(self._all)
+
     def offer(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Keeps a batch, already on the device, if this process' share is not complete yet."""
         if self.fixed:

@@ -26,6 +26,10 @@ class Progress:
         """Adds a check; the oldest one is forgotten where there are enough."""
         self.points = [*self.points, (seconds, epochs, value)][-self.checks - 1 :]
 
+    def restart_at(self, value: float) -> None:
+        """Counts what has been made so far as nothing: the metric has been what it is now at all noted checks."""
+        self.points = [(seconds, epochs, value) for seconds, epochs, _ in self.points]
+
     @property
     def complete(self) -> bool:
         """Whether there are enough checks to tell the speed."""
@@ -37,7 +41,7 @@ class Progress:
             return 0.0
         first, last = self.points[0], self.points[-1]
         spent = last[0] - first[0] if unit == "second" else last[1] - first[1]
-        return self.sign * (last[2] - first[2]) / spent if spent > 0 else 0.0
+        return self.sign * (last[2] - first[2]) / spent + 0.0 if spent > 0 else 0.0  # no -0 in messages
 
     def state_dict(self) -> list[list[float]]:
         """The checks as plain numbers."""

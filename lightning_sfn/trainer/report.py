@@ -35,13 +35,16 @@ class Phase:
     Attributes:
         optimizer: Its class name.
         newton: Whether it is SFN.
-        before: The metric at the beginning; at the first check in the first phase.
+        before: The metric at the beginning; at the first check in the first phase, and in those of SFN at the last
+            check before a step was taken.
         after: The metric at the end.
         seconds: Seconds, everything included (validation too).
         steps: Optimizer steps; for SFN, Newton steps tried.
         taken: Steps that changed the parameters.
         gradients: Gradients of one loader batch; for SFN, those of Newton steps included.
         products: Hessian-vector products.
+        first_taken_at: In which training batch (counted over all epochs) the first Newton step was taken.
+        unseen: Whether the metric has not been seen since, so that what SFN gained is not known.
     """
 
     optimizer: str
@@ -53,6 +56,8 @@ class Phase:
     taken: int = 0
     gradients: int = 0
     products: int = 0
+    first_taken_at: int | None = None
+    unseen: bool = False
 
 
 @dataclass
@@ -131,9 +136,8 @@ class SwitchReport:
         return [phase for phase in self.phases if phase.newton == newton]
 
     def gain(self, phases: Iterable[Phase]) -> float:
-        """Improvement of the metric in some phases; phases in which it was not seen count as none."""
-        gains = [self.sign * (phase.after - phase.before) for phase in phases]
-        return sum(gain for gain in gains if math.isfinite(gain))
+        """Improvement of the metric in some phases; phases in which it is not known count as none."""
+        return sum(self.sign * (phase.after - phase.before) for phase in phases if _is_known(phase))
 
     def speed(self, *, newton: bool) -> float:
         """Improvement of the metric per second with SFN, or with the first optimizer.
@@ -146,6 +150,10 @@ class SwitchReport:
         return self.gain(phases) / seconds if seconds > 0 else 0.0
 
     @property
+    def _is_gain_known(self) -> bool:
+        return any(map(_is_known, self._of(newton=True)))
+
+    @property
     def paid(self) -> bool:
         """Whether SFN improved the metric, and faster than the first optimizer did just before the switch."""
         return self.speed(newton=True) > max(self.last_speed, 0.0)
@@ -153,6 +161,11 @@ class SwitchReport:
     def verdict(self) -> str:
         """Whether SFN was worth its time, in one sentence."""
         gain, speed = self.gain(self._of(newton=True)), self.speed(newton=True)
+        if not self.accepted_steps:
+            tried = f": of {self.newton_steps} tried, none lowered the loss" if self.newton_steps else ""
+            return f"SFN took no step{tried}."
+        if not self._is_gain_known:
+            return f"Whether SFN paid is not known: {self.monitor} was not seen both before and after its steps."
         if gain <= 0:
             return f"SFN did not pay: {self.monitor} did not improve with it."
         if not self.checks:
@@ -235,6 +248,12 @@ class SwitchReport:
         spectra = {name: state[name] for name in ("spectrum_at_switch", "spectrum_at_end")}
         restored = {name: Spectrum(**kept) if kept else None for name, kept in spectra.items()}
         return cls(**(state | restored | {"phases": [Phase(**phase) for phase in state["phases"]]}))
+
+
+def _is_known(phase: Phase) -> bool:
+    """Whether the metric tells what a phase improved. Where SFN took no step, that was not its doing."""
+    by_newton = phase.taken > 0 and not phase.unseen
+    return math.isfinite(phase.after - phase.before) and (by_newton or not phase.newton)
 
 
 def _shown(metric: float) -> str:

@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sfn.newton.objective import Objective
+from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessMean
@@ -29,10 +29,12 @@ from lightning_sfn.trainer.gradient_edits import GradientEdits
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
 from lightning_sfn.trainer.replay import evaluate, processes_of
+from lightning_sfn.trainer.report import say
 
 __all__ = ["WindowedNewton"]
 
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
+_ROUNDING = 1e-5  # relative difference of a loss and its replay that other kernels explain
 
 
 class WindowedNewton:
@@ -42,6 +44,10 @@ class WindowedNewton:
     complete, one Newton step is taken on it; everything beyond the gradient comes from isolated replays. Gradients
     enter the window before Lightning clips them (`note_gradient`). A batch whose loss or gradient is not finite is left
     out of its window.
+
+    Where the loss depends on what changes from batch to batch (a step count, a buffer, a hidden state), each batch was
+    recorded under another state, but all replays see that of the window's end. There the recorded loss is no baseline
+    for trial losses, and loss and gradient are evaluated anew, for one more pass over the window.
 
     Args:
         trainer: The Trainer.
@@ -85,6 +91,7 @@ class WindowedNewton:
         self.steps_taken = 0
         self.batch_gradients = 0
         self.growth = 1.0
+        self._replays_all = False  # whether replays have shown another loss than the one that was recorded
         self._unclipped: Tensor | None = None
         self._edits = GradientEdits()
         self._warned = False
@@ -161,10 +168,16 @@ class WindowedNewton:
             self._held = window
         self._newton_step(window, self._loss_and_gradient(window))
 
-    def detach(self) -> None:
-        """Gives Lightning's `training_step` back, and the memory that held the window."""
+    def detach(self, *, keep: bool = False) -> None:
+        """Gives Lightning's `training_step` back, and the memory that held the window.
+
+        Args:
+            keep: Whether the batches that wait stay, for a checkpoint of an interrupted run.
+        """
         self._recorder.detach()
-        self._window, self._held, self.last_curvature = Batches(), None, None
+        self.last_curvature = None
+        if not keep:
+            self._window, self._held = Batches(), None
 
     def _collect(self, recorded: list[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
@@ -224,9 +237,9 @@ class WindowedNewton:
         budget = self._budgets.gradient_batches
         return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
 
-    def _newton_step(self, window: Batches, loss_and_gradient: tuple[float, Tensor] | None) -> None:
+    def _newton_step(self, window: Batches, known: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
-        self._adapt(loss_and_gradient[0] if loss_and_gradient is not None else None)
+        self._adapt(known[0] if known is not None and not self._replays_all else None)
         generator = torch.Generator().manual_seed(self.steps_taken)
         curvature, trial = self._budgets.choose(len(everything), self.growth, generator)
         objective = self._objective(window, everything)
@@ -236,28 +249,65 @@ class WindowedNewton:
         on_all = len(trial) == len(everything) and not rounded
         trial_objective = objective if on_all else self._objective(window, trial)
         self.steps_taken += 1
+        doubtful = self._last_step is None or not self._last_step[2]
         self._last_step = None
         try:
             with self.session():
+                if doubtful:
+                    known = self._confirmed(known, objective)
                 self._before_step()
-                record = self._optimizer.step_on(
-                    objective,
-                    curvature=self.last_curvature,
-                    trial=trial_objective,
-                    loss_and_gradient=loss_and_gradient,
-                    # Other windows hold other cases or other random numbers: there the losses tell.
-                    same_function=True if self._held is not None else None,
-                )
+                record, known = self._step_on(objective, trial_objective, None if self._replays_all else known)
         except Exception as error:
             if self._on_failure is None or not _is_survivable(error, self._trainer):
                 raise
             self._on_failure(error)
             return
         self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
-        own_gradients = record.gradients - (loss_and_gradient is not None)
+        own_gradients = record.gradients - (known is not None)
         self.batch_gradients += own_gradients * len(window.steps)
         self.batch_gradients += 0 if on_all else record.gradients * len(trial)  # see TrialLoss
         self._on_step(record)
+
+    def _step_on(
+        self, objective: Objective, trial: Objective, known: tuple[float, Tensor] | None
+    ) -> tuple[StepRecord, tuple[float, Tensor] | None]:
+        """The optimizer's step; gives with its record what of the recorded loss and gradient was of use."""
+
+        def step() -> StepRecord:
+            return self._optimizer.step_on(
+                objective,
+                curvature=self.last_curvature,
+                trial=trial,
+                loss_and_gradient=known,
+                # Other windows hold other cases or other random numbers: there the losses tell.
+                same_function=True if self._held is not None else None,
+            )
+
+        try:
+            return step(), known
+        except ObjectiveError:
+            # Trial losses were compared with the recorded loss, which was confirmed in an earlier window at best.
+            if trial is not objective or known is None or self._confirmed(known, objective) is not None:
+                raise
+            objective.require_repeatable(objective.value())  # a loss that changes by itself is refused
+            known = None
+            return step(), None
+
+    def _confirmed(self, known: tuple[float, Tensor] | None, objective: Objective) -> tuple[float, Tensor] | None:
+        """Loss and gradient as recorded, if a replay of the window gives the same loss; none from then on if not."""
+        if known is None or self._replays_all or is_mixed(self._trainer):
+            return known
+        recorded, again = known[0], objective.value()
+        if math.isfinite(again) and abs(again - recorded) > _ROUNDING * max(abs(recorded), abs(again)):
+            self._replays_all = True
+            say(
+                self._trainer,
+                f"The loss of a window was {recorded:.8g} in training and is {again:.8g} in a replay, as where it "
+                "depends on a step count, a buffer or a hidden state: Newton steps evaluate loss and gradient again "
+                "from now on, in the state at the end of each window.",
+            )
+            return None
+        return known
 
     def _adapt(self, loss_now: float | None) -> None:
         """Grows or shrinks the parts by what became of the last step.
@@ -287,6 +337,7 @@ class WindowedNewton:
             "steps_taken": self.steps_taken,
             "batch_gradients": self.batch_gradients,
             "growth": self.growth,
+            "replays_all": self._replays_all,
             "last_step": self._last_step,
             "holds": self._held is not None,
             "waiting": len(self._window.steps),
@@ -298,6 +349,7 @@ class WindowedNewton:
         """Takes over what `state_dict` gave; batches that it does not hold are collected anew, with a warning."""
         self.steps_taken, self.growth, self._last_step = state["steps_taken"], state["growth"], state["last_step"]
         self.batch_gradients = state["batch_gradients"]
+        self._replays_all = state.get("replays_all", False)  # older checkpoints do not say
         alone = self._trainer.world_size == 1  # the weights of a stored window are those of one process
         window, held = (state["window"], state["held"]) if alone else (None, None)
         if window is not None:

@@ -215,6 +215,21 @@ def test_a_strategy_goes_on_from_the_damping_of_another(saved: str | float, othe
     assert after.last_step.accepted
 
 
+@pytest.mark.parametrize("saved", ["warm", "grid", "levenberg_marquardt", 0.3])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_fixed_damping_is_an_option_and_stays_what_it_is(saved: str | float, steps: int) -> None:
+    """Whichever strategy wrote the state, and whether or not it had taken a step."""
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    before, after = (SaddleFreeNewton([x], damping=damping, preconditioner=None) for damping in (saved, 0.7))
+    for _ in range(steps):
+        before.step(lambda: (x**4).sum())
+    after.load_state_dict(before.state_dict())
+    assert after.damping.value == 0.7
+    after.step(lambda: (x**4).sum())
+    assert after.last_step is not None
+    assert after.last_step.damping == 0.7
+
+
 def test_warm_asks_no_further_at_its_bounds() -> None:
     for start, trend in ((1e-9, 1.0), (10.0, -1.0)):
         strategy = WarmDamping()

@@ -140,6 +140,8 @@ def test_a_loss_of_one_element_is_a_scalar_and_pairs_keep_their_output() -> None
         (torch.ones(3), "shape (3,)"),
         (None, "NoneType"),
         (1.5, "float"),
+        ((torch.ones(()), torch.ones(2), 1), "a tuple of 3"),
+        ((), "a tuple of 0"),
         (torch.ones((), dtype=torch.complex64), "scalar"),
         (torch.ones((), dtype=torch.int64), "scalar"),
     ],

@@ -543,3 +543,15 @@ def test_a_binary_file_is_no_spectrum(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"last\.ckpt does not hold a spectrum"):
         Spectrum.load(tmp_path / "last.ckpt")
+
+
+def test_named_parameters_are_parameters() -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(3, 1).double(), torch.randn(5, 3, dtype=torch.float64)
+    named, unnamed = (
+        hessian_spectrum(lambda: net(x).square().mean(), given).eigenvalues
+        for given in (net.named_parameters(), net.parameters())
+    )
+    assert torch.equal(named, unnamed)
+    with pytest.raises(ValueError, match="given as a module"):
+        hessian_spectrum(lambda: net(x).square().mean(), net)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """`InspectingTrainer.spectrum`: what `HessianSpectrum` sees at the same parameters and batches, from a checkpoint."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +109,14 @@ def test_a_data_module_and_files(trained: tuple[Path, HessianSpectrum], empty_fo
     assert sorted(p.name for p in empty_folder.rglob("*")) == ["deep", "spectrum.json", "spectrum.png"]
 
 
-def test_fewer_batches_than_asked_for() -> None:
-    few = inspecting().spectrum(Fitting(small_net()), regression_loader(), krylov_dim=4, num_batches=100)
+def test_fewer_batches_than_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"krylov_dim": 4, "num_batches": 100, "output": "few.json"}
+    with caplog.at_level(logging.INFO, "pytorch_lightning.utilities.rank_zero"):
+        few = inspecting().spectrum(Fitting(small_net()), regression_loader(), **options)
     assert few is not None
     assert few.products >= 4
+    assert json.loads(Path("few.json").read_text())["num_batches"] == 4
+    assert "num_batches is 100, but the data loader gives 4: the spectrum is of those." in caplog.text
 
 
 class OneCycle(Fitting):

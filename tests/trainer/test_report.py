@@ -59,6 +59,41 @@ def test_verdict(made: SwitchReport, paid: bool, text: str) -> None:
     assert made.verdict() in made.table()
 
 
+def newton_phase(before: float, after: float, steps: int, taken: int) -> SwitchReport:
+    phases = [
+        Phase("SGD", False, before=4.5, after=2.5, seconds=10.0, steps=40, gradients=80),
+        Phase("SaddleFreeNewton", True, before=before, after=after, seconds=4.0, steps=steps, taken=taken),
+    ]
+    return SwitchReport("val_loss", -1, phases)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (newton_phase(2.5, 2.25, 3, 0), "SFN took no step: of 3 tried, none lowered the loss."),
+        (newton_phase(2.5, 2.25, 0, 0), "SFN took no step."),
+        (newton_phase(math.nan, math.nan, 3, 3), "Whether SFN paid is not known: val_loss was not seen both"),
+        (newton_phase(2.5, math.nan, 3, 3), "Whether SFN paid is not known: val_loss was not seen both"),
+        (newton_phase(2.5, 2.25, 3, 1), "SFN improved val_loss by 0.25, 0.0625 per second; there is nothing"),
+    ],
+)
+def test_what_sfn_did_not_do_or_nobody_knows_is_no_verdict(made: SwitchReport, said: str) -> None:
+    assert made.verdict().startswith(said)
+
+
+def test_a_metric_that_was_not_seen_since_the_first_step_tells_nothing() -> None:
+    made = newton_phase(2.5, 2.5, 1, 1)
+    made.phases[-1].unseen = True
+    assert made.verdict().startswith("Whether SFN paid is not known")
+
+
+def test_a_metric_that_moved_while_sfn_took_no_step_is_no_gain() -> None:
+    made = newton_phase(2.5, 2.25, 3, 0)
+    assert not made.paid
+    assert made.speed(newton=True) == 0.0
+    assert made.rows()[1][-1] == "0"
+
+
 def test_table_is_aligned_and_holds_every_cell() -> None:
     made = report()
     lines = made.table().splitlines()

@@ -1,6 +1,9 @@
 """Resuming is going on: bit for bit, from any checkpoint, also one written in the middle of an epoch or a window."""
 
+import os
 import random
+import signal
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -208,7 +212,36 @@ def test_steps_survive_a_checkpoint_with_their_structure() -> None:
     assert all(leaf.untyped_storage().nbytes() < 100 for leaf in packed[0]["leaves"] if isinstance(leaf, Tensor))
 
 
-@pytest.mark.parametrize("strange", [Box((torch.ones(1), torch.ones(1))), np.ones(3), np.float64(2), {1, 2}])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {("a", "to", "b"): torch.ones(2), "y": [torch.zeros(1), (1.5, None)]},
+        {(("a", 1), 2): torch.ones(2)},
+        {7: torch.ones(2), None: 1, True: 2, 0.5: 3},
+        OrderedDict(b=torch.ones(2), a=2),
+    ],
+)
+def test_keys_of_any_plain_kind_survive_a_checkpoint(batch: Any) -> None:
+    packed = pack_steps([RecordedStep((batch, 0), {"n": 1}, RandomState.capture(), None)])
+    torch.save(packed, "steps.pt")
+    (again,) = unpack_steps(torch.load("steps.pt", weights_only=True), torch.device("cpu"))
+    assert str(again.args) == str((batch, 0))
+    assert type(again.args[0]) is type(batch)
+    assert again.kwargs == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        Box((torch.ones(1), torch.ones(1))),
+        np.ones(3),
+        np.float64(2),
+        {1, 2},
+        {b"x": 1},
+        {frozenset("x"): 1},
+        OrderedDict({("a", 1): 2}),
+    ],
+)
 def test_batches_of_other_things_are_not_packed(strange: Any) -> None:
     assert pack_steps([RecordedStep((strange, 0), {}, RandomState.capture(), None)]) is None
 
@@ -230,6 +263,33 @@ def test_callback_object_of_an_interrupted_run_resumes_it() -> None:
     with pytest.raises(SystemExit):
         trainer.fit(Random(), StatefulLoader())
     resumed, _ = train(callback, "kept/14.ckpt")
+    assert torch.equal(resumed, end)
+
+
+class Terminating(Callback):
+    """Sends the signal by which clusters preempt a job; Lightning raises it as an exception after the batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("options", [{}, {"hold": True, "gradient_batches": 3}])
+def test_a_checkpoint_of_an_interrupted_run_holds_the_window(options: dict[str, Any]) -> None:
+    """Written while the exception is handled, by a callback that comes after this one."""
+    end, _ = train(switch(**options))
+    interrupted = switch(**options)
+    saving = ModelCheckpoint("exception", "last", save_on_exception=True, save_top_k=0, every_n_train_steps=1)
+    trainer = make_trainer(4, callbacks=[interrupted, Terminating(15), saving], enable_checkpointing=True)
+    torch.manual_seed(1)
+    random.seed(2)
+    np.random.seed(3)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Random(), StatefulLoader())
+    resumed, _ = train(switch(**options), "exception/last.ckpt")
     assert torch.equal(resumed, end)
 
 

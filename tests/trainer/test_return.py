@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import nn
 
-from lightning_sfn import SwitchToSFN
+from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.trainer.progress import Progress
 from lightning_sfn.trainer.rules import SwitchRules
 
@@ -133,7 +134,7 @@ def test_many_plateaus() -> None:
         # it goes on while it is faster
         ("slower_per_epoch", 0.15, [3.0, 2.9, 2.8, 2.7, 2.5, 2.3, 2.1, 1.9, 1.7, 1.5], None),
         # stalled like the first optimizer: no improvement by min_delta over the patience
-        ("slower_per_second", 0.15, [3.0, 2.9, 2.8, 2.7, 2.7, 2.7, 2.7, 2.7, 2.7, 2.7], 6),
+        ("slower_per_second", 0.15, [3.0, 2.9, 2.8, 2.7, 2.7, 2.7, 2.7, 2.7, 2.7, 2.7], 7),
     ],
 )
 def test_return_when_slower(rule: Any, min_delta: float, script: list[float], back: int | None) -> None:
@@ -142,6 +143,58 @@ def test_return_when_slower(rule: Any, min_delta: float, script: list[float], ba
     )
     assert seen.names.index("SFN") == 4
     assert (seen.names.index("SGD", 4) if "SGD" in seen.names[4:] else None) == back
+
+
+@pytest.mark.parametrize(("lr", "back"), [(0.0, 6), (1.0, None)])
+def test_what_improves_before_the_first_newton_step_is_not_newtons(lr: float, back: int | None) -> None:
+    """The metric falls on by as much as it did, as one does that was collected while the first optimizer moved."""
+    script = [3.0, 2.75, 2.5, 2.25, 1.75, 1.25, 0.75, 0.25]
+    callback, seen = run(
+        Scripted(script),
+        8,
+        patience=2,
+        switch_at_epoch=4,
+        return_when="slower_per_epoch",
+        cooldown=99,
+        optimizer=partial(SaddleFreeNewton, lr=lr),
+    )
+    assert (seen.names.index("SGD", 4) if "SGD" in seen.names[4:] else None) == back
+    assert callback.report is not None
+    first, newton = callback.report.phases[:2]
+    if lr == 0.0:
+        assert (first.after, newton.before, newton.after) == (1.25, 1.25, 1.25)
+        assert callback.report.verdict() == "SFN took no step: of 2 tried, none lowered the loss."
+
+
+class Validated(Scripted):
+    """Logs the script in validation, after the Newton step at the end of the epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return Fitting.training_step(self, batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("metric", self.script[self.current_epoch], batch_size=1)
+
+
+@pytest.mark.parametrize(("kind", "before", "first_after"), [(Scripted, 2.0, 2.0), (Validated, 2.5, 2.5)])
+def test_the_epoch_at_whose_end_the_first_step_is_taken(
+    kind: type[Scripted], before: float, first_after: float
+) -> None:
+    """What training logs in it was collected before that step, what validation logs was not."""
+    callback = SwitchToSFN(monitor="metric", probe_dim=0, switch_at_epoch=2)
+    data = (regression_loader(), regression_loader())[: 1 + (kind is Validated)]
+    make_trainer(4, callbacks=[callback], num_sanity_val_steps=0).fit(kind([3.0, 2.5, 2.0, 1.0]), *data)
+    assert callback.report is not None
+    first, newton = callback.report.phases
+    assert newton.taken == 2
+    assert (first.after, newton.before, newton.after) == (first_after, before, 1.0)
+
+
+def test_one_step_at_the_very_end_is_no_verdict() -> None:
+    callback, _ = run(Scripted([3.0, 2.5, 2.0]), 3, switch_at_epoch=2)
+    assert callback.report is not None
+    assert callback.report.accepted_steps == 1
+    assert callback.report.verdict().startswith("Whether SFN paid is not known: metric was not seen both")
 
 
 def test_speed_by_the_clock_and_by_data() -> None:

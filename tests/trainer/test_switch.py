@@ -495,6 +495,24 @@ def test_report_adds_up(caplog: pytest.LogCaptureFixture) -> None:
     assert report.table() in caplog.text
 
 
+def test_the_report_counts_every_gradient_of_an_optimizer_that_takes_several() -> None:
+    """L-BFGS calls its closure again and again in one step."""
+
+    class Counting(Fitting):
+        backwards = 0
+
+        def on_after_backward(self) -> None:
+            self.backwards += self.trainer.current_epoch < 2
+
+    module = Counting(optimizer=partial(torch.optim.LBFGS, lr=0.1, max_iter=3))
+    callback = forced()
+    make_trainer(3, callbacks=[callback]).fit(module, regression_loader())
+    assert callback.report is not None
+    first = callback.report.phases[0]
+    assert (first.steps, first.gradients) == (8, module.backwards)
+    assert first.gradients > 8
+
+
 def test_report_without_spectra() -> None:
     callback = forced(probe_dim=0)
     make_trainer(3, callbacks=[callback]).fit(Fitting(), regression_loader())

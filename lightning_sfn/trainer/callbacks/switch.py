@@ -259,8 +259,10 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sees the gradient before hooks of the module change it."""
-        if self.switched and self._phase is not None:
+        """Counts the first optimizer's gradients, some take several in a step; sees SFN's before hooks change them."""
+        if not self.switched:
+            self._ledger.count_gradient()
+        elif self._phase is not None:
             self._phase.driver.note_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -295,8 +297,12 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._phase.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes our hands off the Trainer, which calls no teardown after an exception."""
-        self.teardown(trainer, pl_module, "fit")
+        """Takes our hands off the Trainer, which calls no teardown after an exception.
+
+        The window stays until the next fit: checkpoint callbacks come last, and save it only now.
+        """
+        if self._phase is not None:
+            self._phase.release(keep=True)
 
     # ------------------------------------------------------------------------------------------------ the decisions
 
@@ -403,7 +409,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         assert self._phase is not None
         self._steps.note(record)
         self._failures = 0
-        self._ledger.count_step(record, self._phase.driver.batch_gradients)
+        assert self._trainer is not None
+        self._ledger.count_step(self._trainer, record, self._phase.driver.batch_gradients)
         steps = self._ledger.phase.steps
         if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:
             self._return_reason = f"{steps} Newton steps were asked for"
