@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.held_state import HeldState
+from lightning_sfn.trainer.silent_logger import SilentLogger
 
 __all__ = ["Isolation", "isolated", "rounds_otherwise"]
 
@@ -38,7 +38,7 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 class Isolation:
     """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
 
-    A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
+    A context manager. Inside, logging is switched off and loggers are silent; attention runs in its math kernel,
     modules with recurrent layers or CTC losses without cuDNN, compiled modules eagerly, activation checkpoints without
     reentry, and automatic mixed precision and cuDNN's TF32 are off, since Lanczos amplifies rounding noise. `rewind`
     puts the module back to the state at the beginning, so that each evaluation after it is the same function. At the
@@ -157,9 +157,9 @@ def _differentiable_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def _untouched_trainer(trainer: Trainer) -> Iterator[None]:
-    """Dummy loggers, and no stop: a step may ask for one where a trial loss is large."""
+    """Silent loggers, and no stop: a step may ask for one where a trial loss is large."""
     loggers, should_stop = trainer.loggers, trainer.should_stop
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [SilentLogger(logger) for logger in loggers]
     try:
         yield
     finally:
