@@ -13,6 +13,7 @@ from torch.utils import checkpoint
 
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.held_state import HeldState
+from lightning_sfn.trainer.own_writes import UntrainedParameters
 from lightning_sfn.trainer.silent_logger import SilentLogger
 
 __all__ = ["Isolation", "isolated", "rounds_otherwise"]
@@ -45,8 +46,9 @@ class Isolation:
     end every attribute of every submodule is what it was (buffers and other tensors, torchmetrics states, counters, the
     contents of lists, dictionaries and sets), and so are the global random numbers.
 
-    Tensors are copied before an evaluation changes them. Not undone are in-place changes of tensors inside lists and
-    dictionaries, and changes of anything outside the module.
+    Tensors are copied before an evaluation changes them. A parameter that the step changes in place is put back if no
+    optimizer trains it (a teacher); `own_writes` has checks for the others. Not undone are in-place changes of tensors
+    inside lists and dictionaries, and changes of anything outside the module.
 
     Args:
         trainer: The module's Trainer.
@@ -57,6 +59,7 @@ class Isolation:
         """See the class."""
         self._trainer, self._module = trainer, module
         self._stack = ExitStack()
+        self._evaluated = False
 
     def __enter__(self) -> "Isolation":
         """Notes the module's state."""
@@ -70,6 +73,7 @@ class Isolation:
             stack.enter_context(_untouched_trainer(self._trainer))
             stack.callback(RandomState.capture(self._module.device).restore)
             self._held = HeldState(self._module)
+            self._untrained = UntrainedParameters(self._trainer, self._module, self._held.unregistered)
             stack.callback(self._restore)
             self._stack = stack.pop_all()
         return self
@@ -82,9 +86,13 @@ class Isolation:
         """Puts the module back to the beginning, with copies in place of its tensors."""
         self._restore()
         self._held.stand_in()
+        self._evaluated = True
 
     def _restore(self) -> None:
         self._held.restore()
+        if self._evaluated:
+            self._untrained.restore()
+            self._untrained.require_no_others()
 
 
 def _full_precision(trainer: Trainer) -> Any:

@@ -27,6 +27,7 @@ from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.gradient_edits import GradientEdits
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
+from lightning_sfn.trainer.own_writes import moves_a_teacher, refusing_writes
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
 from lightning_sfn.trainer.replay import evaluate, processes_of
 
@@ -209,8 +210,8 @@ class WindowedNewton:
 
     def _loss_and_gradient(self, window: Batches) -> tuple[float, Tensor] | None:
         """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""
-        if not window.even:
-            return None
+        if not window.even or moves_a_teacher(self._module):
+            return None  # each batch has had a teacher of its own, but replays have the present one
         total = sum(window.weights)
         assert window.gradient is not None
         mean = self._mean(range(len(window.steps)), window)
@@ -246,7 +247,7 @@ class WindowedNewton:
                     trial=trial_objective,
                     loss_and_gradient=loss_and_gradient,
                     # Other windows hold other cases or other random numbers: there the losses tell.
-                    same_function=True if self._held is not None else None,
+                    same_function=True if self._held is not None and not moves_a_teacher(self._module) else None,
                 )
         except Exception as error:
             if self._on_failure is None or not _is_survivable(error, self._trainer):
@@ -343,7 +344,8 @@ class WindowedNewton:
             with self.session() as isolation:
                 isolation.rewind()
                 step.random_state.restore()
-                result = evaluate(self._module, step, with_output=with_output)
+                with refusing_writes(self._module, self._parameters().tensors):
+                    result = evaluate(self._module, step, with_output=with_output)
                 return result + self._penalty() if self._decay else result
 
         return closure
