@@ -1,24 +1,23 @@
 """Isolation: evaluations of a module's `training_step` that leave no trace and can be differentiated twice."""
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
 from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.trainer.held_state import HeldState
+from lightning_sfn.trainer.own_writes import UntrainedParameters
+from lightning_sfn.trainer.silent_logger import SilentLogger
 
 __all__ = ["Isolation", "isolated", "rounds_otherwise"]
 
-_CONTAINERS = (list, dict, set, deque)
 # Layers whose cuDNN kernels have no second derivative. Those of convolutions and norms have one, and are fast.
 _NOT_BY_CUDNN = (nn.RNNBase, nn.CTCLoss)
 _BY_TF32 = (nn.modules.conv._ConvNd, nn.RNNBase)  # what cuDNN computes with TensorFloat-32 unless it is told not to
@@ -40,15 +39,16 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 class Isolation:
     """Keeps evaluations of a module's `training_step` from leaving a trace, and lets them be differentiated twice.
 
-    A context manager. Inside, logging is switched off and loggers are dummies; attention runs in its math kernel,
+    A context manager. Inside, logging is switched off and loggers are silent; attention runs in its math kernel,
     modules with recurrent layers or CTC losses without cuDNN, compiled modules eagerly, activation checkpoints without
     reentry, and automatic mixed precision and cuDNN's TF32 are off, since Lanczos amplifies rounding noise. `rewind`
     puts the module back to the state at the beginning, so that each evaluation after it is the same function. At the
     end every attribute of every submodule is what it was (buffers and other tensors, torchmetrics states, counters, the
     contents of lists, dictionaries and sets), and so are the global random numbers.
 
-    Tensors are copied before an evaluation changes them in place. Not undone are in-place changes of tensors inside
-    lists and dictionaries, and changes of anything outside the module.
+    Tensors are copied before an evaluation changes them. A parameter that the step changes in place is put back if no
+    optimizer trains it (a teacher); `own_writes` has checks for the others. Not undone are in-place changes of tensors
+    inside lists and dictionaries, and changes of anything outside the module.
 
     Args:
         trainer: The module's Trainer.
@@ -59,8 +59,7 @@ class Isolation:
         """See the class."""
         self._trainer, self._module = trainer, module
         self._stack = ExitStack()
-        self._before: list[_Saved] = []
-        self._tensors: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._evaluated = False
 
     def __enter__(self) -> "Isolation":
         """Notes the module's state."""
@@ -73,8 +72,8 @@ class Isolation:
             stack.enter_context(_full_precision(self._trainer))
             stack.enter_context(_untouched_trainer(self._trainer))
             stack.callback(RandomState.capture(self._module.device).restore)
-            self._before = [_Saved.of(submodule) for submodule in self._module.modules()]
-            self._tensors = [place for saved in self._before for place in saved.tensors()]
+            self._held = HeldState(self._module)
+            self._untrained = UntrainedParameters(self._trainer, self._module, self._held.unregistered)
             stack.callback(self._restore)
             self._stack = stack.pop_all()
         return self
@@ -86,59 +85,14 @@ class Isolation:
     def rewind(self) -> None:
         """Puts the module back to the beginning, with copies in place of its tensors."""
         self._restore()
-        copies: dict[int, Tensor] = {}
-        for attributes, name, tensor in self._tensors:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.clone()
-            attributes[name] = copies[id(tensor)]
-        for saved in self._before:
-            if saved.logs:
-                saved.attributes.update(log=_log_nothing, log_dict=_log_nothing)
+        self._held.stand_in()
+        self._evaluated = True
 
     def _restore(self) -> None:
-        for saved in self._before:
-            saved.restore()
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A submodule's attributes as they were: the objects, and the contents of plain containers.
-
-    Attributes:
-        attributes: The submodule's ``__dict__``.
-        values: A copy of it.
-        contents: Pairs of each container among the values, at any depth, and a copy of it.
-        logs: Whether the submodule has Lightning's logging methods.
-    """
-
-    attributes: dict[str, Any]
-    values: dict[str, Any]
-    contents: list[tuple[Any, Any]]
-    logs: bool
-
-    @classmethod
-    def of(cls, submodule: nn.Module) -> "_Saved":
-        attributes = submodule.__dict__
-        contents = [(container, container.copy()) for container in _containers(attributes.values(), set())]
-        return cls(attributes, attributes.copy(), contents, hasattr(submodule, "training_step"))
-
-    def tensors(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """Where the submodule's own tensors stand, parameters apart: buffers and plain attributes."""
-        for attributes in (self.attributes, self.attributes["_buffers"]):
-            for name, value in attributes.items():
-                if isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, nn.Parameter):
-                    yield attributes, name, value
-
-    def restore(self) -> None:
-        self.attributes.clear()
-        self.attributes.update(self.values)
-        for container, copy in self.contents:
-            if container or copy:
-                _refill(container, copy)
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Takes the place of `log` and `log_dict` in a replay."""
+        self._held.restore()
+        if self._evaluated:
+            self._untrained.restore()
+            self._untrained.require_no_others()
 
 
 def _full_precision(trainer: Trainer) -> Any:
@@ -211,29 +165,10 @@ def _differentiable_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def _untouched_trainer(trainer: Trainer) -> Iterator[None]:
-    """Dummy loggers, and no stop: a step may ask for one where a trial loss is large."""
+    """Silent loggers, and no stop: a step may ask for one where a trial loss is large."""
     loggers, should_stop = trainer.loggers, trainer.should_stop
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [SilentLogger(logger) for logger in loggers]
     try:
         yield
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop
-
-
-def _containers(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
-    """The plain containers among some values, and those inside them, each once."""
-    for value in values:
-        if isinstance(value, _CONTAINERS) and id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            if value:
-                yield from _containers(value.values() if isinstance(value, dict) else value, seen)
-
-
-def _refill(container: Any, copy: Any) -> None:
-    """Gives a container its old contents back, without replacing the container."""
-    container.clear()
-    if isinstance(container, (dict, set)):
-        container.update(copy)
-    else:
-        container.extend(copy)

@@ -69,7 +69,7 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def widened_stand_ins(module: nn.Module) -> list[Tensor]:
-    """Tensors without elements that are otherwise what `in_precision` makes of a module's parameters for float64.
+    """Tensors of one element at most that are otherwise what `in_precision` makes of a module's parameters for float64.
 
     Args:
         module: The module.
@@ -79,7 +79,7 @@ def widened_stand_ins(module: nn.Module) -> list[Tensor]:
     """
     return [
         torch.empty(
-            0,
+            min(p.numel(), 1),  # empty parameters do not count as trained
             dtype=torch.float64 if p.is_floating_point() else p.dtype,
             layout=torch.strided if p.layout == torch.strided else torch.sparse_coo,
             device=p.device,

@@ -21,6 +21,7 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
+from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.recording import RecordedStep
 from lightning_sfn.trainer.replay import processes_of, replay_closure
@@ -183,8 +184,19 @@ class Probe:
         Returns:
             The spectrum.
         """
+        return foreseen(trainer, lambda: self._spectrum(trainer, module, batches, names, check, progress))
+
+    def _spectrum(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batches: ProbeBatches,
+        names: Sequence[str] | None,
+        check: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> Spectrum:
         dtype = curvature_dtype(module, self.bits)
-        with in_precision(module, dtype):
+        with ParameterCopies(module), in_precision(module, dtype):
             wanted = None if names is None else set(names)
             parameters = FlatParameters(p for n, p in module.named_parameters() if wanted is None or n in wanted)
             with_output = self.curvature != "hessian"
@@ -216,11 +228,15 @@ class Probe:
             )
         if spectrum.nonfinite:
             return verdict(spectrum), None
-        dtype = curvature_dtype(module, self.bits)
-        with in_precision(module, dtype):
-            objective = batches.objective(trainer, module, dtype)
-            trial = try_newton_step(objective, FlatParameters(module.parameters()))
+        trial = foreseen(trainer, lambda: self._trial(trainer, module, batches))
         return verdict(spectrum, trial), trial
+
+    def _trial(self, trainer: Trainer, module: LightningModule, batches: ProbeBatches) -> NewtonTrial:
+        """One SFN step tried on the probe batches."""
+        dtype = curvature_dtype(module, self.bits)
+        with ParameterCopies(module), in_precision(module, dtype):
+            objective = batches.objective(trainer, module, dtype)
+            return try_newton_step(objective, FlatParameters(module.parameters()))
 
 
 def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:

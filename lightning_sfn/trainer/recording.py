@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_sfn.newton.randomness import RandomState
+from lightning_sfn.trainer.own_writes import noting_writes
 
 __all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers"]
 
@@ -41,7 +42,7 @@ class StepRecorder:
 
     def __init__(self, trainer: Trainer, device: torch.device) -> None:
         """See the class."""
-        self._strategy = trainer.strategy
+        self._trainer, self._strategy = trainer, trainer.strategy
         self._device = device
         self._recorded: list[RecordedStep] = []
         self._active = True
@@ -54,7 +55,8 @@ class StepRecorder:
             return self._original(*args, **kwargs)
         state = RandomState.capture(self._device)
         kept_args, kept_kwargs = own_containers((args, kwargs))
-        output = self._original(*args, **kwargs)
+        with noting_writes(self._trainer):
+            output = self._original(*args, **kwargs)
         loss = loss_of(output)
         self._recorded.append(RecordedStep(kept_args, kept_kwargs, state, None if loss is None else loss.detach()))
         return output

@@ -21,6 +21,7 @@ from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.trainer.isolation import Isolation
+from lightning_sfn.trainer.own_writes import ParameterCopies, UnforeseenWriteError, foreseen, refusal
 from lightning_sfn.trainer.recording import RecordedStep, own_containers
 from lightning_sfn.trainer.replay import evaluate
 
@@ -61,11 +62,12 @@ class Rehearsal:
             who: Name of the callback that asks, for the message.
 
         Raises:
-            MisconfigurationException: A replay gives another loss each time, an operation has no second derivative, or
-                the optimizer's coordinates cannot be estimated.
+            MisconfigurationException: A replay gives another loss each time or changes what is trained, an operation
+                has no second derivative, or the optimizer's coordinates cannot be estimated.
         """
         if self._step is not None:
-            _rehearse(trainer, module, make_newton(), self._step, who)
+            step = self._step
+            foreseen(trainer, lambda: _rehearse(trainer, module, make_newton(), step, who))
             self._step, self._over = None, True
 
 
@@ -82,8 +84,8 @@ def _rehearse(
         who: Name of the callback that asks, for the message.
 
     Raises:
-        MisconfigurationException: A replay gives another loss each time, an operation has no second derivative, or the
-            optimizer's coordinates cannot be estimated.
+        MisconfigurationException: A replay gives another loss each time or changes what is trained, an operation has
+            no second derivative, or the optimizer's coordinates cannot be estimated.
     """
     parameters = FlatParameters.of_groups(newton.param_groups)
     with Isolation(trainer, module) as isolation, torch.no_grad():
@@ -95,9 +97,10 @@ def _rehearse(
 
         objective = Objective([closure], self_seeding=True)
         try:
-            with closing(newton.operator(objective, parameters)) as operator:
-                operator.matvec(parameters.read())
+            with ParameterCopies(module) as copies, closing(newton.operator(objective, parameters)) as operator:
                 loss = objective.value()
+                _require_untouched(parameters, copies.restore(), module, who)
+                operator.matvec(parameters.read())
                 if math.isfinite(loss):
                     objective.require_repeatable(loss)
                     _require_coordinates(newton.preconditioner, operator, module, who)
@@ -107,6 +110,14 @@ def _rehearse(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+
+
+def _require_untouched(parameters: FlatParameters, changed: list[str], module: LightningModule, who: str) -> None:
+    """Refuses a step that changes parameters, given by name, that are being trained."""
+    trained = {id(p) for p in parameters.tensors}
+    names = [name for name, p in module.named_parameters() if name in changed and id(p) in trained]
+    if names:
+        raise refusal(module, names, who)
 
 
 def _require_coordinates(
@@ -131,7 +142,7 @@ def _require_coordinates(
             warnings.simplefilter("ignore")  # what is still true at the switch is said there
             copy.refresh(operator, generator)
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, (CurvatureError, ObjectiveError)):
+        if is_out_of_memory(error) or isinstance(error, (CurvatureError, ObjectiveError, UnforeseenWriteError)):
             raise
         raise MisconfigurationException(
             f"{who} cannot estimate the coordinates of its optimizer, {type(coordinates).__name__}, from replays of "

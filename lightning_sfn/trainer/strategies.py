@@ -19,7 +19,12 @@ from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.own_rates import OwnRates
 from lightning_sfn.trainer.step_log import StepLog
-from lightning_sfn.trainer.support import require_curvature, require_one_optimizer, require_replayable
+from lightning_sfn.trainer.support import (
+    require_curvature,
+    require_one_optimizer,
+    require_replayable,
+    require_steady_weights,
+)
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton, resting_groups
 from lightning_sfn.trainer.window import WindowedNewton
 
@@ -58,6 +63,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         if isinstance(module, SaddleFreeNewtonMixin):
             return  # it steps its Newton optimizers itself
         require_replayable(trainer, module, who)
+        require_steady_weights(module, who)
         require_one_optimizer(trainer, who)
         base = self.optimizers[0]
         if isinstance(base, SaddleFreeNewton):

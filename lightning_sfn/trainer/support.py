@@ -12,6 +12,7 @@ __all__ = [
     "require_metrics",
     "require_one_optimizer",
     "require_replayable",
+    "require_steady_weights",
 ]
 
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -75,6 +76,25 @@ def require_differentiable(trainer: Trainer, module: LightningModule, who: str) 
             f"{who} needs the mean gradient over processes, but a ddp_comm_hook puts something else in its place: "
             "leave the hook out."
         )
+
+
+def require_steady_weights(module: LightningModule, who: str) -> None:
+    """Checks that no layer renormalises the weights that are trained whenever it is evaluated.
+
+    Args:
+        module: The module.
+        who: Name of what asks, for the message.
+
+    Raises:
+        MisconfigurationException: One does. Trial losses would move the point at which they are taken.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm and layer.weight.requires_grad:
+            raise MisconfigurationException(
+                f"{who} needs a training_step that leaves the parameters alone that are being trained, but layer "
+                f"{name!r} changes its weight in place (max_norm={layer.max_norm:g}): leave max_norm out, or shorten "
+                "the rows of the weight in on_train_batch_end."
+            )
 
 
 def require_curvature(curvature: str, who: str) -> None:

@@ -27,6 +27,7 @@ from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.gradient_edits import GradientEdits
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
+from lightning_sfn.trainer.own_writes import moves_a_teacher, refusing_writes
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
 from lightning_sfn.trainer.replay import evaluate, processes_of
 from lightning_sfn.trainer.report import say
@@ -222,8 +223,8 @@ class WindowedNewton:
 
     def _loss_and_gradient(self, window: Batches) -> tuple[float, Tensor] | None:
         """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""
-        if not window.even:
-            return None
+        if not window.even or moves_a_teacher(self._module):
+            return None  # each batch has had a teacher of its own, but replays have the present one
         total = sum(window.weights)
         assert window.gradient is not None
         mean = self._mean(range(len(window.steps)), window)
@@ -245,7 +246,8 @@ class WindowedNewton:
         objective = self._objective(window, everything)
         self.last_curvature = objective if len(curvature) == len(everything) else self._objective(window, curvature)
         # Trial losses are replays: a loss that training rounded in another way is none that they are compared with.
-        rounded = loss_and_gradient is not None and rounds_otherwise(self._trainer, self._module)
+        recorded = known is not None and not self._replays_all
+        rounded = recorded and rounds_otherwise(self._trainer, self._module)
         on_all = len(trial) == len(everything) and not rounded
         trial_objective = objective if on_all else self._objective(window, trial)
         self.steps_taken += 1
@@ -280,7 +282,7 @@ class WindowedNewton:
                 trial=trial,
                 loss_and_gradient=known,
                 # Other windows hold other cases or other random numbers: there the losses tell.
-                same_function=True if self._held is not None else None,
+                same_function=True if self._held is not None and not moves_a_teacher(self._module) else None,
             )
 
         try:
@@ -295,7 +297,7 @@ class WindowedNewton:
 
     def _confirmed(self, known: tuple[float, Tensor] | None, objective: Objective) -> tuple[float, Tensor] | None:
         """Loss and gradient as recorded, if a replay of the window gives the same loss; none from then on if not."""
-        if known is None or self._replays_all or is_mixed(self._trainer):
+        if known is None or self._replays_all or rounds_otherwise(self._trainer, self._module):
             return known
         recorded, again = known[0], objective.value()
         if math.isfinite(again) and abs(again - recorded) > _ROUNDING * max(abs(recorded), abs(again)):
@@ -395,7 +397,8 @@ class WindowedNewton:
             with self.session() as isolation:
                 isolation.rewind()
                 step.random_state.restore()
-                result = evaluate(self._module, step, with_output=with_output)
+                with refusing_writes(self._module, self._parameters().tensors):
+                    result = evaluate(self._module, step, with_output=with_output)
                 return result + self._penalty() if self._decay else result
 
         return closure

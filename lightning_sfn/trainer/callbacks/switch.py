@@ -25,7 +25,13 @@ from lightning_sfn.trainer.rehearsal import Rehearsal
 from lightning_sfn.trainer.report import SwitchReport, say
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
 from lightning_sfn.trainer.step_log import StepLog, log_metrics
-from lightning_sfn.trainer.support import is_dry_run, require_metrics, require_one_optimizer, require_replayable
+from lightning_sfn.trainer.support import (
+    is_dry_run,
+    require_metrics,
+    require_one_optimizer,
+    require_replayable,
+    require_steady_weights,
+)
 from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
@@ -205,6 +211,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             self._reset()
             self._trainer = trainer
             require_replayable(trainer, pl_module, type(self).__name__)
+            require_steady_weights(pl_module, type(self).__name__)
             _require_one_switch(trainer)
             _stand_behind_early_stopping(trainer, self)
             if not self.rules.forces:
