@@ -125,7 +125,7 @@ def noting_writes(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def refusing_writes(module: LightningModule, parameters: Iterable[Tensor]) -> Iterator[None]:
+def refusing_writes(module: LightningModule, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Checks that an evaluation, in the body, leaves the parameters alone that are being trained.
 
     Args:
@@ -135,10 +135,11 @@ def refusing_writes(module: LightningModule, parameters: Iterable[Tensor]) -> It
     Raises:
         MisconfigurationException: It does not.
     """
-    versions = _Versions(("", p) for p in parameters)
+    before = [_mark(p) for p in parameters]
     yield
-    if versions.changed():
-        changed = {id(p) for p in versions.changed_parameters()}
+    after = [_mark(p) for p in parameters]
+    if after != before:
+        changed = {id(p) for p, then, now in zip(parameters, before, after, strict=True) if now != then}
         raise refusal(module, [name for name, p in module.named_parameters() if id(p) in changed], "A Newton step")
 
 
@@ -218,22 +219,23 @@ class _Versions:
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        self._noted: list[tuple[str, Tensor, int, int]] = []
+        self._noted: list[tuple[str, Tensor, tuple[int, int]]] = []
         self.add(named)
 
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        self._noted += [(name, p, _version(p), p.data_ptr()) for name, p in named]
+        self._noted += [(name, p, _mark(p)) for name, p in named]
 
     def changed_parameters(self) -> list[Tensor]:
-        return [p for _, p, version, place in self._noted if _version(p) != version or p.data_ptr() != place]
+        return [p for _, p, mark in self._noted if _mark(p) != mark]
 
     def changed(self) -> list[str]:
         ids = {id(p) for p in self.changed_parameters()}
-        return [name for name, p, _, _ in self._noted if id(p) in ids]
+        return [name for name, p, _ in self._noted if id(p) in ids]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's values: its version, and where they lie."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

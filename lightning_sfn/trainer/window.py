@@ -251,7 +251,7 @@ class WindowedNewton:
         on_all = len(trial) == len(everything) and not rounded
         trial_objective = objective if on_all else self._objective(window, trial)
         self.steps_taken += 1
-        doubtful = self._last_step is None or not self._last_step[2]
+        doubtful = self._last_step is None
         self._last_step = None
         try:
             with self.session():
@@ -383,21 +383,22 @@ class WindowedNewton:
 
     def _objective(self, window: Batches, indices: Sequence[int]) -> Objective:
         """The mean loss of some of a window's batches, by replay."""
+        parameters = self._parameters().tensors
         return Objective(
-            [self._closure(window.steps[index]) for index in indices],
+            [self._closure(window.steps[index], parameters) for index in indices],
             [window.weights[index] for index in indices],
             self_seeding=True,
             reduce=self._mean(indices, window),
         )
 
-    def _closure(self, step: RecordedStep) -> Callable[[], Any]:
+    def _closure(self, step: RecordedStep, parameters: Sequence[Tensor]) -> Callable[[], Any]:
         with_output = self._optimizer.curvature != "hessian"
 
         def closure() -> Any:
             with self.session() as isolation:
                 isolation.rewind()
                 step.random_state.restore()
-                with refusing_writes(self._module, self._parameters().tensors):
+                with refusing_writes(self._module, parameters):
                     result = evaluate(self._module, step, with_output=with_output)
                 return result + self._penalty() if self._decay else result
 
