@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 __all__ = ["FlatParameters"]
 
@@ -37,6 +38,12 @@ class FlatParameters:
             raise ValueError(
                 f"The parameters were given as a module ({type(parameters).__name__}), but tensors are expected: pass "
                 "its parameters(), as in model.parameters()."
+            )
+        parameters = list(parameters)
+        if any(map(is_lazy, parameters)):
+            raise ValueError(
+                "A parameter is not initialized yet (that of a lazy module), so its size is not known: run the model "
+                "once on a batch before its optimizer is made."
             )
         trained = {id(p): p for p in parameters if p.requires_grad and p.numel() > 0}
         self.tensors: tuple[Tensor, ...] = tuple(trained.values())
@@ -84,6 +91,11 @@ class FlatParameters:
                 "the model to one device, or optimize the parts with one optimizer each."
             )
         dtypes = sorted({str(p.dtype) for p in self.tensors})
+        if any(p.is_complex() for p in self.tensors):
+            raise ValueError(
+                f"A parameter is complex ({', '.join(dtypes)}), but curvature needs float32 or float64: hold real "
+                "parameters, and combine them in the model with torch.view_as_complex."
+            )
         if len(dtypes) > 1:
             raise ValueError(
                 f"The parameters have several dtypes ({', '.join(dtypes)}), but curvature needs one: convert the model "

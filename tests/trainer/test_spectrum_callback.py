@@ -907,11 +907,11 @@ def test_the_look_at_parameters_before_training_copies_none() -> None:
         (lambda module: setattr(module, "far", nn.Linear(1, 1, device="meta")), r"The .* devices \(cpu, meta\), "),
         (
             lambda module: setattr(module, "wave", nn.Linear(1, 1, dtype=torch.complex64)),
-            r"The .* several dtypes \(torch.complex64, torch.float64\), ",
+            r"A parameter is complex \(torch.complex64, torch.float64\), ",
         ),
         (
             lambda module: setattr(module, "net", nn.Linear(1, 1, dtype=torch.complex64)),
-            "The parameters have dtype torch.complex64, ",
+            r"A parameter is complex \(torch.complex64\), ",
         ),
         *(
             (
@@ -927,6 +927,14 @@ def test_parameters_without_curvature_are_refused_before_training(change: Any, m
     change(module)
     with pytest.raises(MisconfigurationException, match=f"^HessianSpectrum: {message}"):
         started(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ll]azy.*", "ignore:The total number of parameters")
+def test_layers_that_the_first_batch_initializes_have_a_spectrum() -> None:
+    module, callback = Fitting(), HessianSpectrum(krylov_dim=4, log=False)
+    module.net = nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.LazyLinear(1))
+    make_trainer(1, callbacks=[callback]).fit(module, regression_loader())
+    assert len(callback.history) == 1
 
 
 def test_hessian_and_gauss_newton_side_by_side() -> None:

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
@@ -155,7 +156,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses parameters whose curvature cannot be taken, before anything is spent."""
         try:
-            FlatParameters(widened_stand_ins(pl_module))  # the dtypes of training do not matter here
+            if not any(map(is_lazy, pl_module.parameters())):  # the first batch initializes those
+                FlatParameters(widened_stand_ins(pl_module))  # the dtypes of training do not matter here
         except ValueError as error:
             raise MisconfigurationException(f"HessianSpectrum: {error}") from error
         for name, patterns in self.groups.items():
