@@ -347,7 +347,10 @@ _PROBES = (
     'python benchmarks/race.py --name race_probes --seeds 2 --methods factors default "factors turns" turns --tasks '
     '"lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
 )
-_SLOWER = "python benchmarks/race.py --name race_slower --seeds 4"
+_SLOWER = (
+    'python benchmarks/race.py --name race_slower --seeds 4 --tasks "mnist last mile" "cifar last mile" '
+    '"wide last mile" "ptb tanh" "shakespeare tanh" "shakespeare gru" convolutional transformer'
+)
 
 TABLES: dict[str, Callable[[], str]] = {
     "escape": escape,
