@@ -102,7 +102,8 @@ def default(problem: Problem) -> Iterator[None]:
 
 def factors(problem: Problem) -> Iterator[None]:
     """The same without probes."""
-    coordinates = AutoPreconditioner(KroneckerFactors(min_rows=1.0, min_coverage=0.5, probes=0))
+    coordinates = AutoPreconditioner()
+    coordinates.factors.probes = 0
     yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters(), preconditioner=coordinates))
 
 

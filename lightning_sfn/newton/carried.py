@@ -116,7 +116,7 @@ def moved_to(device: torch.device, dtype: torch.dtype, value: Any) -> Any:
         value: What holds the tensors.
 
     Returns:
-        The same with the tensors on the device.
+        The same with the tensors on the device, in the dtype.
     """
     if isinstance(value, Tensor):
         return value.to(device, dtype)

@@ -19,7 +19,7 @@ class FlatParameters:
     goes through ``copy_``, so memory layout, aliasing and autograd identity of the parameters stay as they are.
 
     Args:
-        parameters: The parameters, as ``module.parameters()`` gives them.
+        parameters: The parameters, as ``module.parameters()`` or ``module.named_parameters()`` gives them.
 
     Raises:
         ValueError: There is nothing to train, or the parameters are not dense tensors of one real dtype (float32 or
@@ -32,20 +32,20 @@ class FlatParameters:
         9
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """See the class."""
         if isinstance(parameters, torch.nn.Module):
             raise ValueError(
                 f"The parameters were given as a module ({type(parameters).__name__}), but tensors are expected: pass "
                 "its parameters(), as in model.parameters()."
             )
-        parameters = list(parameters)
-        if any(map(is_lazy, parameters)):
+        tensors = [p[1] if isinstance(p, tuple) else p for p in parameters]
+        if any(map(is_lazy, tensors)):
             raise ValueError(
                 "A parameter is not initialized yet (that of a lazy module), so its size is not known: run the model "
                 "once on a batch before its optimizer is made."
             )
-        trained = {id(p): p for p in parameters if p.requires_grad and p.numel() > 0}
+        trained = {id(p): p for p in tensors if p.requires_grad and p.numel() > 0}
         self.tensors: tuple[Tensor, ...] = tuple(trained.values())
         if not self.tensors:
             raise ValueError(

@@ -276,11 +276,7 @@ def hessian_spectrum(
         >>> hessian_spectrum(lambda: 5 * x[0] ** 2 - x[1] ** 2, [x], krylov_dim=2).eigenvalues.round(decimals=4)
         tensor([-2., 10.], dtype=torch.float64)
     """
-    # A module is no list of parameters, and is refused as one.
-    given: Any = (
-        params if isinstance(params, torch.nn.Module) else [p[1] if isinstance(p, tuple) else p for p in params]
-    )
-    parameters = FlatParameters(given)
+    parameters = FlatParameters(params)
     krylov_dim = min(_DEFAULT_KRYLOV_DIM, parameters.size) if krylov_dim is None else krylov_dim
     if not 1 <= krylov_dim <= parameters.size:
         raise ValueError(

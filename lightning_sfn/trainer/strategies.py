@@ -72,8 +72,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         else:
             newton = make_newton(self._make_optimizer, base, who)
             self._rates = OwnRates(newton, who)
-            if any(resting_groups(base)):
-                resting = sum(resting_groups(base))
+            if resting := sum(resting_groups(base)):
                 rank_zero_info(f"{who}: {resting} parameter group(s) with learning rate 0 stay as they are.")
             if self.lr_scheduler_configs:
                 rank_zero_info(f"{who}: {len(self.lr_scheduler_configs)} learning rate scheduler(s) rest.")

@@ -223,8 +223,8 @@ class WindowedNewton:
 
     def _loss_and_gradient(self, window: Batches) -> tuple[float, Tensor] | None:
         """Mean loss and gradient of a window over all processes, weight decay included, where Lightning gave them."""
-        if not window.even or moves_a_teacher(self._module):
-            return None  # each batch has had a teacher of its own, but replays have the present one
+        if not window.even or self._replays_all or moves_a_teacher(self._module):
+            return None  # each batch has had a state or a teacher of its own, but replays have the present one
         total = sum(window.weights)
         assert window.gradient is not None
         mean = self._mean(range(len(window.steps)), window)
@@ -240,14 +240,13 @@ class WindowedNewton:
 
     def _newton_step(self, window: Batches, known: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
-        self._adapt(known[0] if known is not None and not self._replays_all else None)
+        self._adapt(None if known is None else known[0])
         generator = torch.Generator().manual_seed(self.steps_taken)
         curvature, trial = self._budgets.choose(len(everything), self.growth, generator)
         objective = self._objective(window, everything)
         self.last_curvature = objective if len(curvature) == len(everything) else self._objective(window, curvature)
         # Trial losses are replays: a loss that training rounded in another way is none that they are compared with.
-        recorded = known is not None and not self._replays_all
-        rounded = recorded and rounds_otherwise(self._trainer, self._module)
+        rounded = known is not None and rounds_otherwise(self._trainer, self._module)
         on_all = len(trial) == len(everything) and not rounded
         trial_objective = objective if on_all else self._objective(window, trial)
         self.steps_taken += 1
@@ -258,7 +257,7 @@ class WindowedNewton:
                 if doubtful:
                     known = self._confirmed(known, objective)
                 self._before_step()
-                record, known = self._step_on(objective, trial_objective, None if self._replays_all else known)
+                record, known = self._step_on(objective, trial_objective, known)
         except Exception as error:
             if self._on_failure is None or not _is_survivable(error, self._trainer):
                 raise
@@ -297,7 +296,7 @@ class WindowedNewton:
 
     def _confirmed(self, known: tuple[float, Tensor] | None, objective: Objective) -> tuple[float, Tensor] | None:
         """Loss and gradient as recorded, if a replay of the window gives the same loss; none from then on if not."""
-        if known is None or self._replays_all or rounds_otherwise(self._trainer, self._module):
+        if known is None or rounds_otherwise(self._trainer, self._module):
             return known
         recorded, again = known[0], objective.value()
         if math.isfinite(again) and abs(again - recorded) > _ROUNDING * max(abs(recorded), abs(again)):

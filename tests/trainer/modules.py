@@ -94,6 +94,17 @@ class Fitting(LightningModule):
         return self.make_optimizer(self.parameters())
 
 
+class Backboned(Fitting):
+    """The first layer is a backbone, which a finetuning callback freezes and frees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.net[0]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.05)
+
+
 class Scripted(Fitting):
     """Logs the values of a script as ``metric``, one for each epoch."""
 

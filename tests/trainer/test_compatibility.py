@@ -34,7 +34,17 @@ from torchmetrics import MeanAbsoluteError
 from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.newton.step import StepRecord
 
-from .modules import Fitting, MemoryLogger, flat, make_trainer, regression_data, regression_loader, sgd, small_net
+from .modules import (
+    Backboned,
+    Fitting,
+    MemoryLogger,
+    flat,
+    make_trainer,
+    regression_data,
+    regression_loader,
+    sgd,
+    small_net,
+)
 
 SWITCH, EPOCHS = 2, 5
 
@@ -411,13 +421,8 @@ def test_schedulers(name: str, rule: Any) -> None:
 # ------------------------------------------------------------------------------------------------ other callbacks
 
 
-class Backboned(Validated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = self.net[0]
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.05)
+class ValidatedBackbone(Backboned, Validated):
+    pass
 
 
 CALLBACKS: dict[str, tuple[Callable[[], Callback], dict[str, Any]]] = {
@@ -461,7 +466,7 @@ def test_beside_other_callbacks(name: str) -> None:
 def test_beside_backbone_finetuning() -> None:
     """It frees the backbone while SFN trains, and adds it to the optimizer in use."""
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=3, lambda_func=lambda epoch: 1.0, initial_denom_lr=1.0)
-    module = Backboned()
+    module = ValidatedBackbone()
     before = module.backbone.weight.clone()
     run(module, None, finetuning)
     assert not torch.equal(module.backbone.weight, before)

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import (
 
 from lightning_sfn import SaddleFreeNewton, SFNStrategy, SwitchToSFN
 
-from .modules import Fitting, MemoryLogger, flat, make_trainer, regression_loader
+from .modules import Backboned, Fitting, MemoryLogger, flat, make_trainer, regression_loader
 
 IGNORED = "ignores the learning rate .* that a callback or hook wrote into the optimizer"
 
@@ -108,15 +108,6 @@ def test_rates_of_weight_averaging_do_not_reach_newton_steps() -> None:
             epochs=6,
         )
     assert rates == [[1.0]] * 5
-
-
-class Backboned(Fitting):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = self.net[0]
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.05)
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
