@@ -57,8 +57,10 @@ class KroneckerFactors(Preconditioner):
         model: Gives the parameters' names for `unfactored`; not needed otherwise.
         targets: ``"sampled"``, or ``"given"`` for gradients of the loss as it is in any case.
         refresh_every: Steps between estimates.
-        average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1.
-        damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
+        average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1. The first
+            estimates count alike, until a new one has the weight that is left.
+        damping: Damping of the factors, relative to the largest product of mean diagonals of a layer. While fewer
+            estimates are in the average, it is larger as their noise is: by the root of how many times fewer.
         max_width: Factors wider than this are diagonal, as eigenvectors cost the cube of the width.
         max_memory: Bytes for factors, eigenvectors and scales; the layers that need most give way. No limit by default.
         min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
@@ -90,7 +92,7 @@ class KroneckerFactors(Preconditioner):
         *,
         targets: Targets = "sampled",
         refresh_every: int = 3,
-        average: float = 0.8,
+        average: float = 0.85,
         damping: float = 1e-4,
         max_width: int = 1536,
         max_memory: int | None = None,
@@ -125,6 +127,7 @@ class KroneckerFactors(Preconditioner):
     def reset(self) -> None:
         """Forgets the factors."""
         self._blocks: list[Block] = []
+        self._looks = 0  # estimates in the average
         self._excess: list[Excess] = []
         self._roots: list[BlockRoot] = []
         self._allowed: list[float] = []  # largest change of outputs for each layer with two factors
@@ -218,10 +221,13 @@ class KroneckerFactors(Preconditioner):
         """The moving average of the factors, where they are about the same uses of the weights as before."""
         layouts = ([(b.signature, b.inputs.shape, b.outputs.shape) for b in each] for each in (blocks, self._blocks))
         if len({tuple(layout) for layout in layouts}) > 1:
+            self._looks = 1
             return blocks
+        self._looks += 1
+        weight = min(self.average, 1 - 1 / self._looks)
         for block, before in zip(blocks, self._blocks, strict=True):
-            block.inputs.lerp_(before.inputs, self.average)
-            block.outputs.lerp_(before.outputs, self.average)
+            block.inputs.lerp_(before.inputs, weight)
+            block.outputs.lerp_(before.outputs, weight)
         return blocks
 
     def _allowed_shifts(self, parameters: FlatParameters) -> list[float]:
@@ -237,7 +243,8 @@ class KroneckerFactors(Preconditioner):
         Returns:
             The roots of the factors alone.
         """
-        damping = self.damping * max(block.magnitude for block in blocks)
+        missing = max(1.0, 1 / (1 - self.average) / self._looks)  # how many times fewer looks than the average can hold
+        damping = self.damping * math.sqrt(missing) * max(block.magnitude for block in blocks)
         alone = [block.root(damping) for block in blocks]
         if [excess.shape for excess in self._excess] != [root.scale.shape for root in alone]:
             self._excess = []
@@ -322,7 +329,7 @@ class KroneckerFactors(Preconditioner):
         shapes = [list(shape) for shape in self._shapes]
         own = {"blocks": blocks, "shapes": shapes, "limits": list(self._allowed), "caution": self._caution}
         own["excess"] = [(excess.rows.clone(), excess.columns.clone()) for excess in self._excess]
-        return own | {"age": self._age, "unfactored": list(self.unfactored)}
+        return own | {"age": self._age, "looks": self._looks, "unfactored": list(self.unfactored)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over factors."""
@@ -331,6 +338,7 @@ class KroneckerFactors(Preconditioner):
         if "blocks" not in state:
             return
         self._shapes = [torch.Size(shape) for shape in state["shapes"]]
+        self._looks = state["looks"]
         blocks = []
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))
