@@ -18,7 +18,7 @@ from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.recording import RecordedStep, own_containers
 from lightning_sfn.trainer.step_log import log_step
-from lightning_sfn.trainer.support import require_differentiable
+from lightning_sfn.trainer.support import require_differentiable, require_steady_weights
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SaddleFreeNewtonMixin"]
@@ -225,6 +225,7 @@ class SaddleFreeNewtonMixin(LightningModule):
                 + ("rename its training_step, which takes the place of the mixin's." if replaced else "define it.")
             )
         require_differentiable(trainer, self, who)
+        require_steady_weights(self, who)
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"{who} steps without backward(), so there is nothing for the gradient scaler of precision='16-mixed' "

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sfn import HessianSpectrum
+from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SaddleFreeNewtonMixin
 from lightning_sfn.trainer.isolation import Isolation, isolated
 from lightning_sfn.trainer.own_writes import ParameterCopies, noting_writes
 
@@ -211,6 +211,16 @@ class Renormalising(Fitting):
         super().__init__(nn.Sequential(nn.Embedding(6, 3, max_norm=0.3), nn.Flatten(), nn.Linear(6, 1)))
 
 
+class RenormalisingNewton(SaddleFreeNewtonMixin, Renormalising):
+    """The same with manual optimization."""
+
+    def objective(self, batch: Any) -> Tensor:
+        return F.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return SaddleFreeNewton(self.parameters())
+
+
 def tokens() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randint(0, 6, (16, 2), generator=generator), torch.randn(16, 1, generator=generator))
@@ -249,13 +259,16 @@ def test_a_step_that_normalises_a_trained_weight_is_refused(switched: bool) -> N
     assert trainer.current_epoch == 2 * switched
 
 
-@pytest.mark.parametrize("strategy", ["auto", "sfn"])
-def test_a_layer_with_max_norm_is_refused_before_training(strategy: str) -> None:
-    callbacks = [forced()] if strategy == "auto" else []
-    trainer = make_trainer(1, callbacks=callbacks, strategy=strategy)
+@pytest.mark.parametrize(
+    ("make", "callback", "strategy"),
+    [(Renormalising, True, "auto"), (Renormalising, False, "sfn"), (RenormalisingNewton, False, "auto")],
+    ids=["callback", "strategy", "mixin"],
+)
+def test_a_layer_with_max_norm_is_refused_before_training(make: Any, callback: bool, strategy: str) -> None:
+    trainer = make_trainer(1, callbacks=[forced()] if callback else [], strategy=strategy)
     sentence = r"needs a training_step .*, but layer 'net.0' changes its weight in place \(max_norm=0.3\): leave"
     with pytest.raises(MisconfigurationException, match=sentence):
-        trainer.fit(Renormalising(), tokens())
+        trainer.fit(make(), tokens())
     assert trainer.global_step == 0
 
 
