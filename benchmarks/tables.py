@@ -252,9 +252,9 @@ def _raced(runs: list[dict[str, Any]], task: str) -> str:
     return ", ".join(sorted({f"{run['date']} on {_processor(run)}" for run in runs if run["task"] == task}))
 
 
-def targets(*, tuning: bool) -> str:
+def targets(*, tuning: bool | None, name: str = "race") -> str:
     """The recipe against the targets, where all that they speak of has run."""
-    rows, _ = _standings(tuning=tuning)
+    rows, _ = _standings(tuning=tuning, name=name)
     table = []
     for row in rows:
         if not {_OURS, "kfac", *FIRST_ORDER} <= row.losses.keys():
@@ -348,8 +348,8 @@ _PROBES = (
     '"lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
 )
 _SLOWER = (
-    'python benchmarks/race.py --name race_slower --seeds 4 --tasks "mnist last mile" "cifar last mile" '
-    '"wide last mile" "ptb tanh" "shakespeare tanh" "shakespeare gru" convolutional transformer'
+    "python benchmarks/race.py --name race_slower --seeds 4 --methods sgd adam lbfgs hessian_free kfac default recipe "
+    "turns"
 )
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -367,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "race_probes": partial(race, tuning=None, name="race_probes", command=_PROBES),
     "targets_tuning": partial(targets, tuning=True),
     "targets_held_out": partial(targets, tuning=False),
+    "targets_slower": partial(targets, tuning=None, name="race_slower"),
     "searched": searched,
     "peers": peers,
     "peer_spectra": peer_spectra,

@@ -10,6 +10,7 @@ from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker import KroneckerFactors
 from lightning_sfn.newton.kronecker_estimate import FactorsError, NoRoomForFactors
+from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.preconditioner import DiagonalPreconditioner, IdentityPreconditioner, Preconditioner
 
 __all__ = ["AutoPreconditioner", "make_preconditioner"]
@@ -44,20 +45,27 @@ class AutoPreconditioner(Preconditioner):
         """The name of the coordinates that are in use."""
         return self.in_use.name
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def refresh(
+        self,
+        operator: CurvatureOperator,
+        generator: torch.Generator,
+        bent: bool = True,
+        whole: Objective | None = None,
+    ) -> None:
         """Estimates the factors anew, every few steps; where there are none, equilibrates.
 
         Args:
             operator: The curvature of the coming step.
             generator: Source of random probes and of sampled targets.
             bent: Whether the last subspace showed much negative curvature.
+            whole: What is minimized, where the operator sees a part of it.
 
         Raises:
             ProcessError: Another process failed.
         """
         if self._has_room:
             try:
-                self.factors.renew(operator, generator, bent)
+                self.factors.renew(operator, generator, bent, whole)
             except NoRoomForFactors as error:
                 self.factors.reset()
                 self._has_room = False
@@ -65,7 +73,7 @@ class AutoPreconditioner(Preconditioner):
             except FactorsError:
                 pass  # those of an earlier step stay in use, or the diagonal is
         if self.in_use is self.diagonal:
-            self.diagonal.refresh(operator, generator, bent)
+            self.diagonal.refresh(operator, generator, bent, whole)
 
     def reset(self) -> None:
         """Forgets everything: the parameters are others now."""

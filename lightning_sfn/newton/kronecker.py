@@ -4,6 +4,7 @@ The map is ``D = (A x S + damping)^(-1/2)`` for each layer (see `kronecker_block
 far as the factors tell, and a few Krylov vectors are left with what they do not tell: negative curvature above all.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.kronecker_blocks import Block, BlockRoot
 from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits, Targets, estimated
 from lightning_sfn.newton.kronecker_excess import Excess
+from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.options import require_at_least, require_whole
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -28,7 +30,7 @@ _RELATIVE_SHIFT = 0.1  # the same, relative to the outputs: for layers that are 
 
 
 class KroneckerFactors(Preconditioner):
-    """Kronecker-factored coordinates (after Martens and Grosse 2015), from the data that products see.
+    """Kronecker-factored coordinates (after Martens and Grosse 2015): all data tell them first, then what products see.
 
     Linear maps, convolutions (one and two spatial dimensions, ungrouped), the recurrent layers ``nn.RNN``, ``nn.LSTM``
     and ``nn.GRU``, and ``nn.MultiheadAttention`` have two factors; embeddings have a diagonal for their rows; layer,
@@ -57,10 +59,8 @@ class KroneckerFactors(Preconditioner):
         model: Gives the parameters' names for `unfactored`; not needed otherwise.
         targets: ``"sampled"``, or ``"given"`` for gradients of the loss as it is in any case.
         refresh_every: Steps between estimates.
-        average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1. The first
-            estimates count alike, until a new one has the weight that is left.
-        damping: Damping of the factors, relative to the largest product of mean diagonals of a layer. While fewer
-            estimates are in the average, it is larger as their noise is: by the root of how many times fewer.
+        average: Weight of what was known before in each new estimate, from 0 (forget) to less than 1.
+        damping: Damping of the factors, relative to the largest product of mean diagonals of a layer.
         max_width: Factors wider than this are diagonal, as eigenvectors cost the cube of the width.
         max_memory: Bytes for factors, eigenvectors and scales; the layers that need most give way. No limit by default.
         min_rows: Factors are diagonal too where they are estimated from fewer rows of data than this for each unit of
@@ -92,7 +92,7 @@ class KroneckerFactors(Preconditioner):
         *,
         targets: Targets = "sampled",
         refresh_every: int = 3,
-        average: float = 0.85,
+        average: float = 0.8,
         damping: float = 1e-4,
         max_width: int = 1536,
         max_memory: int | None = None,
@@ -127,7 +127,6 @@ class KroneckerFactors(Preconditioner):
     def reset(self) -> None:
         """Forgets the factors."""
         self._blocks: list[Block] = []
-        self._looks = 0  # estimates in the average
         self._excess: list[Excess] = []
         self._roots: list[BlockRoot] = []
         self._allowed: list[float] = []  # largest change of outputs for each layer with two factors
@@ -163,29 +162,43 @@ class KroneckerFactors(Preconditioner):
 
     # ------------------------------------------------------------------------------------------------ estimation
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def refresh(
+        self,
+        operator: CurvatureOperator,
+        generator: torch.Generator,
+        bent: bool = True,
+        whole: Objective | None = None,
+    ) -> None:
         """Estimates the factors anew, every few steps; warns where they cannot be had.
 
         Args:
             operator: The curvature of the coming step; the factors see its objective.
             generator: Source of the sampled targets and of probes.
             bent: Whether the last subspace showed much negative curvature.
+            whole: What is minimized, where the operator sees a part of it: a first estimate sees it all.
 
         Raises:
             ProcessError: Another process failed.
         """
         try:
-            self.renew(operator, generator, bent)
+            self.renew(operator, generator, bent, whole)
         except FactorsError as error:
             warnings.warn(f"{error}: those of an earlier step, if any, stay in use.", stacklevel=3)
 
-    def renew(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def renew(
+        self,
+        operator: CurvatureOperator,
+        generator: torch.Generator,
+        bent: bool = True,
+        whole: Objective | None = None,
+    ) -> None:
         """Estimates the factors anew, every few steps.
 
         Args:
             operator: The curvature of the coming step; the factors see its objective.
             generator: Source of the sampled targets and of probes.
             bent: Whether the last subspace showed much negative curvature.
+            whole: What is minimized, where the operator sees a part of it: a first estimate sees it all.
 
         Raises:
             FactorsError: They cannot be had, on all processes alike; those of an earlier step, if any, stay.
@@ -197,12 +210,11 @@ class KroneckerFactors(Preconditioner):
         parameters = operator.parameters
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self._age = 1
-        blocks = estimated(operator.objective, parameters, seed, self.targets, self.limits)
-        magnitudes = [block.magnitude for block in blocks]
-        if not all(map(math.isfinite, magnitudes)) or max(magnitudes) == 0:
-            raise FactorsError("Kronecker factors are zero or not finite at the present parameters")
-        if _coverage(blocks, parameters.shapes) < self.min_coverage:
-            raise FactorsError("Too few of the parameters belong to layers that have Kronecker factors")
+        blocks = self._estimated(operator.objective, parameters, seed)
+        if not self._blocks and whole is not None and whole is not operator.objective:
+            # One look at a part has eigenvalues far below the true ones: just along these momentum goes astray.
+            with contextlib.suppress(FactorsError):  # for want of memory: then the part must do
+                blocks = self._estimated(whole, parameters, seed)
         self._shapes = list(parameters.shapes)
         if not bent:
             self._excess = []  # it would stay as it was then: along the valley factors know better
@@ -217,17 +229,24 @@ class KroneckerFactors(Preconditioner):
             if block.signature[0] == "number"
         )
 
+    def _estimated(self, objective: Objective, parameters: FlatParameters, seed: int) -> list[Block]:
+        """A single estimate, if it is one to build on."""
+        blocks = estimated(objective, parameters, seed, self.targets, self.limits)
+        magnitudes = [block.magnitude for block in blocks]
+        if not all(map(math.isfinite, magnitudes)) or max(magnitudes) == 0:
+            raise FactorsError("Kronecker factors are zero or not finite at the present parameters")
+        if _coverage(blocks, parameters.shapes) < self.min_coverage:
+            raise FactorsError("Too few of the parameters belong to layers that have Kronecker factors")
+        return blocks
+
     def _averaged(self, blocks: list[Block]) -> list[Block]:
         """The moving average of the factors, where they are about the same uses of the weights as before."""
         layouts = ([(b.signature, b.inputs.shape, b.outputs.shape) for b in each] for each in (blocks, self._blocks))
         if len({tuple(layout) for layout in layouts}) > 1:
-            self._looks = 1
             return blocks
-        self._looks += 1
-        weight = min(self.average, 1 - 1 / self._looks)
         for block, before in zip(blocks, self._blocks, strict=True):
-            block.inputs.lerp_(before.inputs, weight)
-            block.outputs.lerp_(before.outputs, weight)
+            block.inputs.lerp_(before.inputs, self.average)
+            block.outputs.lerp_(before.outputs, self.average)
         return blocks
 
     def _allowed_shifts(self, parameters: FlatParameters) -> list[float]:
@@ -243,8 +262,7 @@ class KroneckerFactors(Preconditioner):
         Returns:
             The roots of the factors alone.
         """
-        missing = max(1.0, 1 / (1 - self.average) / self._looks)  # how many times fewer looks than the average can hold
-        damping = self.damping * math.sqrt(missing) * max(block.magnitude for block in blocks)
+        damping = self.damping * max(block.magnitude for block in blocks)
         alone = [block.root(damping) for block in blocks]
         if [excess.shape for excess in self._excess] != [root.scale.shape for root in alone]:
             self._excess = []
@@ -329,7 +347,7 @@ class KroneckerFactors(Preconditioner):
         shapes = [list(shape) for shape in self._shapes]
         own = {"blocks": blocks, "shapes": shapes, "limits": list(self._allowed), "caution": self._caution}
         own["excess"] = [(excess.rows.clone(), excess.columns.clone()) for excess in self._excess]
-        return own | {"age": self._age, "looks": self._looks, "unfactored": list(self.unfactored)}
+        return own | {"age": self._age, "unfactored": list(self.unfactored)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over factors."""
@@ -338,7 +356,6 @@ class KroneckerFactors(Preconditioner):
         if "blocks" not in state:
             return
         self._shapes = [torch.Size(shape) for shape in state["shapes"]]
-        self._looks = state["looks"]
         blocks = []
         for (kind, weight, bias), inputs, outputs in state["blocks"]:
             blocks.append(Block((kind, weight, bias), inputs.clone(), outputs.clone()))

@@ -132,7 +132,7 @@ class Glide:
             loss, gradient = losses.at(parameters, operator)
             carried.complete_secant(loss, gradient, losses.same_function, store)
             if self.steps == 0:
-                descent.preconditioner.refresh(operator, descent.generator, carried.bent)
+                descent.preconditioner.refresh(operator, descent.generator, carried.bent, losses.objective)
         finally:
             operator.close()
         origin = parameters.read()

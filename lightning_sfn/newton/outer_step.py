@@ -103,7 +103,12 @@ class Descent:
         return self.krylov_dim or min(self.preconditioner.default_krylov_dim(carried.bent), size)
 
     def model(
-        self, operator: CurvatureOperator, gradient: Tensor, carried: Carried, store: BasisStore
+        self,
+        operator: CurvatureOperator,
+        gradient: Tensor,
+        carried: Carried,
+        store: BasisStore,
+        whole: Objective | None = None,
     ) -> SubspaceModel:
         """The quadratic model in the subspace of one outer step.
 
@@ -112,6 +117,7 @@ class Descent:
             gradient: The gradient there, shape ``(n,)``.
             carried: Remembered steps and the last escape direction.
             store: How the basis is kept.
+            whole: What is minimized, where the operator sees a part of it.
 
         Returns:
             The model.
@@ -119,7 +125,7 @@ class Descent:
         Raises:
             FloatingPointError: A product is not finite.
         """
-        self.preconditioner.refresh(operator, self.generator, carried.bent)
+        self.preconditioner.refresh(operator, self.generator, carried.bent, whole)
         seed = None
         if self.exploration != 0.0:
             seed = self.exploration * carried.start_seed(gradient, self.preconditioner, self.generator)
@@ -245,7 +251,7 @@ def take_outer_step(
             losses.trial.require_repeatable(around.offset)
             carried.checked = True
         carried.complete_secant(loss, gradient, losses.same_function, store)
-        model = descent.model(operator, gradient, carried, store)
+        model = descent.model(operator, gradient, carried, store, losses.objective)
     finally:
         operator.close()
     space = model.space

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.objective import Objective
 
 __all__ = ["DiagonalPreconditioner", "IdentityPreconditioner", "Preconditioner"]
 
@@ -25,13 +26,20 @@ class Preconditioner(ABC):
         """What a record of a step calls these coordinates."""
         return type(self).__name__
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:  # noqa: B027
+    def refresh(  # noqa: B027
+        self,
+        operator: CurvatureOperator,
+        generator: torch.Generator,
+        bent: bool = True,
+        whole: Objective | None = None,
+    ) -> None:
         """Brings the map up to date before a step.
 
         Args:
             operator: The curvature of the coming step.
             generator: Source of random probes, on the parameters' device.
             bent: As in `default_krylov_dim`; true before the first subspace.
+            whole: What is minimized, where the operator sees a part of it.
         """
 
     def reset(self) -> None:  # noqa: B027
@@ -166,7 +174,13 @@ class DiagonalPreconditioner(Preconditioner):
         """``diagonal``."""
         return "diagonal"
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def refresh(
+        self,
+        operator: CurvatureOperator,
+        generator: torch.Generator,
+        bent: bool = True,
+        whole: Objective | None = None,
+    ) -> None:
         """Draws one probe and averages it in."""
         parameters = operator.parameters
         if self._mean is None or self._mean.numel() != parameters.size:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sfn import SaddleFreeNewton
-from lightning_sfn.newton import HessianOperator, KroneckerFactors, Objective
+from lightning_sfn.newton import AutoPreconditioner, HessianOperator, KroneckerFactors, Objective
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.kronecker_blocks import Block
 from lightning_sfn.newton.kronecker_estimate import FactorsError, Limits
@@ -51,7 +51,7 @@ def fitting(*layers: nn.Module, inputs: Tensor, outputs: int) -> tuple[nn.Module
 def test_the_map_is_the_inverse_square_root_of_the_damped_kronecker_product() -> None:
     x = torch.randn(50, 3, dtype=D)
     model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
-    factors = refreshed(model, loss, damping=0.01, average=0)
+    factors = refreshed(model, loss, damping=0.01)
     (block,) = factors._blocks
     joined = torch.cat([x, torch.ones(50, 1, dtype=D)], 1)
     torch.testing.assert_close(block.inputs, joined.T @ joined / 50)
@@ -324,27 +324,56 @@ def test_estimates_are_averaged_with_those_before() -> None:
     torch.testing.assert_close(block.outputs, 0.25 * single[0].outputs + 0.75 * single[1].outputs)
 
 
-def test_first_estimates_count_alike_and_the_damping_falls_with_their_noise() -> None:
-    x = torch.randn(6, 20, 3, dtype=D)
+def test_a_first_estimate_sees_all_data_and_later_ones_what_products_see() -> None:
+    x = torch.randn(40, 3, dtype=D)
     model = nn.Linear(3, 2, bias=False).double()
-    options: dict[str, Any] = {"refresh_every": 1, "targets": "given", "probes": 0, "damping": 0.01, "average": 0.75}
-    factors, mean = KroneckerFactors(**options), torch.zeros(3, 3, dtype=D)
-    for looks, batch in enumerate(x, 1):
-        operator = HessianOperator(Objective([lambda seen=batch: model(seen).square().mean()]), model.parameters())
-        factors.refresh(operator, torch.Generator().manual_seed(0))
-        mean = mean + (batch.T @ batch / 20 - mean) * max(1 / looks, 0.25)
-        (block,) = factors._blocks
-        torch.testing.assert_close(block.inputs, mean)
+    operator = HessianOperator(Objective([lambda: model(x[:10]).square().mean()]), model.parameters())
+    whole = Objective([lambda: model(x[:25]).square().mean(), lambda: model(x[25:]).square().mean()], [25, 15])
+    factors = KroneckerFactors(refresh_every=1, targets="given", probes=0, average=0.75)
+    factors.refresh(operator, torch.Generator(), False, whole)
+    all_of_them, some = x.T @ x / 40, x[:10].T @ x[:10] / 10
+    torch.testing.assert_close(factors._blocks[0].inputs, all_of_them)
+    factors.refresh(operator, torch.Generator(), False, whole)
+    torch.testing.assert_close(factors._blocks[0].inputs, 0.75 * all_of_them + 0.25 * some)
 
-        size = block.inputs.diagonal().mean() * block.outputs.diagonal().mean()
-        damping = 0.01 * size * max(4 / looks, 1) ** 0.5  # four estimates hold as much as the average ever does
-        damped = torch.kron(block.outputs, block.inputs) + damping * torch.eye(6, dtype=D)
-        torch.testing.assert_close(dense(factors, 6) @ dense(factors, 6), torch.linalg.inv(damped))
+    again = KroneckerFactors(refresh_every=1, targets="given", probes=0, average=0.75)
+    again.load_state_dict(factors.state_dict())
+    for each in (again, factors):
+        each.refresh(operator, torch.Generator(), False, whole)
+    assert torch.equal(dense(again, 6), dense(factors, 6))
+    factors.reset()
+    factors.refresh(operator, torch.Generator(), False, whole)
+    torch.testing.assert_close(factors._blocks[0].inputs, all_of_them)
 
-        twin = KroneckerFactors(**options)
-        twin.load_state_dict(factors.state_dict())
-        assert torch.equal(dense(twin, 6), dense(factors, 6))
-        factors = twin  # a resumed one goes on counting
+
+def test_a_part_must_do_where_all_data_do_not_fit() -> None:
+    x = torch.randn(10, 3, dtype=D)
+    model = nn.Linear(3, 2, bias=False).double()
+
+    def full() -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    operator = HessianOperator(Objective([lambda: model(x).square().mean()]), model.parameters())
+    factors = AutoPreconditioner(KroneckerFactors(targets="given", probes=0))
+    factors.refresh(operator, torch.Generator(), False, Objective([full]))
+    assert factors.in_use is factors.factors
+    torch.testing.assert_close(factors.factors._blocks[0].inputs, x.T @ x / 10)
+
+
+def test_one_closure_is_looked_at_once() -> None:
+    x, seen = torch.randn(10, 3, dtype=D), []
+    model = nn.Linear(3, 2).double()
+
+    def loss() -> Tensor:
+        seen.append(len(x))
+        return model(x).square().mean()
+
+    for whole in (None, Objective([loss])):
+        objective = whole or Objective([loss])
+        operator = HessianOperator(objective, model.parameters(), graph_bytes=0)
+        seen.clear()
+        KroneckerFactors(targets="given", probes=0).refresh(operator, torch.Generator(), False, whole)
+        assert seen == [10]
 
 
 @pytest.mark.parametrize("limits", [Limits(3, None, 0.0), Limits(1, None, 0.0)], ids=["inputs", "both"])
@@ -352,14 +381,13 @@ def test_estimates_of_another_layout_are_not_averaged(limits: Limits) -> None:
     x = torch.randn(20, 3, dtype=D)
     model, loss = fitting(nn.Linear(3, 2), inputs=x, outputs=2)
     operator = HessianOperator(Objective([loss]), model.parameters())
-    factors, alone = (KroneckerFactors(refresh_every=1, targets="given", probes=0) for _ in range(2))
+    factors, alone = (KroneckerFactors(refresh_every=1, targets="given") for _ in range(2))
     factors.refresh(operator, torch.Generator())
     for each in (factors, alone):
         each.limits = limits
         each.refresh(operator, torch.Generator())
     assert torch.equal(factors._blocks[0].inputs, alone._blocks[0].inputs)
     assert torch.equal(factors._blocks[0].outputs, alone._blocks[0].outputs)
-    assert torch.equal(dense(factors, 8), dense(alone, 8))  # the damping is that of a first estimate, too
 
 
 @pytest.mark.parametrize("factor", [0.0, float("nan")])
@@ -712,7 +740,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_options_left_out_and_at_their_bounds() -> None:
     factors = KroneckerFactors()
-    assert (factors.targets, factors.refresh_every, factors.average, factors.damping) == ("sampled", 3, 0.85, 1e-4)
+    assert (factors.targets, factors.refresh_every, factors.average, factors.damping) == ("sampled", 3, 0.8, 1e-4)
     assert (factors.limits, factors.min_coverage, factors.probes) == (Limits(1536, None, 0.0), 0.0, 1)
     least: dict[str, Any] = {"refresh_every": 1, "average": 0, "max_width": 0, "max_memory": 0, "min_rows": 0}
     factors = KroneckerFactors(**least, probes=0, min_coverage=1.0, damping=5.0)

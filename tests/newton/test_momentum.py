@@ -298,17 +298,17 @@ class Doubling(IdentityPreconditioner):
 
     def __init__(self, share: float = 1.0) -> None:
         self.share, self.refreshes, self.asked = share, 0, torch.zeros(0)
-        self.told: list[bool] = []  # whether there was negative curvature
+        self.told: list[Any] = []  # whether there was negative curvature, and what is minimized
 
     @property
     def unfactored(self) -> tuple[str, ...]:
         return ("odd",)
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, *told: Any) -> None:
         assert isinstance(generator, torch.Generator)
         operator.matvec(START)
         self.refreshes += 1
-        self.told.append(bent)
+        self.told.append(told)
 
     def scale(self, vectors: Tensor) -> Tensor:
         return 2 * vectors
@@ -548,7 +548,7 @@ def test_a_refresh_is_told_whether_the_last_subspace_had_negative_curvature(bent
     stage = Stage(under_way(), preconditioner=doubling)
     stage.carried.bent = bent
     stage.step()
-    assert doubling.told == [bent]
+    assert doubling.told == [(bent, stage.losses.objective)]
 
 
 def test_an_error_closes_the_operator_and_moves_nothing() -> None:

@@ -241,7 +241,7 @@ class Uneven(IdentityPreconditioner):
     def unfactored(self) -> tuple[str, ...]:
         return ("odd",)
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, *told: Any) -> None:
         self.refreshed.append((operator, generator))
 
     def scale(self, vectors: Tensor) -> Tensor:
@@ -290,10 +290,10 @@ class Counting(IdentityPreconditioner):
     """Asks for two vectors while there is much negative curvature, else for four; notes what it is told."""
 
     def __init__(self) -> None:
-        self.told: list[bool] = []
+        self.told: list[Any] = []
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
-        self.told.append(bent)
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, *told: Any) -> None:
+        self.told.append(told)
 
     def default_krylov_dim(self, bent: bool) -> int:
         return 2 if bent else 4
@@ -318,10 +318,11 @@ def test_a_subspace_has_as_many_vectors_as_told_or_as_pay(
     assert ours.dimension(carried, size) == expected
     x = leaf().detach()[:size].requires_grad_()
     matrix = MATRIX[:size, :size]
-    record = take(x, same(Objective([quadratic(matrix)(x)])), ours, Search(FixedDamping(1.0), 1), carried)
+    losses = same(Objective([quadratic(matrix)(x)]))
+    record = take(x, losses, ours, Search(FixedDamping(1.0), 1), carried)
     assert record.subspace_dim == (expected or size)
     assert record.coordinates == "identity"
-    assert counting.told == [bent]
+    assert counting.told == [(bent, losses.objective)]
 
 
 def test_where_nothing_shows_the_way_the_generator_does() -> None:

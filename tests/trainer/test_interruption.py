@@ -387,7 +387,7 @@ class Coordinates(IdentityPreconditioner):
     def __init__(self, module: nn.Module, error: Exception | None = None) -> None:
         self.weight, self.error, self.estimates = next(module.parameters()), error, 0
 
-    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+    def refresh(self, operator: CurvatureOperator, generator: torch.Generator, *told: Any) -> None:
         assert self.weight is operator.parameters.tensors[0]
         operator.objective.evaluate(0)
         torch.rand(3)
@@ -422,9 +422,9 @@ def test_the_rehearsal_leaves_coordinates_and_random_numbers_alone() -> None:
     estimates = []
 
     class Noting(Coordinates):
-        def refresh(self, operator: CurvatureOperator, generator: torch.Generator, bent: bool = True) -> None:
+        def refresh(self, operator: CurvatureOperator, generator: torch.Generator, *told: Any) -> None:
             estimates.append(id(self))
-            super().refresh(operator, generator, bent)
+            super().refresh(operator, generator, *told)
 
     results = []
     for rehearsing in (False, True):
