@@ -262,12 +262,13 @@ def test_the_size_of_a_subspace_is_at_most_that_of_the_parameters() -> None:
 
 
 @pytest.mark.parametrize(("told", "bent"), [({}, True), ({"bent": True}, True), ({"bent": False}, False)], ids=str)
-def test_whether_there_is_negative_curvature_is_handed_on_to_either_map(told: dict[str, bool], bent: bool) -> None:
+@pytest.mark.parametrize("whole", [{}, {"whole": Objective([lambda: torch.zeros(())])}], ids=["", "whole"])
+def test_what_is_told_is_handed_on_to_either_map(told: dict[str, Any], whole: dict[str, Any], bent: bool) -> None:
     auto, operator, generator = AutoPreconditioner(), operator_of(Partly(1)), torch.Generator()
     with mock.patch.object(auto.factors, "renew") as renew, mock.patch.object(auto.diagonal, "refresh") as refresh:
-        auto.refresh(operator, generator, **told)
-    renew.assert_called_once_with(operator, generator, bent)
-    refresh.assert_called_once_with(operator, generator, bent)
+        auto.refresh(operator, generator, **told, **whole)
+    renew.assert_called_once_with(operator, generator, bent, whole.get("whole"))
+    refresh.assert_called_once_with(operator, generator, bent, whole.get("whole"))
 
 
 @pytest.mark.parametrize("has_room", [True, False])

@@ -360,7 +360,7 @@ def test_a_part_must_do_where_all_data_do_not_fit() -> None:
     torch.testing.assert_close(factors.factors._blocks[0].inputs, x.T @ x / 10)
 
 
-def test_one_closure_is_looked_at_once() -> None:
+def test_data_that_products_see_whole_are_looked_at_once() -> None:
     x, seen = torch.randn(10, 3, dtype=D), []
     model = nn.Linear(3, 2).double()
 
@@ -368,9 +368,9 @@ def test_one_closure_is_looked_at_once() -> None:
         seen.append(len(x))
         return model(x).square().mean()
 
-    for whole in (None, Objective([loss])):
-        objective = whole or Objective([loss])
-        operator = HessianOperator(objective, model.parameters(), graph_bytes=0)
+    objective = Objective([loss])
+    operator = HessianOperator(objective, model.parameters())
+    for whole in (None, objective):
         seen.clear()
         KroneckerFactors(targets="given", probes=0).refresh(operator, torch.Generator(), False, whole)
         assert seen == [10]
