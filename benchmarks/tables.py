@@ -348,8 +348,9 @@ _PROBES = (
     '"lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
 )
 _SLOWER = (
-    "python benchmarks/race.py --name race_slower --seeds 4 --methods sgd adam lbfgs hessian_free kfac default recipe "
-    "turns"
+    "python benchmarks/race.py --name race_slower --seeds 4 --methods sgd adam lbfgs kfac default recipe turns --tasks "
+    '"mnist escape" "mnist last mile" "ptb tanh" "cifar escape" "wide escape" symmetric "cifar last mile" '
+    '"wide last mile" convolutional transformer "shakespeare tanh" "shakespeare gru"'
 )
 
 TABLES: dict[str, Callable[[], str]] = {
