@@ -211,7 +211,7 @@ class KroneckerFactors(Preconditioner):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self._age = 1
         blocks = self._estimated(operator.objective, parameters, seed)
-        if not self._blocks and whole is not None and whole is not operator.objective:
+        if not self._blocks and whole is not None and _any_sees_a_part(operator.objective, whole):
             # One look at a part has eigenvalues far below the true ones: just along these momentum goes astray.
             with contextlib.suppress(FactorsError):  # for want of memory: then the part must do
                 blocks = self._estimated(whole, parameters, seed)
@@ -368,6 +368,12 @@ class KroneckerFactors(Preconditioner):
 
 def _lessened(roots: list[BlockRoot], excess: list[Excess]) -> list[BlockRoot]:
     return [root.lessened(each.product) for root, each in zip(roots, excess, strict=True)]
+
+
+def _any_sees_a_part(seen: Objective, whole: Objective) -> bool:
+    """Whether products see less than the whole on any process: an estimate needs all of them."""
+    part = seen is not whole
+    return part if seen.processes is None else any(seen.processes.collect(part))
 
 
 def _coverage(blocks: list[Block], shapes: Sequence[torch.Size]) -> float:

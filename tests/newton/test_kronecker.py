@@ -698,6 +698,26 @@ def _shared(size: int) -> tuple[list[Tensor], int]:
     return [block.inputs, block.outputs], int(generator.get_state().sum())
 
 
+def _uneven(seen: tuple[int, int]) -> Tensor:
+    """The first factor where ranks have four rows each, of which products see so many."""
+    rank, mean = dist.get_rank(), ProcessMean(Processes())
+    torch.manual_seed(0)
+    x, model = torch.randn(8, 3, dtype=D), nn.Linear(3, 2, bias=False).double()
+    own = x[4 * rank : 4 * rank + 4]
+    whole, part = (Objective([lambda n=n: model(own[:n]).square().mean()], reduce=mean) for n in (4, seen[rank]))
+    operator = HessianOperator(whole if seen[rank] == 4 else part, model.parameters())
+    factors = KroneckerFactors(targets="given", probes=0)
+    factors.refresh(operator, torch.Generator().manual_seed(0), False, whole)
+    torch.testing.assert_close(factors._blocks[0].inputs, x.T @ x / 8)
+    return factors._blocks[0].inputs
+
+
+@pytest.mark.parametrize("seen", [(4, 2), (2, 4), (2, 2), (4, 4)], ids=str)
+def test_a_first_estimate_needs_all_ranks_where_one_sees_a_part(seen: tuple[int, int]) -> None:
+    first, second = on_ranks(2, _uneven, seen)
+    assert torch.equal(first, second)
+
+
 def test_ranks_share_one_estimate() -> None:
     (first, state), (second, same) = on_ranks(2, _shared, 2)
     alone, _ = _shared(1)
