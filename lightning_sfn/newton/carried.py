@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.confirmation import SAME_LOSS, Unconfirmed
 from lightning_sfn.newton.krylov import KrylovSubspace
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -15,7 +16,6 @@ from lightning_sfn.newton.reductions import norm
 __all__ = ["Carried", "moved_to"]
 
 _BENT = 0.1  # negative curvature, in largest positive ones, from which further Lanczos vectors pay
-_SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Carried:
         escape: The last most negative Ritz vector, in parameter coordinates.
         bent: Whether the last subspace showed much negative curvature.
         expected: The loss after the last step, and how far it may be off.
+        unconfirmed: The last step, if trial data alone have judged it.
         checked: Whether the loss was found to be a fixed function. A new run checks anew.
     """
 
@@ -34,6 +35,7 @@ class Carried:
     escape: Tensor | None = None
     bent: bool = True
     expected: tuple[float, float] | None = None
+    unconfirmed: Unconfirmed | None = None
     checked: bool = False
 
     def start_seed(self, gradient: Tensor, preconditioner: Preconditioner, generator: torch.Generator) -> Tensor:
@@ -65,7 +67,7 @@ class Carried:
         """
         if same_function is None and self.expected is not None:
             after, slack = self.expected
-            same_function = abs(loss - after) <= max(slack, _SAME_LOSS * abs(after))
+            same_function = abs(loss - after) <= max(slack, SAME_LOSS * abs(after))
         if not same_function:
             self.memory.abandon()
         self.memory.complete(store.local(gradient))
@@ -83,7 +85,7 @@ class Carried:
     def forget(self) -> None:
         """Forgets what belongs to other parameters."""
         self.memory.clear()
-        self.escape, self.bent = None, True
+        self.escape, self.bent, self.unconfirmed = None, True, None
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors, lists and numbers."""
@@ -92,6 +94,7 @@ class Carried:
             "escape": self.escape,
             "bent": self.bent,
             "expected": self.expected,
+            "unconfirmed": None if self.unconfirmed is None else self.unconfirmed.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], store: BasisStore) -> None:
@@ -105,6 +108,10 @@ class Carried:
         self.memory = self.memory.mapped(lambda vector: store.local(store.working(vector)))
         self.escape = None if state["escape"] is None else store.working(state["escape"])
         self.bent, self.expected = state["bent"], state["expected"]
+        waiting = state.get("unconfirmed")
+        self.unconfirmed = None
+        if waiting is not None:
+            self.unconfirmed = Unconfirmed(store.working(waiting["origin"]), waiting["loss"], waiting["length"])
 
 
 def moved_to(device: torch.device, dtype: torch.dtype, value: Any) -> Any:

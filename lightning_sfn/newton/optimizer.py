@@ -1,5 +1,6 @@
 """`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`: options, bookkeeping and state."""
 
+import math
 import warnings
 import zlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from lightning_sfn.newton.basis import BasisName, BasisStore, check_basis
 from lightning_sfn.newton.carried import Carried, moved_to
 from lightning_sfn.newton.coordinates import make_preconditioner
-from lightning_sfn.newton.curvature import CurvatureOperator
+from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, make_damping
 from lightning_sfn.newton.graphs import GraphBudget
 from lightning_sfn.newton.memory import StepMemory
@@ -260,26 +261,47 @@ class SaddleFreeNewton(Optimizer):
         if not self._carried.checked:
             self._require_same_model(parameters)
         losses = Losses(objective, curvature or objective, trial or objective, same_function, loss_and_gradient)
-        origin = start = parameters.read()
-        glide = None if self._glide is None else self._glide.copy()
+        origin = parameters.read()
+        waiting, glide = self._carried.unconfirmed, None if self._glide is None else self._glide.copy()
         try:
             with torch.no_grad():
+                losses, taken_back = self._confirmed(parameters, losses)
+                start = parameters.read()
                 if self._glide is not None:
                     losses = self._glide.settle(parameters, losses, self._carried)
                     start = parameters.read()
                 record = self._with_what_memory_allows(parameters, losses, start)
-                self.last_step = replace(record, step_norm=float(norm(parameters.read() - origin)))
+                moved, gradients = float(norm(parameters.read() - origin)), record.gradients + taken_back
+                self.last_step = replace(record, step_norm=moved, taken_back=taken_back, gradients=gradients)
             if self._check_ranks:
                 self._require_same_model(parameters)
         except BaseException:
             parameters.write(origin)
             self._carried.memory.retract()
-            self._glide = glide
+            self._carried.unconfirmed, self._glide = waiting, glide
             raise
         finally:
             if self._processes is not None:
                 self._processes.release()
         return self.last_step
+
+    def _confirmed(self, parameters: FlatParameters, losses: Losses) -> tuple[Losses, bool]:
+        """Takes the last step back if the objective, seen for the first time after it, refutes it; whether it did."""
+        carried, objective, known = self._carried, losses.objective, losses.known
+        waiting, carried.unconfirmed = carried.unconfirmed, None
+        if waiting is None:
+            return losses, False
+        if known is None and losses.curvature is objective and self._glide is None:
+            loss = objective.value()  # the gradient will come with the graphs of the products
+        else:
+            known = known or gradient_of(objective, parameters, far=True)
+            loss = known[0] if bool(torch.isfinite(known[1]).all()) else math.inf
+        if not waiting.is_refuted(parameters, objective, loss, losses.same_function):
+            return replace(losses, known=known), False
+        carried.memory.retract()
+        self.damping.feedback(accepted=False, reduction_ratio=0.0)
+        self.preconditioner.feedback(accepted=False, store=self._store())
+        return replace(losses, known=gradient_of(objective, parameters)), True
 
     def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses, start: Tensor) -> StepRecord:
         while True:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.carried import Carried
+from lightning_sfn.newton.confirmation import Unconfirmed
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping
 from lightning_sfn.newton.objective import Objective
@@ -190,6 +191,7 @@ class Search:
         """
         before, origin = record, parameters.read()
         for inner in range(self.inner_steps):
+            carried.unconfirmed = None
             if inner > 0:
                 loss, gradient = gradient_of(objective, parameters, far=True)
                 spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)
@@ -213,6 +215,8 @@ class Search:
                     trial.objective.require_repeatable(trial.offset)
                 break
             carried.memory.record(store.local(step), store.local(gradient))
+            if trial.objective is not objective:
+                carried.unconfirmed = Unconfirmed.after(origin, before.loss_after, parameters)
         return record
 
 

@@ -56,6 +56,7 @@ class StepRecord:
         unfactored: Parameters that Kronecker factors in use have no rule for.
         kind: Whether a subspace was built, or a momentum step taken (see `Glide`), which knows no damping, no curvature
             and no trial losses.
+        taken_back: Whether the step before was taken back first, since it had raised the objective (see `Unconfirmed`).
     """
 
     loss_before: float
@@ -75,6 +76,7 @@ class StepRecord:
     coordinates: str = ""
     unfactored: tuple[str, ...] = ()
     kind: Kind = "subspace"
+    taken_back: bool = False
 
 
 @dataclass(frozen=True)
