@@ -3,7 +3,9 @@
 A step is ``d <- momentum d - c rate D^2 g`` in parameter units, with D the preconditioner's map. It costs one gradient.
 Its new part is shortened by ``c <= 1`` so that its length in the preconditioner's coordinates, ``rate sqrt(g'D^2 g)``,
 stays within a radius (as K-FAC optimizers bound the change of the distribution; Martens and Grosse 2015 bound it by a
-model instead). The loss may rise on the way; where it rises too far, the way is taken back to its best point.
+model instead). The loss may rise on the way; where it rises too far, the way is taken back to its best point. Where a
+run from rest has gained something and then stays above its best loss for long, the next run starts there, again from
+rest (as O'Donoghue and Candes 2015 restart accelerated gradients, for whom any rise will do).
 """
 
 import math
@@ -27,7 +29,9 @@ __all__ = ["Glide"]
 _RATE = 0.3  # of a preconditioned gradient; with momentum 0.95 a lasting one adds up to six of them
 _RADIUS = 0.1  # longest new part of a step in the preconditioner's coordinates, in square roots of the turn's best loss
 _ASTRAY = 0.25  # rise above the turn's best loss, relative to it, after which the way is taken back, before a harvest
-_LEAST = 0.01  # share of the first loss that a loss counts as at least, in both: losses may cross zero
+_GAIN = 0.05  # decrease since rest, relative to the best loss, that is worth going back to
+_WANDERED = 0.25  # sum of the relative rises above the best loss, since it was seen, after which that is done
+_LEAST = 0.01  # share of the first loss that a loss counts as at least, in all of them: losses may cross zero
 _SHORTER, _LONGER = 0.5, 1.02  # factors on the radius after a way taken back, and after any other step
 _RARER = 3  # a preconditioner is asked to refresh itself at every third momentum step: they are that much shorter
 
@@ -41,6 +45,8 @@ class Glide:
         pace: Whose turn it is.
         velocity: The last momentum step of this turn, shape ``(n,)``.
         best: The lowest loss of this turn, and the parameters there, shape ``(n,)``.
+        rest: The loss where the velocity was last zero.
+        wandered: The rises of the losses above the best one since that was seen, relative to it, added up.
         unit: The size of the loss when it was first seen.
         shrink: Factor on the radius, at most 1.
         steps: Momentum steps since the preconditioner was last asked to refresh itself.
@@ -50,6 +56,8 @@ class Glide:
     pace: Pace = field(default_factory=Pace)
     velocity: Tensor | None = None
     best: tuple[float, Tensor] | None = None
+    rest: float = math.inf
+    wandered: float = 0.0
     unit: float | None = None
     shrink: float = 1.0
     steps: int = 0
@@ -78,12 +86,13 @@ class Glide:
         if self.unit is None:
             self.unit = abs(known[0]) or 1.0
         if self.best is not None and not self._is_on_the_way(*known):
-            parameters.write(self.best[1])
-            carried.memory.abandon()
+            known = self._back_at_best(parameters, losses, carried)
             self.best = None
             self.shrink *= _SHORTER
             self.pace.end_momentum()
-            known = gradient_of(losses.objective, parameters)
+        elif self.best is not None and self._has_wandered(known[0]):
+            known = self._back_at_best(parameters, losses, carried)
+            self.velocity = None
         if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
             self.velocity = None
             if self.pace.gathered is not None:
@@ -94,6 +103,22 @@ class Glide:
         assert self.best is not None
         allowed = 0.0 if self.pace.has_harvested else _ASTRAY * self._size
         return loss <= self.best[0] + allowed and bool(torch.isfinite(gradient).all())
+
+    def _has_wandered(self, loss: float) -> bool:
+        """Whether the way has been above its best loss for long, with a gain that is worth going back to."""
+        assert self.best is not None
+        if self.pace.kind == "subspace":
+            return False
+        rise = (loss - self.best[0]) / self._size
+        self.wandered = self.wandered + rise if rise > 0 else 0.0
+        return self.wandered > _WANDERED and self.rest - self.best[0] > _GAIN * self._size
+
+    def _back_at_best(self, parameters: FlatParameters, losses: Losses, carried: Carried) -> tuple[float, Tensor]:
+        """Loss and gradient at this turn's best point, where the parameters are then."""
+        assert self.best is not None
+        parameters.write(self.best[1])
+        carried.memory.abandon()
+        return gradient_of(losses.objective, parameters)
 
     @property
     def _size(self) -> float:
@@ -138,6 +163,8 @@ class Glide:
         origin = parameters.read()
         if self.best is None or loss < self.best[0]:
             self.best = (loss, origin)
+        if self.velocity is None:
+            self.rest, self.wandered = loss, 0.0
         self.velocity, taken = _within_bounds(self._next(clip(gradient, descent.max_grad_norm), descent), descent)
         self.shrink = min(1.0, self.shrink * _LONGER)
         self.steps = (self.steps + 1) % _RARER
@@ -176,12 +203,14 @@ class Glide:
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and numbers."""
         own = {"velocity": self.velocity, "best": self.best, "unit": self.unit}
+        own |= {"rest": self.rest, "wandered": self.wandered}
         return own | {"shrink": self.shrink, "steps": self.steps, "pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
         self.velocity, self.best = state["velocity"], state["best"]
         self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
+        self.rest, self.wandered = state.get("rest", math.inf), state.get("wandered", 0.0)
         self.pace.load_state_dict(state["pace"])
 
 

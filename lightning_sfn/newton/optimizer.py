@@ -205,7 +205,8 @@ class SaddleFreeNewton(Optimizer):
                 same parameters; it must not call ``backward``. Global random numbers are replayed.
             curvature_closure: The loss that Hessian-vector products see (a part of the data); ``closure`` if left out.
             trial_closure: The loss that decides on damping and acceptance; ``closure`` if left out. The slope that it
-                shows is corrected to that of ``closure`` (see `TrialLoss`).
+                shows is corrected to that of ``closure`` (see `TrialLoss`). A step that it lets through and that raises
+                ``closure`` is taken back by the next call, if that has the same loss where the step began.
 
         Returns:
             The loss before the step, as a scalar tensor without graph.
@@ -292,15 +293,20 @@ class SaddleFreeNewton(Optimizer):
         if waiting is None:
             return losses, False
         if known is None and losses.curvature is objective and self._glide is None:
-            loss = objective.value()  # the gradient will come with the graphs of the products
+            loss, finite = objective.value(), False  # the gradient will come with the graphs of the products
         else:
             known = known or gradient_of(objective, parameters, far=True)
-            loss = known[0] if bool(torch.isfinite(known[1]).all()) else math.inf
+            finite = bool(torch.isfinite(known[1]).all())
+            loss = known[0] if finite else math.inf
         if not waiting.is_refuted(parameters, objective, loss, losses.same_function):
             return replace(losses, known=known), False
-        carried.memory.retract()
+        store = self._store()
+        if known is not None and finite:
+            carried.memory.complete(store.local(known[1]))  # what it has shown of the curvature along it stays
+        else:
+            carried.memory.retract()
         self.damping.feedback(accepted=False, reduction_ratio=0.0)
-        self.preconditioner.feedback(accepted=False, store=self._store())
+        self.preconditioner.feedback(accepted=False, store=store)
         return replace(losses, known=gradient_of(objective, parameters)), True
 
     def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses, start: Tensor) -> StepRecord:

@@ -128,7 +128,7 @@ class Ledger:
         self.phase.steps += 1
         if record.accepted and not self.phase.taken:
             self.phase.first_taken_at, self.phase.unseen = trainer.fit_loop.epoch_loop.total_batch_idx, True
-        self.phase.taken += record.accepted
+        self.phase.taken += record.accepted - record.taken_back
         self.phase.products += record.products
         self.phase.gradients = batch_gradients
         self.report.last_step = (record.loss_before, record.loss_after)

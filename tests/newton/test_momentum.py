@@ -590,6 +590,53 @@ def test_a_way_may_rise_so_far(loss: float, best: float, harvested: bool, back: 
     assert len(stage.carried.memory) == (0 if back else 1)
 
 
+@pytest.mark.parametrize(
+    ("loss", "best", "rest", "wandered", "again", "after"),
+    [
+        (11.0, 10.0, 11.0, 0.2, True, 0.3),  # a tenth of the best loss above it
+        (10.5, 10.0, 11.0, 0.15, False, 0.2),
+        (11.0, 10.0, 10.5, 0.2, False, 0.3),  # a gain of a twentieth is not worth it
+        (11.0, 10.0, 10.6, 0.2, True, 0.3),
+        (10.0, 10.0, 11.0, 0.3, False, 0.0),
+        (9.0, 10.0, 11.0, 0.3, False, 0.0),
+        (-9.0, -10.0, -9.0, 0.2, True, 0.3),
+        (0.1, 0.0, 0.06, 0.2, True, 0.3),  # in hundredths of the first loss at least
+        (0.1, 0.0, 0.04, 0.2, False, 0.3),
+        (11.0, 10.0, math.inf, 0.2, True, 0.3),
+    ],
+)
+def test_a_run_that_wanders_after_a_gain_starts_again_from_its_best_point(
+    loss: float, best: float, rest: float, wandered: float, again: bool, after: float
+) -> None:
+    there, pace = torch.ones(3, dtype=D), Pace(kind="momentum", sown=(rest, 0.0), spent=3.0)
+    entries = {"pace": pace, "best": (best, there), "rest": rest, "wandered": wandered, "velocity": BEFORE}
+    stage = Stage(under_way(shrink=0.75, **entries), loss)
+    losses = stage.settle()
+    assert losses.known is not None
+    assert losses.known[0] == (pytest.approx(float(CURVATURE.sum()) / 2) if again else loss)
+    assert torch.equal(stage.x.detach(), there if again else START)
+    assert (stage.glide.velocity is None) == again
+    assert stage.glide.wandered == pytest.approx(after)
+    assert (stage.glide.best, stage.glide.shrink, stage.glide.pace.kind) == ((best, there), 0.75, "momentum")
+    stage.carried.memory.complete(GRADIENT)
+    assert len(stage.carried.memory) == (0 if again else 1)
+
+
+def test_subspaces_do_not_wander() -> None:
+    pace = Pace(kind="subspace", sown=(11.0, 40.0), spent=3.0)
+    stage = Stage(under_way(pace=pace, best=(10.0, torch.ones(3, dtype=D)), rest=11.0, wandered=0.2), 11.0)
+    stage.settle()
+    assert torch.equal(stage.x.detach(), START)
+    assert stage.glide.wandered == 0.2
+
+
+@pytest.mark.parametrize(("velocity", "rest", "wandered"), [(None, 9.0, 0.0), (BEFORE, 12.0, 0.2)])
+def test_a_run_begins_where_there_is_no_velocity(velocity: Tensor | None, rest: float, wandered: float) -> None:
+    stage = Stage(under_way(velocity=velocity, best=(8.0, START), rest=12.0, wandered=0.2), 9.0)
+    stage.step()
+    assert (stage.glide.rest, stage.glide.wandered) == (rest, wandered)
+
+
 def test_a_gradient_that_is_not_finite_leads_back() -> None:
     stage = Stage(under_way(best=(10.0, torch.ones(3, dtype=D))), 9.0, torch.tensor([0.0, math.inf, 0.0], dtype=D))
     stage.settle()
@@ -662,9 +709,11 @@ def test_a_copy_keeps_its_own_turns() -> None:
 
 
 def test_a_restored_momentum_is_the_same() -> None:
-    glide = under_way(velocity=BEFORE, best=(9.0, START), shrink=0.5, steps=2, pace=Pace("momentum", 3.0))
+    run = {"rest": 9.5, "wandered": 0.1}
+    glide = under_way(velocity=BEFORE, best=(9.0, START), shrink=0.5, steps=2, pace=Pace("momentum", 3.0), **run)
     other = Glide(0.5)
     other.load_state_dict(copy.deepcopy(glide.state_dict()))
+    assert (other.rest, other.wandered) == (9.5, 0.1)
     assert other.velocity is not None
     assert torch.equal(other.velocity, BEFORE)
     assert other.best is not None
