@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.carried import Carried
+from lightning_sfn.newton.confirmation import SAME_LOSS
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.outer_step import Descent, Losses
 from lightning_sfn.newton.pace import Pace
@@ -86,13 +87,18 @@ class Glide:
         if self.unit is None:
             self.unit = abs(known[0]) or 1.0
         if self.best is not None and not self._is_on_the_way(*known):
-            known = self._back_at_best(parameters, losses, carried)
+            there = self._back_at_best(parameters, losses, known[0], carried)
             self.best = None
-            self.shrink *= _SHORTER
-            self.pace.end_momentum()
+            if there is not None:
+                known = there
+                self.shrink *= _SHORTER
+                self.pace.end_momentum()
         elif self.best is not None and self._has_wandered(known[0]):
-            known = self._back_at_best(parameters, losses, carried)
-            self.velocity = None
+            there = self._back_at_best(parameters, losses, known[0], carried)
+            if there is not None:
+                known, self.velocity = there, None
+            else:
+                self.best = None
         if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
             self.velocity = None
             if self.pace.gathered is not None:
@@ -113,12 +119,25 @@ class Glide:
         self.wandered = self.wandered + rise if rise > 0 else 0.0
         return self.wandered > _WANDERED and self.rest - self.best[0] > _GAIN * self._size
 
-    def _back_at_best(self, parameters: FlatParameters, losses: Losses, carried: Carried) -> tuple[float, Tensor]:
-        """Loss and gradient at this turn's best point, where the parameters are then."""
+    def _back_at_best(
+        self, parameters: FlatParameters, losses: Losses, loss: float, carried: Carried
+    ) -> tuple[float, Tensor] | None:
+        """Loss and gradient at this turn's best point, where the parameters are then.
+
+        ``None``, and the parameters stay, where the best loss was another function's: it says nothing of this one.
+        """
         assert self.best is not None
+        if losses.same_function is False and math.isfinite(loss):
+            return None
+        present = parameters.read()
         parameters.write(self.best[1])
+        there = gradient_of(losses.objective, parameters)
+        is_other = losses.same_function is None and abs(there[0] - self.best[0]) > SAME_LOSS * abs(self.best[0])
+        if is_other and math.isfinite(loss):
+            parameters.write(present)
+            return None
         carried.memory.abandon()
-        return gradient_of(losses.objective, parameters)
+        return there
 
     @property
     def _size(self) -> float:

@@ -622,6 +622,48 @@ def test_a_run_that_wanders_after_a_gain_starts_again_from_its_best_point(
     assert len(stage.carried.memory) == (0 if again else 1)
 
 
+@pytest.mark.parametrize("loss", [12.6, 11.0, math.inf])
+@pytest.mark.parametrize(
+    ("same", "best", "back"),
+    [
+        (True, 10.0, True),
+        (None, 0.675, True),  # the loss there
+        (None, 0.675 * 1.000_02, False),  # the best loss was another function's
+        (None, 10.0, False),
+        (False, 0.675, False),
+    ],
+)
+def test_a_best_loss_of_another_function_leads_nowhere(loss: float, same: bool | None, best: float, back: bool) -> None:
+    """Unless there is nowhere else to go."""
+    pace, there = Pace(kind="momentum", sown=(11.0, 0.0), spent=3.0), torch.ones(3, dtype=D)
+    entries = {"pace": pace, "best": (best, there), "rest": 20.0, "wandered": 1.0, "velocity": BEFORE}
+    stage = Stage(under_way(unit=1.0, **entries), loss)
+    stage.losses = replace(stage.losses, same_function=same)
+    losses = stage.settle()
+    assert losses.known is not None
+    back |= loss == math.inf
+    assert torch.equal(stage.x.detach(), there if back else START)
+    assert losses.known[0] == (pytest.approx(0.675) if back else loss)
+    torch.testing.assert_close(losses.known[1], CURVATURE if back else GRADIENT)
+    assert (stage.glide.best is None) == (not back or loss > 1.25 * best)
+    assert (stage.glide.velocity is None) == back
+    assert stage.glide.shrink == (0.5 if back and loss > 1.25 * best else 1.0)
+
+
+def test_momentum_on_batches_of_its_own_goes_on() -> None:
+    """Where each step has other data, a lucky batch is no place to go back to: with that, the mean below was 0.97."""
+    above = 0.0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        centres, x = 3 * torch.randn(40, 3, dtype=D), torch.full((3,), 10.0, dtype=D, requires_grad=True)
+        optimizer = SaddleFreeNewton([x], heavy_ball=0.9, preconditioner=None, inner_steps=1)
+        for step in range(100):
+            batch = centres[(torch.arange(4) + 4 * step) % 40]
+            optimizer.step(lambda batch=batch, x=x: bowl(x - batch) / 4)
+        above += float(bowl(x.detach() - centres.mean(0))) / 4
+    assert above < 0.3
+
+
 def test_subspaces_do_not_wander() -> None:
     pace = Pace(kind="subspace", sown=(11.0, 40.0), spent=3.0)
     stage = Stage(under_way(pace=pace, best=(10.0, torch.ones(3, dtype=D)), rest=11.0, wandered=0.2), 11.0)
