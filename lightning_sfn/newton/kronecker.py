@@ -47,7 +47,8 @@ class KroneckerFactors(Preconditioner):
     that of both together.
 
     While there is much negative curvature, of which a Fisher matrix knows nothing, each estimate spends a product on
-    more curvature along the factors' eigenvectors than the factors say, and allows for it (`Excess`).
+    more curvature along the factors' eigenvectors than the factors say. Subspaces allow for it (`Excess`), momentum
+    steps do not.
 
     A step is shortened so that no hidden layer's outputs change by more than 1, or a tenth of their size, in the
     quadratic mean over units and cases: the first steps away from a saddle would otherwise saturate units.
@@ -293,7 +294,7 @@ class KroneckerFactors(Preconditioner):
         return self._map(vectors, -1)
 
     def precondition(self, vectors: Tensor) -> Tensor:
-        """``D^2 v``, by one rotation there and back."""
+        """``D^2 v`` for the factors alone: where momentum carries on, allowing for an excess costs more than it brings."""
         return self._map(vectors, 2)
 
     def shares(self, steps: Tensor) -> Tensor:
@@ -333,7 +334,9 @@ class KroneckerFactors(Preconditioner):
             return vectors
         rows = vectors.reshape(-1, vectors.shape[-1])
         pieces = self._pieces(rows)
-        for block in self._roots:
+        for index, root in enumerate(self._roots):
+            alone = power == 2 and bool(self._excess)
+            block = root.lessened(self._excess[index].product.reciprocal()) if alone else root
             block.apply(pieces, power)
         return torch.cat([piece.reshape(len(rows), -1) for piece in pieces], 1).view_as(vectors)
 

@@ -158,6 +158,16 @@ def test_excess_is_saved_and_forgotten() -> None:
     assert torch.equal(factors.scale(unit), known(plateau, 1).scale(unit))
 
 
+def test_a_preconditioned_gradient_is_that_of_the_factors_alone() -> None:
+    plateau = Plateau()
+    factors, alone = known(plateau, 4), KroneckerFactors(plateau, probes=0)
+    alone.load_state_dict(factors.state_dict())
+    unit = torch.eye(199, dtype=D)
+    torch.testing.assert_close(factors.precondition(unit), alone.scale(alone.scale(unit)))
+    torch.testing.assert_close(alone.precondition(unit), alone.scale(alone.scale(unit)))
+    assert not torch.allclose(factors.precondition(unit), factors.scale(factors.scale(unit)))
+
+
 def test_a_probe_that_is_not_finite_changes_nothing() -> None:
     class Broken(HessianOperator):
         def _matvec(self, vector: Tensor) -> Tensor:
