@@ -294,7 +294,7 @@ class KroneckerFactors(Preconditioner):
         return self._map(vectors, -1)
 
     def precondition(self, vectors: Tensor) -> Tensor:
-        """``D^2 v`` for the factors alone: where momentum carries on, allowing for an excess costs more than it brings."""
+        """``D^2 v`` for the factors alone: allowing for an excess costs momentum more than it brings."""
         return self._map(vectors, 2)
 
     def shares(self, steps: Tensor) -> Tensor:
