@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
-from lightning_sfn.newton.confirmation import SAME_LOSS, Unconfirmed
+from lightning_sfn.newton.confirmation import Unconfirmed, rounding_of
 from lightning_sfn.newton.krylov import KrylovSubspace
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -67,7 +67,7 @@ class Carried:
         """
         if same_function is None and self.expected is not None:
             after, slack = self.expected
-            same_function = abs(loss - after) <= max(slack, SAME_LOSS * abs(after))
+            same_function = abs(loss - after) <= max(slack, rounding_of(after))
         if not same_function:
             self.memory.abandon()
         self.memory.complete(store.local(gradient))

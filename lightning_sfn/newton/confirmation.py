@@ -15,10 +15,19 @@ from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.reductions import norm
 
-__all__ = ["SAME_LOSS", "Unconfirmed"]
+__all__ = ["Unconfirmed", "is_same_loss", "rounding_of"]
 
-SAME_LOSS = 1e-5
-"""Relative difference of a loss evaluated twice at one point, rounding included."""
+_SAME_LOSS = 1e-5  # relative difference of a loss evaluated twice at one point, rounding included
+
+
+def rounding_of(loss: float) -> float:
+    """By how much a loss may differ when it is evaluated again at the same point."""
+    return _SAME_LOSS * abs(loss)
+
+
+def is_same_loss(again: float, before: float) -> bool:
+    """Whether two values at one point are of one function; a value that is not finite is of none."""
+    return abs(again - before) <= rounding_of(before)
 
 
 @dataclass(frozen=True)
@@ -40,28 +49,30 @@ class Unconfirmed:
         """The step from an origin, where the objective has a known loss, to the present parameters."""
         return cls(origin, loss, float(norm(parameters.read())))
 
-    def is_refuted(
+    def take_back(
         self, parameters: FlatParameters, objective: Objective, loss: float, same_function: bool | None
     ) -> bool:
-        """Whether the step has raised the objective; then the parameters are back where it began.
+        """Goes back to where the step began, if it has raised the objective.
 
         Args:
-            parameters: The parameters; changed only if so.
+            parameters: The parameters; changed only if the step is taken back.
             objective: What is minimized.
             loss: The objective at the present parameters.
             same_function: Whether it is the function that the step began on; if ``None``, its loss there tells.
 
+        Returns:
+            Whether the step was taken back.
+
         Raises:
             ProcessError: Another process failed.
         """
-        allowed = SAME_LOSS * abs(self.loss)
-        if loss <= self.loss + allowed or same_function is False:
+        if loss <= self.loss + rounding_of(self.loss) or same_function is False:
             return False
         present = parameters.read()
         if not _agreed(float(norm(present)) == self.length, objective):
             return False  # someone else has changed them since, and may have had reasons to
         parameters.write(self.origin)
-        if same_function or abs(objective.value() - self.loss) <= allowed:
+        if same_function or is_same_loss(objective.value(), self.loss):
             return True
         parameters.write(present)
         return False

@@ -7,7 +7,7 @@ far as the factors tell, and a few Krylov vectors are left with what they do not
 import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -287,15 +287,16 @@ class KroneckerFactors(Preconditioner):
 
     def scale(self, vectors: Tensor) -> Tensor:
         """``D v``."""
-        return self._map(vectors, 1)
+        return self._map(vectors, 1, self._roots)
 
     def unscale(self, vectors: Tensor) -> Tensor:
         """``D^-1 v``."""
-        return self._map(vectors, -1)
+        return self._map(vectors, -1, self._roots)
 
     def precondition(self, vectors: Tensor) -> Tensor:
         """``D^2 v`` for the factors alone: allowing for an excess costs momentum more than it brings."""
-        return self._map(vectors, 2)
+        without = (root.lessened(1 / each.product) for root, each in zip(self._roots, self._excess, strict=True))
+        return self._map(vectors, 2, without if self._excess else self._roots)
 
     def shares(self, steps: Tensor) -> Tensor:
         """So much of each step that no hidden layer's outputs change by more than 1, or a tenth of their size.
@@ -329,15 +330,13 @@ class KroneckerFactors(Preconditioner):
         split = torch.split(rows, [shape.numel() for shape in self._shapes], dim=1)
         return [piece.reshape(-1, *shape) for piece, shape in zip(split, self._shapes, strict=True)]
 
-    def _map(self, vectors: Tensor, power: int) -> Tensor:
+    def _map(self, vectors: Tensor, power: int, roots: Iterable[BlockRoot]) -> Tensor:
         if not self._roots:
             return vectors
         rows = vectors.reshape(-1, vectors.shape[-1])
         pieces = self._pieces(rows)
-        for index, root in enumerate(self._roots):
-            alone = power == 2 and bool(self._excess)
-            block = root.lessened(self._excess[index].product.reciprocal()) if alone else root
-            block.apply(pieces, power)
+        for root in roots:
+            root.apply(pieces, power)
         return torch.cat([piece.reshape(len(rows), -1) for piece in pieces], 1).view_as(vectors)
 
     # ------------------------------------------------------------------------------------------------ state

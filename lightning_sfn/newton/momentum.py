@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.carried import Carried
-from lightning_sfn.newton.confirmation import SAME_LOSS
+from lightning_sfn.newton.confirmation import is_same_loss
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.outer_step import Descent, Losses
 from lightning_sfn.newton.pace import Pace
@@ -93,7 +93,7 @@ class Glide:
                 known = there
                 self.shrink *= _SHORTER
                 self.pace.end_momentum()
-        elif self.best is not None and self._has_wandered(known[0]):
+        elif self._has_wandered(known[0]):
             there = self._back_at_best(parameters, losses, known[0], carried)
             if there is not None:
                 known, self.velocity = there, None
@@ -112,8 +112,7 @@ class Glide:
 
     def _has_wandered(self, loss: float) -> bool:
         """Whether the way has been above its best loss for long, with a gain that is worth going back to."""
-        assert self.best is not None
-        if self.pace.kind == "subspace":
+        if self.best is None or self.pace.kind == "subspace":
             return False
         rise = (loss - self.best[0]) / self._size
         self.wandered = self.wandered + rise if rise > 0 else 0.0
@@ -132,7 +131,7 @@ class Glide:
         present = parameters.read()
         parameters.write(self.best[1])
         there = gradient_of(losses.objective, parameters)
-        is_other = losses.same_function is None and abs(there[0] - self.best[0]) > SAME_LOSS * abs(self.best[0])
+        is_other = losses.same_function is None and not is_same_loss(there[0], self.best[0])
         if is_other and math.isfinite(loss):
             parameters.write(present)
             return None

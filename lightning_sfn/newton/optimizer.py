@@ -267,11 +267,9 @@ class SaddleFreeNewton(Optimizer):
         try:
             with torch.no_grad():
                 losses, taken_back = self._confirmed(parameters, losses)
-                start = parameters.read()
                 if self._glide is not None:
                     losses = self._glide.settle(parameters, losses, self._carried)
-                    start = parameters.read()
-                record = self._with_what_memory_allows(parameters, losses, start)
+                record = self._with_what_memory_allows(parameters, losses, parameters.read())
                 moved, gradients = float(norm(parameters.read() - origin)), record.gradients + taken_back
                 self.last_step = replace(record, step_norm=moved, taken_back=taken_back, gradients=gradients)
             if self._check_ranks:
@@ -293,15 +291,14 @@ class SaddleFreeNewton(Optimizer):
         if waiting is None:
             return losses, False
         if known is None and losses.curvature is objective and self._glide is None:
-            loss, finite = objective.value(), False  # the gradient will come with the graphs of the products
+            loss = objective.value()  # the gradient will come with the graphs of the products
         else:
             known = known or gradient_of(objective, parameters, far=True)
-            finite = bool(torch.isfinite(known[1]).all())
-            loss = known[0] if finite else math.inf
-        if not waiting.is_refuted(parameters, objective, loss, losses.same_function):
+            loss = known[0] if bool(torch.isfinite(known[1]).all()) else math.inf
+        if not waiting.take_back(parameters, objective, loss, losses.same_function):
             return replace(losses, known=known), False
         store = self._store()
-        if known is not None and finite:
+        if known is not None and math.isfinite(loss):
             carried.memory.complete(store.local(known[1]))  # what it has shown of the curvature along it stays
         else:
             carried.memory.retract()

@@ -130,7 +130,7 @@ def test_only_a_higher_loss_of_the_same_function_at_the_same_parameters_refutes(
         steep.shift = shift
         there = steep.at
         loss = float(steep.objective())
-        assert waiting.is_refuted(parameters, Objective([steep.objective]), loss, same) == back
+        assert waiting.take_back(parameters, Objective([steep.objective]), loss, same) == back
     assert steep.at == (1.0 if back else there)
 
 
@@ -138,7 +138,7 @@ def test_a_rise_within_rounding_is_none() -> None:
     steep = Steep()
     waiting = Unconfirmed.after(torch.ones(1, dtype=torch.float64), -5.0, FlatParameters([steep.x]))
     for loss, refuted in ((-5.00004, False), (-4.99996, False), (-4.99994, True)):
-        assert waiting.is_refuted(FlatParameters([steep.x]), Objective([steep.objective]), loss, True) == refuted
+        assert waiting.take_back(FlatParameters([steep.x]), Objective([steep.objective]), loss, True) == refuted
 
 
 def test_a_confirmed_step_costs_nothing_or_one_evaluation() -> None:
@@ -229,7 +229,7 @@ def test_rank_zero_says_whether_the_parameters_are_the_same() -> None:
     waiting = Unconfirmed.after(torch.zeros(1, dtype=torch.float64), 0.0, FlatParameters([steep.x]))
     for processes, back in ((Other(), False), (Alike(), True)):
         objective = Objective([steep.objective], reduce=ProcessMean(processes))
-        assert waiting.is_refuted(FlatParameters([steep.x]), objective, 5.0, True) == back
+        assert waiting.take_back(FlatParameters([steep.x]), objective, 5.0, True) == back
 
 
 def _two_steps(sharded: bool) -> tuple[float, bool]:

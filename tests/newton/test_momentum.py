@@ -650,6 +650,17 @@ def test_a_best_loss_of_another_function_leads_nowhere(loss: float, same: bool |
     assert stage.glide.shrink == (0.5 if back and loss > 1.25 * best else 1.0)
 
 
+def test_a_best_point_without_a_loss_is_no_place_to_go_back_to() -> None:
+    """It was another function's: this one has none there."""
+    there, pace = torch.full((3,), math.nan, dtype=D), Pace(kind="momentum", sown=(11.0, 0.0), spent=3.0)
+    stage = Stage(under_way(pace=pace, best=(1.0, there)), 2.0)
+    stage.losses = replace(stage.losses, same_function=None)
+    losses = stage.settle()
+    assert losses.known is not None
+    assert losses.known[0] == 2.0
+    assert torch.equal(stage.x.detach(), START)
+
+
 def test_momentum_on_batches_of_its_own_goes_on() -> None:
     """Where each step has other data, a lucky batch is no place to go back to: with that, the mean below was 0.97."""
     above = 0.0

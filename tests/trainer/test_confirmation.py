@@ -1,6 +1,5 @@
 """Steps that the parts of a window let through, and the next epoch refutes."""
 
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -8,10 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_sfn import SaddleFreeNewton, SwitchToSFN
-from lightning_sfn.newton.step import StepRecord
-
-from .modules import Fitting, make_trainer
+from .modules import Fitting, NewtonCall, forced, make_trainer
 
 
 class Uneven(Fitting):
@@ -27,33 +23,16 @@ class Uneven(Fitting):
         return loss
 
 
-class Noting(SaddleFreeNewton):
-    """Notes the records of its steps."""
-
-    def __init__(self, params: Any, records: list[StepRecord], **options: Any) -> None:
-        super().__init__(params, **options)
-        self.records = records
-
-    def step_on(self, *args: Any, **kwargs: Any) -> StepRecord:
-        self.records.append(super().step_on(*args, **kwargs))
-        return self.records[-1]
-
-
 @pytest.mark.parametrize("hold", [False, True])
 def test_the_loss_of_an_epoch_takes_back_a_step_that_parts_let_through(hold: bool) -> None:
     """Wherever the steep batch is in neither part, the step is five times too long."""
     curvatures = torch.tensor([1.0] * 19 + [81.0])
-    records: list[StepRecord] = []
+    calls: list[NewtonCall] = []
     plain = {"damping": 1e-9, "inner_steps": 1, "preconditioner": None, "exploration": 0.0, "krylov_dim": 1}
-    callback = SwitchToSFN(
-        switch_at_epoch=1,
-        probe_dim=0,
-        hold=hold,
-        adaptive=False,
-        optimizer=partial(Noting, records=records, **plain),
-    )
+    callback = forced(calls, plain, switch_at_epoch=1, hold=hold, adaptive=False)
     trainer = make_trainer(3 if hold else 9, callbacks=[callback])
     trainer.fit(Uneven(), DataLoader(curvatures, batch_size=1, shuffle=True))
+    records = [call.record for call in calls if call.record is not None]
     refuted = sum(record.taken_back for record in records)
     assert refuted > 0
     assert all(after.loss_before <= before.loss_before * 1.0001 for before, after in pairwise(records))
