@@ -42,6 +42,11 @@ _KNOWN: tuple[tuple[str, str], ...] = (
         "backward with differentiable operations, or " + _FINITE_DIFFERENCE + ".",
     ),
     (
+        r"WeightNormInterface",
+        "PyTorch's second derivative of weight normalisation is wrong: let the closure compute the weight, outside of "
+        "checkpointed layers, where that is mended, or " + _FINITE_DIFFERENCE + ".",
+    ),
+    (
         r"derivative for (\S+) is not implemented|(?:^|\s)(\S*_backward) is not implemented",
         "The operation {0} has no second derivative: replace it, or " + _FINITE_DIFFERENCE + ".",
     ),
@@ -80,10 +85,10 @@ _WRAPPER = torch.autograd.function.once_differentiable(_undifferentiable_backwar
 
 
 def require_double_backward(loss: Tensor) -> None:
-    """Looks for functions that forbid a second derivative without autograd saying so.
+    """Looks for functions whose second derivative is wrong without autograd saying so.
 
-    A second derivative through a ``once_differentiable`` function is pruned to zero when gradients are asked for by
-    input, so nothing is raised and curvature would be silently wrong.
+    That through a ``once_differentiable`` function is pruned to zero when gradients are asked for by input, that of
+    PyTorch's weight normalisation takes norms for constants; curvature would be silently wrong.
 
     Args:
         loss: A loss with its graph.
@@ -101,4 +106,6 @@ def require_double_backward(loss: Tensor) -> None:
         cls = getattr(node, "_forward_cls", None)
         if cls is not None and getattr(cls.backward, "__code__", None) is _WRAPPER:
             raise explain(RuntimeError("marked with @once_differentiable"))
+        if node.name().startswith("WeightNormInterface"):
+            raise explain(RuntimeError(node.name()))
         todo += [following for following, _ in node.next_functions]

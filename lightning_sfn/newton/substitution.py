@@ -1,8 +1,9 @@
 """Which operations of a model are evaluated by functions with a better second derivative, seen from outside the model.
 
 A torch function mode sees the calls that layers make, whoever makes them, so no model has to be changed. What is put in
-place computes the same function with exact derivatives; only their cost differs, and that cuDNN's recurrent kernel,
-which has no second derivative, is not used.
+place computes the same function with exact derivatives. Most of it is there because that costs less; weight
+normalisation because PyTorch's own second derivative of it is wrong (its norms count as constants), and cuDNN's
+recurrent kernel, which has no second derivative, is not used.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +24,11 @@ __all__ = ["FastSecondDerivatives"]
 
 
 class FastSecondDerivatives(TorchFunctionMode):
-    """While it is active, convolutions, tanh, sigmoid and `torch.nn.RNN` of tanh units have fast second derivatives.
+    """While it is active, convolutions, tanh, sigmoid and tanh RNNs have fast second derivatives.
 
-    Left alone are calls under autocast, under functorch transforms, and where somebody else's hooks on saved tensors
-    are active: activation checkpointing evaluates a second time later, and must then see the same operations.
+    Weight normalisation has a right one. Left alone are calls under autocast (but for weight normalisation), under
+    functorch transforms, and where somebody else's hooks on saved tensors are active: activation checkpointing
+    evaluates a second time later, and must then see the same operations.
 
     Attributes:
         rounds_otherwise: Whether it has put something in place so far whose values are off by rounding.
@@ -42,20 +44,20 @@ class FastSecondDerivatives(TorchFunctionMode):
         """Answers one call of a torch function."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        if rule is not None and self._may(args):
+        if rule is not None and self._may(func, args):
             result = rule(*args, **kwargs)
             if result is not None:
                 self.rounds_otherwise |= func in _ROUNDED
                 return result
         return func(*args, **kwargs)
 
-    def _may(self, args: Any) -> bool:
+    def _may(self, func: Callable[..., Any], args: Any) -> bool:
         first = args[0] if args else None
         return (
             isinstance(first, Tensor)
             and first.is_floating_point()
             and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(first.device.type)
+            and (func is torch._weight_norm or not torch.is_autocast_enabled(first.device.type))
             and not torch._C._are_functorch_transforms_active()
             and saved_tensor_hooks() == self._hooks
         )
@@ -67,6 +69,10 @@ def _tanh(input: Tensor, **others: Any) -> Tensor | None:
 
 def _sigmoid(input: Tensor, **others: Any) -> Tensor | None:
     return sigmoid(input) if input.requires_grad and not others else None
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _convolution(
@@ -111,7 +117,8 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv2d: _convolution,
     F.conv3d: _convolution,
     torch.rnn_tanh: _rnn_tanh,
+    torch._weight_norm: _weight_norm,
 }
 
 # The others run the same kernels as the model does, so that their values are the same bit for bit.
-_ROUNDED = frozenset({torch.rnn_tanh})
+_ROUNDED = frozenset({torch.rnn_tanh, torch._weight_norm})

@@ -44,6 +44,7 @@ FINITE = "hvp='finite_difference'"
             "trying to differentiate twice a function that was marked with @once_differentiable",
             ["once_differentiable", FINITE],
         ),
+        ("WeightNormInterfaceBackward0", ["weight normalisation", "closure", FINITE]),
         ("derivative for aten::foo_backward is not implemented", ["aten::foo_backward", "replace it", FINITE]),
         (
             "one of the variables needed for gradient computation has been modified by an inplace operation: [x]\nhint",

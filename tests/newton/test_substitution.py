@@ -1,5 +1,6 @@
 """What is put in place of a model's operations computes the same derivatives, of every order."""
 
+import warnings
 from collections.abc import Callable
 from unittest import mock
 
@@ -10,10 +11,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_sfn.newton import HessianOperator, Objective
+from lightning_sfn.newton import CurvatureError, HessianOperator, Objective
 from lightning_sfn.newton.activations import sigmoid, tanh
 from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.dense import dense_matrix
+from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
 from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 from .cases import assert_close
@@ -41,6 +43,43 @@ def test_activations(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor]
         (second,) = torch.autograd.grad(gradient.square().sum(), x, create_graph=True)
         third.append(torch.autograd.grad(second.square().sum(), x)[0])
     torch.testing.assert_close(third[0], third[1])
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("normalise", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["old", "new"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_normalised_weights(dim: int | None, normalise: Callable[..., nn.Module], autocast: bool) -> None:
+    """Against differences of gradients: PyTorch's own second derivative takes the norms for constants."""
+    layer, x = nn.Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    layer.weight = nn.Parameter(2 * layer.weight.detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the older of the two is deprecated
+        normalise(layer, dim=dim)
+    parameters, y = list(layer.parameters()), torch.randn(5, 3, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", enabled=autocast):  # leaves float64 alone
+            return ((layer(x) * y).sin()).sum()
+
+    objective = Objective([loss])
+    exact, differences = HessianOperator(objective, parameters), FiniteDifferenceOperator(objective, parameters)
+    vectors = torch.randn(4, exact.parameters.size, dtype=torch.float64)
+    products = [exact.matvec(vector) for vector in vectors]
+    exact.close()  # differences move the parameters
+    for vector, product in zip(vectors, products, strict=True):
+        assert_close(product, differences.matvec(vector), 1e-6)
+
+
+def test_a_normalised_weight_whose_second_derivative_cannot_be_mended_is_refused() -> None:
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), torch.randn(5, 4)
+    parameters = list(layer.parameters())
+    for loss in (
+        lambda: checkpoint(layer, x, use_reentrant=False).square().sum(),
+        lambda weight=layer.weight: (x @ weight.t()).square().sum(),
+    ):
+        operator = HessianOperator(Objective([loss]), parameters)
+        with pytest.raises(CurvatureError, match="weight normalisation is wrong"):
+            operator.matvec(torch.ones(operator.parameters.size))
 
 
 @pytest.mark.parametrize("bias", [True, False])
