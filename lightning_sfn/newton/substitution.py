@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_sfn.newton.activations import sigmoid, tanh
+from lightning_sfn.newton.affine import affine
 from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.recurrence import tanh_recurrence
 from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
@@ -24,7 +25,7 @@ __all__ = ["FastSecondDerivatives"]
 
 
 class FastSecondDerivatives(TorchFunctionMode):
-    """While it is active, convolutions, tanh, sigmoid and tanh RNNs have fast second derivatives.
+    """While it is active, convolutions, linear layers, tanh, sigmoid and tanh RNNs have fast second derivatives.
 
     Weight normalisation has a right one. Left alone are calls under autocast (but for weight normalisation), under
     functorch transforms, and where somebody else's hooks on saved tensors are active: activation checkpointing
@@ -75,6 +76,10 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return affine(input, weight, bias) if weight.requires_grad and weight.dim() == 2 else None
+
+
 def _convolution(
     input: Tensor,
     weight: Tensor,
@@ -113,6 +118,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.tanh: _tanh,
     torch.sigmoid: _sigmoid,
     Tensor.sigmoid: _sigmoid,
+    F.linear: _linear,
     F.conv1d: _convolution,
     F.conv2d: _convolution,
     F.conv3d: _convolution,

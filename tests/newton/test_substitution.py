@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_sfn.newton import CurvatureError, HessianOperator, Objective
+from lightning_sfn.newton import CurvatureError, HessianOperator, Objective, substitution
 from lightning_sfn.newton.activations import sigmoid, tanh
+from lightning_sfn.newton.affine import affine
 from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
@@ -43,6 +44,70 @@ def test_activations(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor]
         (second,) = torch.autograd.grad(gradient.square().sum(), x, create_graph=True)
         third.append(torch.autograd.grad(second.square().sum(), x)[0])
     torch.testing.assert_close(third[0], third[1])
+
+
+def _third(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """A third derivative: of the second by all inputs, along itself."""
+    first = torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in second), inputs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (0, 4)], ids=str)
+def test_linear_layers(shape: tuple[int, ...], bias: bool) -> None:
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (5, 4), (5,))[: 2 + bias]]
+
+    def ours(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return affine(x, w, b)
+
+    assert torch.equal(ours(*inputs), F.linear(*inputs))
+    if shape[0]:
+        assert torch.autograd.gradcheck(ours, inputs)
+        assert torch.autograd.gradgradcheck(ours, inputs)
+    for actual, expected in zip(_third(ours, inputs), _third(F.linear, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
+@pytest.mark.parametrize("outer", [torch.sin, lambda y: 3 * y], ids=["curved", "linear in the outputs"])
+def test_a_linear_layer_of_which_a_part_is_data(
+    wanted: tuple[bool, bool, bool], outer: Callable[[Tensor], Tensor]
+) -> None:
+    """The share that comes back through the layer arrives where nothing else does."""
+    shapes = ((3, 4), (5, 4), (5,))
+    inputs = [torch.randn(s, dtype=torch.float64).requires_grad_(w) for s, w in zip(shapes, wanted, strict=True)]
+    sources = [x for x in inputs if x.requires_grad]
+    hessians = []
+    for layer in (affine, F.linear):
+        loss = outer(layer(inputs[0].exp(), inputs[1], inputs[2].exp())).sum()
+        hessians.append(dense_matrix(HessianOperator(Objective([lambda loss=loss: loss]), sources)))
+    assert_close(hessians[0] + 1, hessians[1] + 1, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_linear_layers_that_share_a_weight_or_compute_it(rows: int) -> None:
+    """Tied weights, a weight that is computed, outputs that go nowhere, and a loss that is linear in the last layer."""
+    tied, last = nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    network = nn.ModuleList([tied, last]).double()
+    x = torch.randn(rows, 2, 4, dtype=torch.float64).transpose(0, 1)
+    parameters = list(network.parameters())
+
+    def loss() -> Tensor:
+        tied(x)
+        return last(tied(tied(x).tanh()).sigmoid()).sum()
+
+    operator = HessianOperator(Objective([loss]), parameters)
+    assert "_AffineBackward" in _nodes_of(loss)
+    with mock.patch.dict("lightning_sfn.newton.substitution._RULES"):
+        del substitution._RULES[F.linear]
+        expected = dense_matrix(HessianOperator(Objective([loss]), parameters))
+    identity = torch.eye(len(expected), dtype=torch.float64)
+    assert_close(torch.stack([operator.matvec(e) for e in identity]), expected, 1e-12)
+    assert_close(operator.matmat(identity), expected, 1e-12)
+    assert_close(torch.stack([operator.matvec(e) for e in identity]), expected, 1e-12)  # the kept graph is as it was
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
@@ -80,6 +145,19 @@ def test_a_normalised_weight_whose_second_derivative_cannot_be_mended_is_refused
         operator = HessianOperator(Objective([loss]), parameters)
         with pytest.raises(CurvatureError, match="weight normalisation is wrong"):
             operator.matvec(torch.ones(operator.parameters.size))
+
+
+def _nodes_of(loss: Callable[[], Tensor]) -> set[str]:
+    with FastSecondDerivatives():
+        return graph_nodes(loss())
+
+
+def test_linear_layers_with_a_frozen_or_a_flat_weight_are_left_to_torch() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    with FastSecondDerivatives():
+        assert "_AffineBackward" in graph_nodes(F.linear(x, torch.randn(2, 4, requires_grad=True)))
+        assert "_AffineBackward" not in graph_nodes(F.linear(x, torch.randn(2, 4)))
+        assert "_AffineBackward" not in graph_nodes(F.linear(x, torch.randn(4, requires_grad=True)))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -298,13 +376,14 @@ def test_a_penalty_on_the_gradient_has_its_hessian() -> None:
     [
         (lambda x: x.tanh(), False),
         (lambda x: torch.sigmoid(x), False),
+        (lambda x: F.linear(x, x[0], x[0, :, 0]), False),
         (lambda x: F.conv1d(x, x[:2], padding=1), False),
         (lambda x: F.conv1d(x, x[:2], stride=2, bias=x[:2, 0, 0]), False),
         (lambda x: x.sin(), False),
         (nn.RNN(5, 16, batch_first=True), True),
         (nn.RNN(5, 16, nonlinearity="relu", batch_first=True), False),
     ],
-    ids=["tanh", "sigmoid", "convolution", "with a stride", "left alone", "recurrence", "another recurrence"],
+    ids=["tanh", "sigmoid", "linear", "convolution", "with a stride", "left alone", "recurrence", "another recurrence"],
 )
 def test_what_may_round_otherwise_is_noted_and_the_rest_is_the_same_bit_for_bit(
     operation: Callable[[Tensor], Tensor], rounds: bool
