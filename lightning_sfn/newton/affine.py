@@ -64,7 +64,7 @@ class _AffineBackward(Function):
         ctx: Any, gradient: Tensor, inputs: Tensor, weight: Tensor | None, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, inputs, weight)
+        ctx.save_for_backward(gradient if needed[0] else None, inputs, weight)
         return _gradients(gradient, inputs, weight, needed)
 
     @staticmethod
