@@ -394,3 +394,18 @@ def test_what_may_round_otherwise_is_noted_and_the_rest_is_the_same_bit_for_bit(
     assert mode.rounds_otherwise == rounds
     if not rounds:
         assert all(map(torch.equal, tree_leaves(ours), tree_leaves(operation(x))))
+
+
+def test_what_rounds_otherwise_stays_noted_whatever_follows() -> None:
+    with FastSecondDerivatives() as mode:
+        nn.RNN(5, 3)(torch.randn(4, 2, 5, requires_grad=True))[0].tanh()
+    assert mode.rounds_otherwise
+
+
+def test_weights_are_normalised_by_row_unless_another_dimension_is_named() -> None:
+    v, g = torch.randn(3, 4, requires_grad=True), torch.rand(3, 1)
+    with FastSecondDerivatives() as mode:
+        ours = torch._weight_norm(v, g)
+    assert mode.rounds_otherwise
+    assert "WeightNormInterfaceBackward0" not in graph_nodes(ours)
+    torch.testing.assert_close(ours, torch._weight_norm(v, g))
