@@ -228,7 +228,7 @@ class Glide:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
         self.velocity, self.best = state["velocity"], state["best"]
         self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
-        self.rest, self.wandered = state.get("rest", math.inf), state.get("wandered", 0.0)
+        self.rest, self.wandered = state["rest"], state["wandered"]
         self.pace.load_state_dict(state["pace"])
 
 
