@@ -348,6 +348,7 @@ class KroneckerFactors(Preconditioner):
         blocks = [(list(block.signature), block.inputs.clone(), block.outputs.clone()) for block in self._blocks]
         shapes = [list(shape) for shape in self._shapes]
         own = {"blocks": blocks, "shapes": shapes, "limits": list(self._allowed), "caution": self._caution}
+        own["shortens"] = self._shortens  # a step may be taken back first, before any is measured
         own["excess"] = [(excess.rows.clone(), excess.columns.clone()) for excess in self._excess]
         return own | {"age": self._age, "unfactored": list(self.unfactored)}
 
@@ -365,6 +366,7 @@ class KroneckerFactors(Preconditioner):
         self._excess = [Excess(rows.clone(), columns.clone()) for rows, columns in known]
         self._adopt(blocks)
         self._allowed, self._caution = list(state["limits"]), state["caution"]
+        self._shortens = state["shortens"]
         self._unfactored = tuple(state["unfactored"])
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_sfn import SaddleFreeNewton
 from lightning_sfn.newton import FlatParameters, Objective
@@ -246,3 +247,29 @@ def _two_steps(sharded: bool) -> tuple[float, bool]:
 def test_ranks_take_a_step_back_together(sharded: bool) -> None:
     results = on_ranks(2, _two_steps, sharded)
     assert results == [(pytest.approx(0.0, abs=1e-12), True)] * 2
+
+
+@pytest.mark.parametrize(("options", "seed"), [({}, 11), ({"damping": "grid"}, 6)], ids=str)
+def test_a_step_that_takes_back_is_the_same_after_the_state_was_saved(options: dict[str, Any], seed: int) -> None:
+    """Bit for bit, after each of fourteen steps on parts of a few cases."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 2))
+    inputs = torch.randn(64, 6)
+    classes = (inputs[:, 0] * inputs[:, 1] > 0).long()
+
+    def loss(model: nn.Module, rows: Tensor) -> Callable[[], Tensor]:
+        return lambda: F.cross_entropy(model(inputs[rows]), classes[rows])
+
+    optimizer, refuted = SaddleFreeNewton(net.parameters(), **options), 0
+    for step in range(14):
+        twin = copy.deepcopy(net)
+        resumed = SaddleFreeNewton(twin.parameters(), **options)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(step))
+        for model, each in ((net, optimizer), (twin, resumed)):
+            whole, part, trial = (loss(model, rows) for rows in (torch.arange(64), order[:16], order[16:28]))
+            each.step(whole, curvature_closure=part, trial_closure=trial)
+        refuted += optimizer.last_step.taken_back
+        assert all(map(torch.equal, net.parameters(), twin.parameters())), step
+        assert resumed.last_step == optimizer.last_step
+    assert refuted

@@ -445,12 +445,12 @@ def test_a_saved_state_is_complete() -> None:
     factors = KroneckerFactors(model, refresh_every=5)
     operator = HessianOperator(Objective([model.loss]), model.parameters())
     factors.refresh(operator, torch.Generator().manual_seed(0))
-    factors._caution = 0.5
+    factors._caution, factors._shortens = 0.5, True
     twin = KroneckerFactors()
     twin.load_state_dict(copy.deepcopy(factors.state_dict()))
     assert str(twin.state_dict()) == str(factors.state_dict())
     assert twin.unfactored == factors.unfactored == ("loose", "unseen")
-    assert (twin._allowed, twin._caution, twin._age) == (factors._allowed, 0.5, 1)
+    assert (twin._allowed, twin._caution, twin._shortens, twin._age) == (factors._allowed, 0.5, True, 1)
     unit = torch.eye(112, dtype=D)
     assert torch.equal(twin.scale(unit), factors.scale(unit))
     twin.reset()
