@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
 from lightning_sfn.trainer.recording import RecordedStep
+from lightning_sfn.trainer.reshuffle import reshuffle
 
 from .modules import Fitting, flat, forced, make_trainer, regression_data, sgd
 
@@ -128,12 +130,21 @@ def test_resuming_in_the_middle_of_an_epoch_is_going_on(name: str) -> None:
         assert counted == [(p.newton, p.steps, p.taken, p.gradients, p.products) for p in going_on.report.phases]
 
 
-def test_resuming_is_going_on_with_a_shuffling_loader_and_dropout() -> None:
+class Estimating(Random):
+    """Asks for the number of steps, as a one-cycle schedule does: the loader is iterated before the fit starts."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 24
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("make", [Random, Estimating])
+def test_resuming_is_going_on_with_a_shuffling_loader_and_dropout(make: Any) -> None:
     """The global random numbers travel with the checkpoint: plain Lightning would shuffle and drop anew."""
 
     def run(resume: str | None = None) -> Tensor:
         torch.manual_seed(1)
-        module = Random()
+        module = make()
         saving = ModelCheckpoint(
             dirpath=f"after {Path(resume).stem}" if resume else "e", filename="{epoch}", save_top_k=-1
         )
@@ -147,6 +158,24 @@ def test_resuming_is_going_on_with_a_shuffling_loader_and_dropout() -> None:
     end = run()
     for epoch in (0, 1, 3):
         assert torch.equal(run(f"e/epoch={epoch}.ckpt"), end)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_loader_is_iterated_anew_unless_it_is_stateful(stateful: bool) -> None:
+    """Its place comes from its own state, which a second iterator would not have."""
+    loader = StatefulLoader() if stateful else DataLoader(regression_data(16), shuffle=True)
+    fetched: list[int] = []
+
+    class Fetcher:
+        def __iter__(self) -> Iterator[int]:
+            fetched.append(int(torch.randint(1000, ())))
+            return iter(fetched)
+
+    loop = SimpleNamespace(_combined_loader=SimpleNamespace(flattened=[loader]), _data_fetcher=Fetcher())
+    state = RandomState.seeded(5)
+    reshuffle(SimpleNamespace(fit_loop=loop), state)  # type: ignore[arg-type]
+    state.restore()
+    assert fetched == ([] if stateful else [int(torch.randint(1000, ()))])
 
 
 class Box:

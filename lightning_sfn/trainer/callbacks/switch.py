@@ -23,6 +23,7 @@ from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.plateau import PlateauWatch
 from lightning_sfn.trainer.rehearsal import Rehearsal
 from lightning_sfn.trainer.report import SwitchReport, say
+from lightning_sfn.trainer.reshuffle import reshuffle
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
 from lightning_sfn.trainer.step_log import StepLog, log_metrics
 from lightning_sfn.trainer.support import (
@@ -220,7 +221,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the random numbers of a resumed run up again, before the loader draws its first shuffle."""
         if self._restored is not None and self._restored["random"] is not None and trainer.world_size == 1:
-            RandomState.from_state(self._restored["random"]).restore()
+            reshuffle(trainer, RandomState.from_state(self._restored["random"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the optimizer that a switch would make; goes on where a resumed run was."""
