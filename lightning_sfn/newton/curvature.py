@@ -202,7 +202,7 @@ class HessianOperator(CurvatureOperator):
 
     def _matvec(self, vector: Tensor) -> Tensor:
         total: Tensor | None = None
-        directions = self.parameters.unflatten(vector)
+        directions = self.parameters.directions(vector)
         for index, weight in enumerate(self.objective.weights):
             roots, along = self._graphs.get(index, self._build).towards(directions)
             if not roots:

@@ -91,7 +91,7 @@ class GaussNewtonOperator(CurvatureOperator):
             )
 
     def _matvec(self, vector: Tensor) -> Tensor:
-        directions = self.parameters.unflatten(vector)
+        directions = self.parameters.directions(vector)
         total = torch.zeros_like(vector)
         for index, weight in enumerate(self.objective.weights):
             graph = self._graphs.get(index, self._build)

@@ -71,7 +71,7 @@ class GradientCovarianceOperator(CurvatureOperator):
         return OutputJacobian(losses, self.parameters.tensors)
 
     def _matvec(self, vector: Tensor) -> Tensor:
-        directions = self.parameters.unflatten(vector)
+        directions = self.parameters.directions(vector)
         total = torch.zeros_like(vector)
         for index, weight in enumerate(self.objective.weights):
             jacobian = self._graphs.get(index, self._build)

@@ -187,6 +187,15 @@ class FlatParameters:
         pieces = torch.split(vector, list(self.sizes))
         return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
+    def directions(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """`unflatten` for what autograd is given: a piece that begins at an odd place is a copy.
+
+        A model that views parameters as complex numbers (`torch.view_as_complex`) does so with directions as well, and
+        a view needs an even beginning.
+        """
+        pieces = self.unflatten(vector)
+        return tuple(piece.clone() if piece.storage_offset() % 2 else piece for piece in pieces)
+
     def read(self) -> Tensor:
         """A copy of the parameters as a vector of shape ``(n,)``."""
         return self.flatten(self.tensors)

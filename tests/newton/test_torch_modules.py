@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from lightning_sfn.newton import CurvatureError, HessianOperator, Objective
+from lightning_sfn.newton import CurvatureError, FlatParameters, HessianOperator, Objective
+from lightning_sfn.newton.operators import make_operator
 
 from .cases import assert_close
 
@@ -179,6 +180,37 @@ def test_layers(name: str) -> None:
 def test_losses(name: str) -> None:
     module, inputs = nn.Linear(6, 3).double(), torch.randn(FLAT, dtype=torch.float64)
     check(module, lambda: LOSSES[name](module(inputs)))
+
+
+@pytest.mark.parametrize("odd_first", [False, True])
+@pytest.mark.parametrize("odd_size", [False, True])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "gradient_covariance"])
+def test_parameters_that_are_viewed_as_complex_numbers(odd_first: bool, odd_size: bool, curvature: Any) -> None:
+    """Their directions are views too, which have to begin at an even place, wherever the vector lies in a basis."""
+    inputs = torch.randn(8, 3, dtype=torch.cdouble)
+    weight, other = torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(4 - odd_size, dtype=torch.float64)
+    parameters = [other, weight] if odd_first else [weight, other]
+    for parameter in parameters:
+        parameter.requires_grad_()
+
+    def pair() -> tuple[Tensor, Tensor]:
+        output = (inputs @ torch.view_as_complex(weight)).abs() * other.exp().sum()
+        losses = (output - 1).square().mean(1)
+        return losses.mean(), losses if curvature == "gradient_covariance" else output
+
+    objective = Objective([pair])
+    operator = make_operator(objective, FlatParameters(parameters), curvature, "auto")
+    size = operator.parameters.size
+    rows = torch.randn(size, size, dtype=torch.float64)
+    basis = torch.linalg.qr(rows)[0].contiguous()
+    products = torch.stack([operator.matvec(row) for row in basis])
+    assert_close(products, torch.stack([operator.matvec(row.clone()) for row in basis]), 1e-14)
+    assert_close(products @ basis.T, (products @ basis.T).T, 1e-10)
+    assert_close(operator.matmat(basis), products, 1e-10)
+    operator.close()
+    if curvature == "hessian":
+        expected = difference(lambda: pair()[0], parameters, basis[1])
+        assert_close(products[1], expected, 1e-5)
 
 
 @pytest.mark.parametrize(
