@@ -47,6 +47,7 @@ class ProbeBatches:
         self.count = count
         self.fixed = False
         self._own: list[tuple[Any, ...]] = []  # arguments of training_step, on this process' device
+        self._held: tuple[Any, ...] | None = None  # those of a batch of which it is not known whether it has a loss
         self._all: list[tuple[Any, ...]] = []  # those of all processes, on the CPU
 
     def __len__(self) -> int:
@@ -60,10 +61,19 @@ class ProbeBatches:
 
     def offer(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Keeps a batch, already on the device, if this process' share is not complete yet."""
-        if self.fixed:
+        self.hold(trainer, batch, batch_idx)
+        self.keep(trainer)
+
+    def hold(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Copies a batch, which the step that follows may change in place, until `keep` or another batch."""
+        self._held = None if self.fixed else _copied(step_arguments(trainer, batch_idx, batch))
+
+    def keep(self, trainer: Trainer) -> None:
+        """Keeps the batch that is held, if this process' share is not complete yet."""
+        if self._held is None:
             return
-        # Copies: the step that follows may change its batch in place.
-        self._own.append(_copied(step_arguments(trainer, batch_idx, batch)))
+        self._own.append(self._held)
+        self._held = None
         if len(self._own) * trainer.world_size >= self.count:
             self.fix(trainer)
 

@@ -78,8 +78,7 @@ def evaluate(module: LightningModule, recorded: RecordedStep, *, with_output: bo
     loss = loss_of(returned)
     if loss is None:
         raise ObjectiveError(
-            "training_step returned no loss in a replay, but it did in training: let it return the loss whenever "
-            "it is given the same batch."
+            "training_step returned no loss in a replay: let it return one for this batch whenever it is given it."
         )
     return (loss, _output_of(module, returned, forwarded)) if with_output else loss
 

@@ -217,7 +217,6 @@ def test_parameters_that_are_viewed_as_complex_numbers(odd_first: bool, odd_size
     ("name", "build", "loss"),
     [
         ("hardsigmoid_backward", lambda: nn.Linear(6, 3), lambda y: F.hardsigmoid(y).sum()),
-        ("_cdist_backward", lambda: nn.Linear(6, 3), lambda y: torch.cdist(y, NUMBERS).sum()),
         ("multi_margin_loss_backward", lambda: nn.Linear(6, 3), lambda y: F.multi_margin_loss(y, CLASSES)),
         (
             "_ctc_loss_backward",

@@ -550,6 +550,35 @@ def test_strict_ends_the_run_at_a_failing_spectrum(kind: type[Fitting], said: st
         trainer.fit(kind(), regression_loader())
 
 
+class Skipping(Fitting):
+    """Returns no loss for some batches, which Lightning allows."""
+
+    def __init__(self, first_epoch: int = 0) -> None:
+        super().__init__()
+        self.first_epoch, self.kept = first_epoch, []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx % 3 == 0 or self.trainer.current_epoch < self.first_epoch:
+            return None
+        self.kept.append(batch)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("first_epoch", [0, 1])
+def test_batches_without_a_loss_are_not_probed(first_epoch: int) -> None:
+    """Nor is an epoch of which no batch has one."""
+    module = Skipping(first_epoch)
+    spectrum = HessianSpectrum(krylov_dim=3, num_batches=2, strict=True, log=False)
+    make_trainer(3, callbacks=[spectrum]).fit(module, regression_loader())
+    assert len(spectrum.history) == 3 - first_epoch
+    held = [arguments[0] for arguments in spectrum._batches._own]
+    assert len(held) == 2
+    for batch, (x, y) in zip(held, module.kept, strict=False):
+        assert torch.equal(batch[0], x)
+        assert torch.equal(batch[1], y)
+
+
 class NotANumber(Replayed):
     def in_replay(self, loss: Tensor) -> Any:
         return loss * float("nan")

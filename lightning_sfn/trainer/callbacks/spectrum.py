@@ -33,7 +33,7 @@ _SCALARS = ("lambda_min", "lambda_max", "negative_fraction", "gradient_norm", "r
 class HessianSpectrum(NamesMisplacedOptions, Callback):
     """Logs the Hessian's extreme eigenvalues on a fixed set of training batches, whatever the optimizer.
 
-    The first ``num_batches`` training batches of the run (or your own) are kept, with fixed random numbers, and every
+    The first ``num_batches`` training batches with a loss (or your own) are kept, with fixed random numbers, and every
     spectrum is taken on them, also after a resume. `training_step` is replayed in isolation, so a run with the callback
     is bit for bit the run without it. At the end it says in words what the spectrum means.
 
@@ -183,13 +183,15 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         return matched
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps the first batches of the run."""
-        self._batches.offer(trainer, batch, batch_idx)
+        """Looks at the batch before the step may change it."""
+        self._batches.hold(trainer, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes a spectrum where a multiple of ``every_n_steps`` was reached."""
+        """Keeps the first batches of the run that have a loss; takes a spectrum at multiples of ``every_n_steps``."""
+        if outputs or trainer.world_size > 1:  # several processes have to keep the same number at the same batch
+            self._batches.keep(trainer)
         step = trainer.global_step
         due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
         if due and self._batches.fixed and step != self._probed_at:
@@ -197,6 +199,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes a spectrum at the end of every n-th epoch."""
+        if not len(self._batches):
+            return  # no batch of the epoch had a loss
         if not self._batches.fixed:
             self._batches.fix(trainer)  # the epoch has fewer batches than the probe wants
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
