@@ -4,9 +4,9 @@ With W processes each keeps ``n / W`` entries of every vector. A product then co
 all-gather of the next ``v``, together the bytes of one all-reduce, and a dot product costs an all-reduce of one number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -221,9 +221,13 @@ class BasisStore:
 
     def agreed(self, number: float) -> float:
         """A number on which the course of the program depends: rank zero's, unless it is a reduced number anyway."""
+        return self.all_agreed([number])[0]
+
+    def all_agreed(self, numbers: Sequence[float]) -> list[float]:
+        """Several such numbers by one collective."""
         if self.processes is None or self.sharded:
-            return number
-        return float(self.processes.from_first(torch.tensor(number, dtype=torch.float64)))
+            return list(numbers)
+        return cast("list[float]", self.processes.from_first(torch.tensor(numbers, dtype=torch.float64)).tolist())
 
     def agreed_eigen(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Rank zero's eigendecomposition: another processor's rounding must not make another step."""

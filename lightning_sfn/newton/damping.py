@@ -1,21 +1,37 @@
 """How the damping of a step is chosen: by trial losses (grid, warm), by a ratio (Levenberg-Marquardt), or fixed.
 
-A strategy is shown a function that maps damping values to trial losses. All values of one call share the subspace's
-eigendecomposition and one matrix product, so a strategy asks for several at once where it can.
+A strategy is shown `TrialLosses`, which map damping values to the losses after their steps. All values of one call
+share the subspace's eigendecomposition and one matrix product. What the quadratic model predicts costs nothing.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_sfn.newton.options import is_number
 
-__all__ = ["Choice", "Damping", "FixedDamping", "GridDamping", "LevenbergMarquardt", "WarmDamping", "make_damping"]
+__all__ = [
+    "Choice",
+    "Damping",
+    "FixedDamping",
+    "GridDamping",
+    "LevenbergMarquardt",
+    "TrialLosses",
+    "WarmDamping",
+    "make_damping",
+]
 
-TrialLosses = Callable[[Sequence[float]], Sequence[float]]
-"""Maps damping values to the losses after the steps that they give; a loss that is not finite counts as infinite."""
+
+class TrialLosses(Protocol):
+    """What a strategy may ask about the steps that damping values give."""
+
+    def __call__(self, dampings: Sequence[float], /) -> Sequence[float]:
+        """The losses after the steps, a forward pass for each; one that is not finite counts as infinite."""
+
+    def predicted(self, dampings: Sequence[float], /) -> Sequence[float]:
+        """The decreases of the loss that the quadratic model predicts, bounds on a step's length aside."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +138,41 @@ class GridDamping(Damping):
         return Choice(self.value, losses[best], len(losses))
 
 
+class _Decreases:
+    """The decreases of the loss that a search has found, by damping.
+
+    Args:
+        trials: The trial losses.
+        baseline: The trial loss without a step.
+    """
+
+    def __init__(self, trials: TrialLosses, baseline: float) -> None:
+        """See the class."""
+        self.trials, self.baseline = trials, baseline
+        self.losses: dict[float, float] = {}
+
+    @property
+    def found(self) -> dict[float, float]:
+        """All that were found."""
+        return {damping: self.baseline - loss for damping, loss in self.losses.items()}
+
+    def find(self, damping: float) -> float:
+        """Spends a trial loss."""
+        (self.losses[damping],) = self.trials([damping])
+        return self.baseline - self.losses[damping]
+
+
 class WarmDamping(Damping):
     """A few candidates around the last damping, more of them while they improve.
 
-    Tries the last value and its neighbour by a factor of four on the side that the damping last moved to. If the
-    neighbour's decrease of the loss is larger by a twentieth, it goes on from there by factors of four, while the
-    decrease still grows by as much. Where the neighbour is worse, the next search looks on the other side; the first
-    one looks on both. What is remembered is the largest damping whose decrease is within a fiftieth of the best. If no
-    candidate lowers the loss, it goes up by factors of eight until one does: a trial loss costs little next to the
-    products that built the subspace. Values stay within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step
-    usually costs two or three trial losses.
+    Tries the last value, and its neighbour by a factor of four on the side that the damping last moved to. Where the
+    last value lowers the loss, the neighbour has to promise something: the quadratic model must predict a decrease for
+    it that is larger by a twentieth than the one that was found, or than the one that was predicted. If it is better by
+    as much, the search goes on from there by factors of four in the same way. Where the neighbour is worse, the next
+    search looks on the other side; the first one looks on both. What is remembered is the largest damping whose
+    decrease is within a fiftieth of the best. If nothing lowers the loss, the search goes up by factors of eight until
+    something does: a trial loss costs little next to the products that built the subspace. Values stay within
+    ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs one or two trial losses.
     """
 
     _FACTOR, _RESCUE = 4.0, 8.0
@@ -147,26 +188,30 @@ class WarmDamping(Damping):
     def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
         """Searches from the last value."""
         low, high = self._LOWEST * scale, self._HIGHEST * scale
-        middle = min(max(self.value if self.value is not None else self._INITIAL * scale, low), high)
-        sides = (self._side,) if self._side else (-1, 1)
-        near = [min(max(middle * self._FACTOR**side, low), high) for side in sides]
-        first = list(dict.fromkeys([middle, *near]))
-        tried = dict(zip(first, trial_losses(first), strict=True))
-        best = min(tried, key=tried.__getitem__)
-        if tried[best] < baseline:
-            factor = self._FACTOR if best > middle else 1 / self._FACTOR
-            last = middle
-            while baseline - tried[best] > self._WORTHWHILE * (baseline - tried[last]) and low < best < high:
-                last, following = best, min(max(best * factor, low), high)
-                tried[following] = trial_losses([following])[0]
-                best = min(best, following, key=tried.__getitem__)
-        else:
-            while tried[best] >= baseline and max(tried) < high:
-                following = min(max(tried) * self._RESCUE, high)
-                tried[following] = trial_losses([following])[0]
-                best = min(tried, key=tried.__getitem__)
-        self._settle({damping: baseline - loss for damping, loss in tried.items()}, middle, high)
-        return Choice(best, tried[best], len(tried))
+        first = min(max(self.value if self.value is not None else self._INITIAL * scale, low), high)
+        decreases = _Decreases(trial_losses, baseline)
+        decreases.find(first)
+        for side in (self._side,) if self._side else (-1, 1):
+            self._follow(first, self._FACTOR**side, (low, high), decreases)
+        while max(decreases.found.values()) <= 0 and max(decreases.found) < high:
+            decreases.find(min(max(decreases.found) * self._RESCUE, high))
+        best = min(decreases.losses, key=decreases.losses.__getitem__)
+        self._settle(decreases.found, first, high)
+        return Choice(best, decreases.losses[best], len(decreases.losses))
+
+    def _follow(self, value: float, factor: float, bounds: tuple[float, float], decreases: "_Decreases") -> None:
+        """Goes on from a value as long as the next one may lower the loss by enough more, and does."""
+        while True:
+            following = min(max(value * factor, bounds[0]), bounds[1])
+            if following == value:
+                return
+            found = decreases.found[value]
+            promised, here = decreases.trials.predicted([following, value])
+            if found > 0 and promised <= self._WORTHWHILE * min(here, found):
+                return
+            if decreases.find(following) <= self._WORTHWHILE * max(found, 0.0):
+                return
+            value = following
 
     def _settle(self, decreases: dict[float, float], middle: float, high: float) -> None:
         """Remembers where the search ended, if anywhere, and where the next one looks first.

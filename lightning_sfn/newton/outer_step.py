@@ -195,14 +195,16 @@ class Search:
             if inner > 0:
                 loss, gradient = gradient_of(objective, parameters, far=True)
                 spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)
-                if not (loss < before.loss_after and bool(torch.isfinite(gradient).all())):
+                finite = math.isfinite(loss) and bool(torch.isfinite(gradient).all())
+                if finite:  # what it has shown of the curvature along it stays, whether or not the step does
+                    carried.memory.complete(store.local(gradient))
+                if not (finite and loss < before.loss_after):
                     # The trial data promised a decrease that the objective does not show: take the step back.
                     parameters.write(origin)
                     carried.memory.retract()
                     if model.rule.damped:
                         self.damping.feedback(accepted=False, reduction_ratio=0.0)
                     return spent
-                carried.memory.complete(store.local(gradient))
                 trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
                 record = replace(record, gradients=spent.gradients, loss_after=loss)
                 before, origin = record, parameters.read()

@@ -239,8 +239,7 @@ class SubspaceModel:
             The steps in parameter units, shape ``(c, n)``, and the decreases that the quadratic model predicts for
             them, shape ``(c,)``.
         """
-        values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
-        along = -self.rule.inverse(self.space.eigenvalues, values) * coordinates
+        along = self._along(coordinates, dampings)
         steps = self.in_parameters(self.space.lift(along)) * self.learning_rates
         shrink = self.preconditioner.shares(steps)
         if self.max_step_norm is not None:
@@ -253,9 +252,19 @@ class SubspaceModel:
         else:  # groups differ: the steps leave the subspace's own scaling, so look at where they lie in it
             along = torch.stack([self.space.coordinates(self.preconditioner.unscale(step)) for step in steps])
             shrink = torch.ones(len(dampings), dtype=torch.float64)
-        slope = along @ coordinates
+        return steps, self._decreases(coordinates, along, shrink)
+
+    def predicted(self, coordinates: Tensor, dampings: Sequence[float]) -> list[float]:
+        """The decreases that the quadratic model predicts for the steps that several dampings give, unbounded."""
+        return self._decreases(coordinates, self._along(coordinates, dampings), torch.ones(())).tolist()
+
+    def _along(self, coordinates: Tensor, dampings: Sequence[float]) -> Tensor:
+        values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
+        return -self.rule.inverse(self.space.eigenvalues, values) * coordinates
+
+    def _decreases(self, coordinates: Tensor, along: Tensor, shrink: Tensor) -> Tensor:
         bend = (along.square() @ self.space.eigenvalues) / 2
-        return steps, -(shrink * slope + shrink.square() * bend)
+        return -(shrink * (along @ coordinates) + shrink.square() * bend)
 
 
 def build_subspace(
@@ -340,6 +349,33 @@ def _in_coordinates(directions: Sequence[Direction], coordinates: Preconditioner
     ]
 
 
+class _Candidates:
+    """The steps that dampings give from one point: their trial losses, and the best of those that were tried.
+
+    Args:
+        model: The subspace model.
+        coordinates: The gradient along the Ritz vectors, shape ``(k,)``.
+        parameters: The parameters, at the point; left anywhere.
+        trial: The loss around it.
+    """
+
+    def __init__(self, model: SubspaceModel, coordinates: Tensor, parameters: FlatParameters, trial: TrialLoss) -> None:
+        """See the class."""
+        self._model, self._coordinates, self._parameters, self._trial = model, coordinates, parameters, trial
+        self._origin = parameters.read()
+        self.best: tuple[float, float, Tensor | None] = (math.inf, 0.0, None)  # loss, predicted decrease, step
+
+    def __call__(self, dampings: Sequence[float], /) -> list[float]:
+        steps, predictions = self._model.steps(self._coordinates, dampings)
+        losses, decreases = self._trial.after(self._parameters, self._origin, steps, predictions)
+        self.best = min((self.best, *zip(losses, decreases, steps, strict=True)), key=itemgetter(0))
+        return losses
+
+    def predicted(self, dampings: Sequence[float], /) -> list[float]:
+        own = self._model.predicted(self._coordinates, dampings)
+        return self._model.space.store.all_agreed(own)  # what is tried depends on them
+
+
 def take_inner_step(
     model: SubspaceModel,
     gradient: Tensor,
@@ -363,22 +399,13 @@ def take_inner_step(
         The record with this step added, and the step of shape ``(n,)``, or ``None`` if none was taken.
     """
     origin = parameters.read()
-    coordinates = model.coordinates(gradient, trial.loss, float(norm(origin)))
-    best: tuple[float, float, Tensor | None] = (math.inf, 0.0, None)  # loss, predicted decrease, step
-
-    def trial_losses(dampings: Sequence[float]) -> list[float]:
-        nonlocal best
-        steps, predictions = model.steps(coordinates, dampings)
-        losses, decreases = trial.after(parameters, origin, steps, predictions)
-        best = min((best, *zip(losses, decreases, steps, strict=True)), key=itemgetter(0))
-        return losses
-
+    candidates = _Candidates(model, model.coordinates(gradient, trial.loss, float(norm(origin))), parameters, trial)
     try:
         strategy = damping if model.rule.damped else FixedDamping(1.0)
-        choice = strategy.choose(trial_losses, scale=model.scale, baseline=trial.loss)
+        choice = strategy.choose(candidates, scale=model.scale, baseline=trial.loss)
     finally:
         parameters.write(origin)
-    after, predicted, step = best
+    after, predicted, step = candidates.best
     accepted = step is not None and after < trial.loss
     strategy.feedback(accepted=accepted, reduction_ratio=(trial.loss - after) / predicted if predicted > 0 else 0.0)
     model.preconditioner.feedback(accepted=accepted, store=model.space.store)

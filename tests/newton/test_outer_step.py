@@ -434,7 +434,9 @@ def test_a_later_step_whose_loss_is_higher_is_taken_back() -> None:
     assert record.loss_after == pytest.approx(value(middle))
     assert record.damping == 2.0
     state.memory.complete(MATRIX @ middle)
-    assert len(state.memory) == 1  # nothing of the step that was taken back
+    assert len(state.memory) == 2  # the step that was taken back has shown the curvature along it
+    for direction in state.memory.directions:
+        torch.testing.assert_close(direction.product, MATRIX @ direction.vector)
     assert [accepted for accepted, _ in damping.heard] == [True, True, False]
     assert damping.heard[-1] == (False, 0.0)
 
@@ -464,8 +466,8 @@ def test_a_rule_without_damping_tells_the_damping_nothing() -> None:
     assert damping.value is None
 
 
-def test_a_step_to_a_gradient_that_is_not_finite_is_taken_back() -> None:
-    x, start = leaf(), bits([leaf()])
+def test_a_step_to_a_gradient_that_is_not_finite_is_taken_back_and_forgotten() -> None:
+    x, start, state = leaf(), bits([leaf()]), carried()
 
     def closure() -> Tensor:
         y = x * 1.0
@@ -474,9 +476,10 @@ def test_a_step_to_a_gradient_that_is_not_finite_is_taken_back() -> None:
         return quadratic(MATRIX)(y)()
 
     losses = replace(same(Objective([closure])), curvature=Objective([quadratic(MATRIX)(x)]))
-    record = take(x, losses, descent(), Search(FixedDamping(2.0), 2), carried())
+    record = take(x, losses, descent(), Search(FixedDamping(2.0), 2), state)
     assert bits([x]) == start
     assert not record.accepted
+    assert len(state.memory) == 0
 
 
 def test_a_first_step_that_trials_refuse_empties_the_memory_and_asks_whether_the_loss_is_fixed() -> None:
