@@ -166,8 +166,13 @@ class BasisStore:
 
     def norm(self, x: Tensor) -> float:
         """Norm of a vector given by its parts."""
-        length = reductions.norm(x)
-        return float(length if self._owners is None else self._sum(length.square()).sqrt())
+        return self.norms(x)[0]
+
+    def norms(self, *vectors: Tensor) -> list[float]:
+        """Norms of vectors given by their parts, by one collective and one wait for the device."""
+        lengths = torch.stack([reductions.norm(x) for x in vectors])
+        lengths = lengths if self._owners is None else self._sum(lengths.square()).sqrt()
+        return cast("list[float]", lengths.tolist())
 
     def project(self, basis: Tensor, part: Tensor) -> Tensor:
         """Coordinates of a vector in a basis, float64, shape ``(k,)``, on the vector's device."""

@@ -8,7 +8,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -233,7 +233,7 @@ class KroneckerFactors(Preconditioner):
     def _estimated(self, objective: Objective, parameters: FlatParameters, seed: int) -> list[Block]:
         """A single estimate, if it is one to build on."""
         blocks = estimated(objective, parameters, seed, self.targets, self.limits)
-        magnitudes = [block.magnitude for block in blocks]
+        magnitudes = _magnitudes(blocks)
         if not all(map(math.isfinite, magnitudes)) or max(magnitudes) == 0:
             raise FactorsError("Kronecker factors are zero or not finite at the present parameters")
         if _coverage(blocks, parameters.shapes) < self.min_coverage:
@@ -254,7 +254,7 @@ class KroneckerFactors(Preconditioner):
         """By how much outputs of hidden layers may change in a step; the last layers' are for the loss to judge."""
         sizes = self._shifts(parameters.read().unsqueeze(0))
         hidden = [block.hidden for block in self._blocks if block.is_product]
-        allowed = [max(_SHIFT, _RELATIVE_SHIFT * float(size)) for size in sizes]
+        allowed = [max(_SHIFT, _RELATIVE_SHIFT * size) for size in (torch.cat(sizes).tolist() if sizes else [])]
         return [most if inner else math.inf for most, inner in zip(allowed, hidden, strict=True)]
 
     def _adopt(self, blocks: list[Block]) -> list[BlockRoot]:
@@ -263,7 +263,7 @@ class KroneckerFactors(Preconditioner):
         Returns:
             The roots of the factors alone.
         """
-        damping = self.damping * max(block.magnitude for block in blocks)
+        damping = self.damping * max(_magnitudes(blocks))
         alone = [block.root(damping) for block in blocks]
         if [excess.shape for excess in self._excess] != [root.scale.shape for root in alone]:
             self._excess = []
@@ -368,6 +368,11 @@ class KroneckerFactors(Preconditioner):
         self._allowed, self._caution = list(state["limits"]), state["caution"]
         self._shortens = state["shortens"]
         self._unfactored = tuple(state["unfactored"])
+
+
+def _magnitudes(blocks: list[Block]) -> list[float]:
+    """How large the blocks' entries are; the host waits once for all of them."""
+    return cast("list[float]", torch.stack([block.magnitude for block in blocks]).tolist())
 
 
 def _lessened(roots: list[BlockRoot], excess: list[Excess]) -> list[BlockRoot]:

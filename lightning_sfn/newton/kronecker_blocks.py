@@ -125,8 +125,8 @@ class Block:
         return self.signature[0] in ("dense", "embedding")
 
     @property
-    def magnitude(self) -> float:
-        """Product of the mean diagonals: how large the block's entries are."""
+    def magnitude(self) -> Tensor:
+        """Product of the mean diagonals, float64: how large the block's entries are."""
         return _mean_diagonal(self.inputs) * _mean_diagonal(self._square)
 
     @property
@@ -217,8 +217,8 @@ def _second_moment(rows: Tensor, factor: Tensor) -> Tensor:
     return rows.square().sum(0) if factor.dim() == 1 else rows.T @ rows
 
 
-def _mean_diagonal(factor: Tensor) -> float:
-    return float((factor if factor.dim() == 1 else factor.diagonal()).double().mean())
+def _mean_diagonal(factor: Tensor) -> Tensor:
+    return (factor if factor.dim() == 1 else factor.diagonal()).double().mean()
 
 
 def _eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:

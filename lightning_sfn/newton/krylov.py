@@ -163,6 +163,7 @@ def lanczos(
     space = _Extension(basis, projected, steps, leftover, store)
     for direction in directions:
         space.add(direction, counted)
+    space.fill()
     used = space.used
     return KrylovSubspace(basis[:used], projected[:used, :used].clone(), coupling, steps, counted.calls, store, size)
 
@@ -334,7 +335,7 @@ def append(
 
 
 class _Extension:
-    """Adds directions to a Lanczos basis, in place.
+    """Adds directions to a Lanczos basis, in place; `fill` ends it.
 
     For the Lanczos vectors ``H V' = V' T + r e_k'`` with ``r`` the leftover of the last step, so a direction's
     component inside the basis needs no product of its own, and a secant can be orthogonalised along with its direction.
@@ -344,6 +345,8 @@ class _Extension:
         self.basis, self.projected, self.steps, self.leftover, self.store = basis, projected, steps, leftover, store
         self.used = steps
         self.images: list[Tensor] = []  # H e of each added basis vector e
+        self._columns: list[Tensor] = []  # of the projected operator, on the basis' device
+        self._tridiagonal = projected[:steps, :steps].to(leftover.device)
 
     def add(self, direction: Direction, matvec: Callable[[Tensor], Tensor]) -> None:
         """Orthogonalises one direction against the basis and appends it with its row of the projected operator."""
@@ -352,24 +355,31 @@ class _Extension:
         residue = direction.vector - store.combine(inside, basis)
         correction = store.project(basis, residue)
         residue, inside = residue - store.combine(correction, basis), inside + correction
-        outside = store.agreed(store.norm(residue))
-        if not outside > _NEW_INFORMATION * store.norm(direction.vector):  # NaN joins nothing
+        outside, length = store.norms(residue, direction.vector)
+        outside = store.agreed(outside)
+        if not outside > _NEW_INFORMATION * length:  # NaN joins nothing
             return
         new = self.used
         vector = store.keep(self.basis, new, residue / outside)
         known = direction.product
         image = matvec(vector) if known is None else (known - self._image_of(inside)) / outside
-        column = store.project(self.basis[: new + 1], image).cpu()
-        self.projected[: new + 1, new] = column
-        self.projected[new, : new + 1] = column
+        self._columns.append(store.project(self.basis[: new + 1], image))
         self.images.append(image)
         self.used += 1
+
+    def fill(self) -> None:
+        """Writes the added columns into the projected operator, all together: the host waits once for them."""
+        if self._columns:
+            lengths = range(self.steps + 1, self.used + 1)
+            for column in torch.split(torch.cat(self._columns).cpu(), list(lengths)):
+                last = len(column) - 1
+                self.projected[: last + 1, last] = column
+                self.projected[last, : last + 1] = column
 
     def _image_of(self, inside: Tensor) -> Tensor:
         """The operator's product with a vector given by its coordinates in the basis."""
         lanczos_part = inside[: self.steps]
-        tridiagonal = self.projected[: self.steps, : self.steps].to(inside.device)
-        image = self.store.combine(tridiagonal @ lanczos_part, self.basis[: self.steps])
+        image = self.store.combine(self._tridiagonal @ lanczos_part, self.basis[: self.steps])
         image += lanczos_part[-1].to(image.dtype) * self.leftover
         for coefficient, added in zip(inside[self.steps :], self.images, strict=True):
             image += coefficient.to(image.dtype) * added

@@ -263,13 +263,14 @@ def take_outer_step(
     space = model.space
     lowest, highest = model.ends
     carried.note_curvature(space, lowest)
+    norms = torch.stack([norm(gradient), norm(lowest), norm(highest)]).cpu()
     record = StepRecord(
         loss_before=loss,
         loss_after=loss,
-        gradient_norm=float(norm(gradient)),
+        gradient_norm=float(norms[0]),
         # Rayleigh quotients in the parameters' own coordinates, whatever the preconditioner.
-        lambda_min=float(space.eigenvalues[0] / norm(lowest).cpu().square()),
-        lambda_max=float(space.eigenvalues[-1] / norm(highest).cpu().square()),
+        lambda_min=float(space.eigenvalues[0] / norms[1].square()),
+        lambda_max=float(space.eigenvalues[-1] / norms[2].square()),
         subspace_dim=len(space),
         products=operator.products,
         gradients=1,

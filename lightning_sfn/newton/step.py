@@ -141,8 +141,8 @@ class TrialLoss:
         own = torch.cat([torch.stack(slopes).to(nowhere), predicted.to(nowhere)])
         means, of_first = self.objective.reduce_with(torch.stack(losses).to(nowhere), own)
         self.objective.require_sound(means, far=True)
-        slope, decrease = of_first.view(2, -1).tolist()
-        changes = [mean - self.offset - along for mean, along in zip(means.tolist(), slope, strict=True)]
+        totals, slope, decrease = torch.cat([means, of_first]).view(3, -1).tolist()
+        changes = [total - self.offset - along for total, along in zip(totals, slope, strict=True)]
         return [self.loss + change if math.isfinite(change) else math.inf for change in changes], decrease
 
 

@@ -1,7 +1,8 @@
 """A device that is not there: tensors whose values lie on the CPU, but that say they lie elsewhere, and insist on it.
 
 As with CUDA, an operation on tensors of two devices is refused (tensors without dimensions and indices excepted), and a
-generator draws for its own device alone. What runs here mixes no devices, whatever the real one is called.
+generator draws for its own device alone. What runs here mixes no devices, whatever the real one is called. Each time
+that a value is asked for on the CPU is counted: there the host would wait for a real device.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ DEVICE = torch.device("meta")  # the one other device for which autograd starts 
 
 _aten = torch.ops.aten
 _CROSSING = (_aten._to_copy.default, _aten.copy_.default)
+_ASKING = (_aten._local_scalar_dense.default, _aten.nonzero.default)  # the host needs the answer to go on
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
 
 
@@ -39,9 +41,11 @@ class Elsewhere(Tensor):
         return f"Elsewhere({self.values!r})"
 
     def item(self) -> Any:
+        _waits.append("item")
         return self.values.item()
 
     def tolist(self) -> Any:
+        _waits.append("tolist")
         return self.values.tolist()
 
     @classmethod
@@ -61,11 +65,14 @@ class _Generator(torch.Generator):
 
 
 _drawing_elsewhere: dict[int, torch.Generator] = {}
+_waits: list[str] = []
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Elsewhere)]
     target = _target(func, args, kwargs, there)
+    if there and (target != DEVICE or func in _ASKING):
+        _waits.append(str(func))
     own = {id(x.values): x for x in there}
     plain = tree_map(_inside, kwargs)
     if plain.get("device") is not None:
@@ -107,8 +114,8 @@ def _outside(x: Any) -> Any:
 
 
 @contextmanager
-def elsewhere() -> Iterator[None]:
-    """Tensors and generators for `DEVICE` can be made."""
+def elsewhere() -> Iterator[list[str]]:
+    """Tensors and generators for `DEVICE` can be made; gives the list of waits for it, to which each is added."""
     plain, is_autocast = torch.Generator, torch.is_autocast_enabled
 
     def generator(device: Any = "cpu") -> torch.Generator:
@@ -121,8 +128,9 @@ def elsewhere() -> Iterator[None]:
         return device != DEVICE.type and is_autocast(device)
 
     with mock.patch("torch.Generator", generator), mock.patch("torch.is_autocast_enabled", autocast), _Mode():
-        yield
+        yield _waits
     _drawing_elsewhere.clear()
+    _waits.clear()
 
 
 def move(model: nn.Module) -> nn.Module:

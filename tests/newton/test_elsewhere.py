@@ -129,3 +129,57 @@ def test_the_other_device_refuses_what_a_real_one_refuses() -> None:
             torch.randn(2, device=DEVICE, generator=torch.Generator())
         with pytest.raises(RuntimeError, match="another device"):
             torch.randn(2, generator=torch.Generator(DEVICE))
+
+
+# ------------------------------------------------------------------------------------------------ waits
+
+
+def waits(layers: int = 2, steps: int = 1, **options: Any) -> list[int]:
+    """How often the host would wait for the device in each of a few steps of one trial loss each."""
+    with elsewhere() as waited:
+        torch.manual_seed(0)
+        hidden = [layer for _ in range(layers - 1) for layer in (nn.Linear(6, 6), nn.Tanh())]
+        model = move(nn.Sequential(*hidden, nn.Linear(6, 3)).double())
+        inputs, targets = torch.randn(20, 6, dtype=D).to(DEVICE), torch.randn(20, 3, dtype=D).to(DEVICE)
+        optimizer = SaddleFreeNewton(model.parameters(), **{"damping": 1.0, "inner_steps": 1} | options)
+        counts = []
+        for _ in range(steps):
+            before = len(waited)
+            optimizer.step(lambda: F.mse_loss(model(inputs), targets))
+            counts.append(len(waited) - before)
+            assert optimizer.last_step is not None
+            assert optimizer.last_step.trials == 1
+        return counts
+
+
+@pytest.mark.parametrize("preconditioner", [None, "diagonal", "kronecker"])
+def test_a_step_waits_a_few_times_however_large_basis_and_model_are(preconditioner: str | None) -> None:
+    options: dict[str, Any] = {"preconditioner": preconditioner, "previous_directions": 0}
+    (small,), (large,) = waits(krylov_dim=3, **options), waits(krylov_dim=18, **options)
+    (deep,) = waits(krylov_dim=3, layers=6, **options)
+    assert small == large == deep <= 25
+
+
+def test_a_remembered_step_is_one_wait_more() -> None:
+    """Whether it joins is for the host to decide; one more wait brings what all of them add to the projection."""
+    options: dict[str, Any] = {"preconditioner": None, "krylov_dim": 3, "steps": 5}
+    without, remembered = waits(previous_directions=0, **options), waits(previous_directions=3, **options)
+    assert [more - less for more, less in zip(remembered, without, strict=True)] == [0, 2, 3, 4, 4]
+
+
+def test_the_host_learns_by_waiting() -> None:
+    """The control: what the tests above count."""
+    with elsewhere() as waited:
+        there = torch.ones(2, device=DEVICE)
+        asked = [
+            float(there.sum()),
+            bool(there.all()),
+            there.tolist(),
+            there.sum().item(),
+            there.cpu(),
+            there.nonzero(),
+        ]
+        assert len(waited) == len(asked)
+        there.copy_(torch.zeros(2))
+        assert (there + 1).square().device == DEVICE
+        assert len(waited) == len(asked)
