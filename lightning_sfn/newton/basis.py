@@ -4,7 +4,7 @@ With W processes each keeps ``n / W`` entries of every vector. A product then co
 all-gather of the next ``v``, together the bytes of one all-reduce, and a dot product costs an all-reduce of one number.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -224,13 +224,15 @@ class BasisStore:
 
     # ------------------------------------------------------------------------------------------------ agreement
 
-    def agreed(self, number: float) -> float:
-        """A number on which the course of the program depends: rank zero's, unless it is a reduced number anyway."""
-        return self.all_agreed([number])[0]
+    def agreed(self, *numbers: float, reduced: bool = False) -> list[float]:
+        """Rank zero's numbers, where the course of the program depends on them.
 
-    def all_agreed(self, numbers: Sequence[float]) -> list[float]:
-        """Several such numbers by one collective."""
-        if self.processes is None or self.sharded:
+        Args:
+            numbers: This process' numbers.
+            reduced: Whether they come from `dot`, `norm` and the like: of a basis that is shared out, all processes
+                have the same ones anyway.
+        """
+        if self.processes is None or (reduced and self.sharded):
             return list(numbers)
         return cast("list[float]", self.processes.from_first(torch.tensor(numbers, dtype=torch.float64)).tolist())
 

@@ -1,7 +1,7 @@
 """How the damping of a step is chosen: by trial losses (grid, warm), by a ratio (Levenberg-Marquardt), or fixed.
 
 A strategy is shown `TrialLosses`, which map damping values to the losses after their steps. All values of one call
-share the subspace's eigendecomposition and one matrix product. What the quadratic model predicts costs nothing.
+share the subspace's eigendecomposition and one matrix product. What the quadratic model predicts takes no forward pass.
 """
 
 import math
@@ -31,7 +31,10 @@ class TrialLosses(Protocol):
         """The losses after the steps, a forward pass for each; one that is not finite counts as infinite."""
 
     def predicted(self, dampings: Sequence[float], /) -> Sequence[float]:
-        """The decreases of the loss that the quadratic model predicts, bounds on a step's length aside."""
+        """The decreases of the loss that the quadratic model predicts, without a forward pass.
+
+        Bounds on a step's length are left aside, and so are learning rates that differ between groups.
+        """
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,11 @@ class WarmDamping(Damping):
     Tries the last value, and its neighbour by a factor of four on the side that the damping last moved to. Where the
     last value lowers the loss, the neighbour has to promise something: the quadratic model must predict a decrease for
     it that is larger by a twentieth than the one that was found, or than the one that was predicted. If it is better by
-    as much, the search goes on from there by factors of four in the same way. Where the neighbour is worse, the next
-    search looks on the other side; the first one looks on both. What is remembered is the largest damping whose
-    decrease is within a fiftieth of the best. If nothing lowers the loss, the search goes up by factors of eight until
-    something does: a trial loss costs little next to the products that built the subspace. Values stay within
-    ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs one or two trial losses.
+    as much, the search goes on from there by factors of four in the same way. Where the neighbour is worse, or promises
+    too little, the next search looks on the other side; the first one looks on both. What is remembered is the largest
+    damping whose decrease is within a fiftieth of the best. If nothing lowers the loss, the search goes up by factors
+    of eight until something does: a trial loss costs little next to the products that built the subspace. Values stay
+    within ``[1e-9, 10]`` times the largest absolute eigenvalue. A step usually costs one or two trial losses.
     """
 
     _FACTOR, _RESCUE = 4.0, 8.0
@@ -206,9 +209,10 @@ class WarmDamping(Damping):
             if following == value:
                 return
             found = decreases.found[value]
-            promised, here = decreases.trials.predicted([following, value])
-            if found > 0 and promised <= self._WORTHWHILE * min(here, found):
-                return
+            if found > 0:
+                promised, here = decreases.trials.predicted([following, value])
+                if promised <= self._WORTHWHILE * max(min(here, found), 0.0):
+                    return
             if decreases.find(following) <= self._WORTHWHILE * max(found, 0.0):
                 return
             value = following

@@ -318,7 +318,7 @@ class KroneckerFactors(Preconditioner):
         """
         if accepted:
             self._caution = min(1.0, 2 * self._caution)
-        elif store.agreed(float(self._shortens)):
+        elif store.agreed(float(self._shortens))[0]:
             self._caution /= 4
 
     def _shifts(self, steps: Tensor) -> list[Tensor]:

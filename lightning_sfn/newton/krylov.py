@@ -345,7 +345,7 @@ class _Extension:
         self.basis, self.projected, self.steps, self.leftover, self.store = basis, projected, steps, leftover, store
         self.used = steps
         self.images: list[Tensor] = []  # H e of each added basis vector e
-        self._columns: list[Tensor] = []  # of the projected operator, on the basis' device
+        self._columns: list[Tensor] = []  # of the projected operator, on the vectors' device
         self._tridiagonal = projected[:steps, :steps].to(leftover.device)
 
     def add(self, direction: Direction, matvec: Callable[[Tensor], Tensor]) -> None:
@@ -355,8 +355,7 @@ class _Extension:
         residue = direction.vector - store.combine(inside, basis)
         correction = store.project(basis, residue)
         residue, inside = residue - store.combine(correction, basis), inside + correction
-        outside, length = store.norms(residue, direction.vector)
-        outside = store.agreed(outside)
+        outside, length = store.agreed(*store.norms(residue, direction.vector), reduced=True)
         if not outside > _NEW_INFORMATION * length:  # NaN joins nothing
             return
         new = self.used

@@ -17,7 +17,7 @@ __all__ = ["StepMemory"]
 
 
 class StepMemory:
-    """The last accepted steps, newest first.
+    """The last steps, newest first; of those that were taken back, what they have shown.
 
     Args:
         capacity: How many steps are remembered; 0 remembers none.
@@ -67,8 +67,17 @@ class StepMemory:
         if self._secants:
             self._pending = None
 
+    def refute(self, gradient: Tensor) -> None:
+        """Lets the last step, which was taken back, join for its secant, with the gradient after it.
+
+        Without secants it has shown nothing that would be worth a product.
+        """
+        if self._secants:
+            self.complete(gradient)
+        self._pending = None
+
     def retract(self) -> None:
-        """Drops the last step: it was taken back."""
+        """Drops the last step: nothing is known of it."""
         self._pending = None
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StepMemory":

@@ -299,7 +299,7 @@ class SaddleFreeNewton(Optimizer):
             return replace(losses, known=known), False
         store = self._store()
         if known is not None and math.isfinite(loss):
-            carried.memory.complete(store.local(known[1]))  # what it has shown of the curvature along it stays
+            carried.memory.refute(store.local(known[1]))
         else:
             carried.memory.retract()
         self.damping.feedback(accepted=False, reduction_ratio=0.0)

@@ -196,15 +196,17 @@ class Search:
                 loss, gradient = gradient_of(objective, parameters, far=True)
                 spent = replace(before, gradients=record.gradients + 1, trials=record.trials, damping=record.damping)
                 finite = math.isfinite(loss) and bool(torch.isfinite(gradient).all())
-                if finite:  # what it has shown of the curvature along it stays, whether or not the step does
-                    carried.memory.complete(store.local(gradient))
                 if not (finite and loss < before.loss_after):
                     # The trial data promised a decrease that the objective does not show: take the step back.
                     parameters.write(origin)
-                    carried.memory.retract()
+                    if finite:
+                        carried.memory.refute(store.local(gradient))
+                    else:
+                        carried.memory.retract()
                     if model.rule.damped:
                         self.damping.feedback(accepted=False, reduction_ratio=0.0)
                     return spent
+                carried.memory.complete(store.local(gradient))
                 trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
                 record = replace(record, gradients=spent.gradients, loss_after=loss)
                 before, origin = record, parameters.read()

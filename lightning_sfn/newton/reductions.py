@@ -13,6 +13,7 @@ __all__ = ["SAFE_NORMS", "combine", "dot", "norm", "plain_norm", "project", "pro
 _CHUNK = 4096  # float32 rounding inside one chunk stays below 1e-6; float64 takes over between chunks
 SAFE_NORMS = (1e-15, 1e18)  # norms whose squares float32 holds with room to spare
 _DOT = 65_536  # BLAS adds up in many lanes and blocks, so that chunks may be longer than those of one running sum
+_ROWS = 4096  # chunks at a time, since a device converts whole tensors to another dtype before it adds up
 _SLAB = 16_384  # columns of one matrix-vector product: large enough for BLAS, short enough for float32
 
 
@@ -79,8 +80,9 @@ def plain_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     rest: Tensor = torch.linalg.vector_norm(x[whole:].double())
     if not whole:
         return rest
-    chunks = torch.linalg.vector_norm(x[:whole].view(-1, _CHUNK), dim=1, dtype=dtype or x.dtype).double()
-    total: Tensor = torch.linalg.vector_norm(torch.cat([chunks, rest.reshape(1)]))
+    some = torch.split(x[:whole].view(-1, _CHUNK), _ROWS)
+    chunks = [torch.linalg.vector_norm(rows, dim=1, dtype=dtype or x.dtype).double() for rows in some]
+    total: Tensor = torch.linalg.vector_norm(torch.cat([*chunks, rest.reshape(1)]))
     return total
 
 

@@ -255,8 +255,13 @@ class SubspaceModel:
         return steps, self._decreases(coordinates, along, shrink)
 
     def predicted(self, coordinates: Tensor, dampings: Sequence[float]) -> list[float]:
-        """The decreases that the quadratic model predicts for the steps that several dampings give, unbounded."""
-        return self._decreases(coordinates, self._along(coordinates, dampings), torch.ones(())).tolist()
+        """The decreases that the quadratic model predicts for the steps that several dampings give.
+
+        Bounds on their length are left aside, and so are learning rates that differ between groups.
+        """
+        rate = self.learning_rates if isinstance(self.learning_rates, float) else 1.0
+        along = self._along(coordinates, dampings)
+        return self._decreases(coordinates, along, torch.tensor(rate, dtype=torch.float64)).tolist()
 
     def _along(self, coordinates: Tensor, dampings: Sequence[float]) -> Tensor:
         values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
@@ -355,14 +360,22 @@ class _Candidates:
     Args:
         model: The subspace model.
         coordinates: The gradient along the Ritz vectors, shape ``(k,)``.
-        parameters: The parameters, at the point; left anywhere.
+        parameters: The parameters; left anywhere.
+        origin: The point, shape ``(n,)``.
         trial: The loss around it.
     """
 
-    def __init__(self, model: SubspaceModel, coordinates: Tensor, parameters: FlatParameters, trial: TrialLoss) -> None:
+    def __init__(
+        self,
+        model: SubspaceModel,
+        coordinates: Tensor,
+        parameters: FlatParameters,
+        origin: Tensor,
+        trial: TrialLoss,
+    ) -> None:
         """See the class."""
-        self._model, self._coordinates, self._parameters, self._trial = model, coordinates, parameters, trial
-        self._origin = parameters.read()
+        self._model, self._coordinates, self._parameters = model, coordinates, parameters
+        self._origin, self._trial = origin, trial
         self.best: tuple[float, float, Tensor | None] = (math.inf, 0.0, None)  # loss, predicted decrease, step
 
     def __call__(self, dampings: Sequence[float], /) -> list[float]:
@@ -373,7 +386,7 @@ class _Candidates:
 
     def predicted(self, dampings: Sequence[float], /) -> list[float]:
         own = self._model.predicted(self._coordinates, dampings)
-        return self._model.space.store.all_agreed(own)  # what is tried depends on them
+        return self._model.space.store.agreed(*own)
 
 
 def take_inner_step(
@@ -399,7 +412,8 @@ def take_inner_step(
         The record with this step added, and the step of shape ``(n,)``, or ``None`` if none was taken.
     """
     origin = parameters.read()
-    candidates = _Candidates(model, model.coordinates(gradient, trial.loss, float(norm(origin))), parameters, trial)
+    coordinates = model.coordinates(gradient, trial.loss, float(norm(origin)))
+    candidates = _Candidates(model, coordinates, parameters, origin, trial)
     try:
         strategy = damping if model.rule.damped else FixedDamping(1.0)
         choice = strategy.choose(candidates, scale=model.scale, baseline=trial.loss)

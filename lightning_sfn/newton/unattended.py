@@ -97,7 +97,7 @@ def unattended_steps(
         course.take_two() if course.may_take_two else course.take_one()
     diagonals, couplings, flags = torch.stack(course.numbers).cpu().unbind(1)
     found = [step for step, flag in enumerate(flags.tolist()) if flag or math.isnan(flag)]
-    sound = store.agreed(found[0] if found else len(flags))
+    (sound,) = store.agreed(found[0] if found else len(flags), reduced=True)
     by_chance = len(flags) < last - first and not course.watch.is_prompt
     return Steps(first, diagonals, couplings, int(sound), course.leftover, by_chance)
 

@@ -127,10 +127,10 @@ def elsewhere() -> Iterator[list[str]]:
     def autocast(device: str = "cpu") -> bool:
         return device != DEVICE.type and is_autocast(device)
 
-    with mock.patch("torch.Generator", generator), mock.patch("torch.is_autocast_enabled", autocast), _Mode():
-        yield _waits
     _drawing_elsewhere.clear()
     _waits.clear()
+    with mock.patch("torch.Generator", generator), mock.patch("torch.is_autocast_enabled", autocast), _Mode():
+        yield _waits
 
 
 def move(model: nn.Module) -> nn.Module:

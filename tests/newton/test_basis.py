@@ -188,7 +188,7 @@ def _on_a_rank() -> dict[str, Any]:
         "subtract rows": store.whole(both, SIZE),
         "anywhere": store.anywhere(torch.arange(SIZE) == processes.rank),
         "anywhere, replicated": whole.anywhere(torch.arange(SIZE) == processes.rank),
-        "agreed": [store.agreed(mine), whole.agreed(mine)],
+        "agreed": [store.agreed(mine, 2.0, reduced=True), store.agreed(mine, 2.0), whole.agreed(mine, reduced=True)],
         "eigen": store.agreed_eigen(torch.full((2,), mine, dtype=D), torch.full((2, 2), -mine, dtype=D)),
         "point": store.agreed_point(torch.full((SIZE,), mine, dtype=D)),
     }
@@ -227,7 +227,7 @@ def test_arithmetic_on_parts_is_that_on_whole_vectors(ranks: list[dict[str, Any]
 
 def test_ranks_agree_on_what_rank_zero_has_unless_it_was_reduced_anyway(ranks: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(ranks):
-        assert found["agreed"] == [rank + 1 / 3, 1 / 3]
+        assert found["agreed"] == [[rank + 1 / 3, 2.0], [1 / 3, 2.0], [1 / 3]]
         assert found["anywhere"].tolist() == [True] * RANKS + [False] * (SIZE - RANKS)
         assert found["anywhere, replicated"].tolist() == (torch.arange(SIZE) == rank).tolist()
         values, vectors = found["eigen"]
@@ -239,7 +239,7 @@ def test_one_process_agrees_with_itself_and_keeps_everything() -> None:
     store, vector = BasisStore(sharded=True), torch.randn(SIZE)
     assert store.local(vector) is store.whole(vector, SIZE) is store.agreed_point(vector) is vector
     assert not store.is_shared_out
-    assert store.agreed(2.5) == 2.5
+    assert store.agreed(2.5, 3.0) == store.agreed(2.5, 3.0, reduced=True) == [2.5, 3.0]
     mask = vector > 0
     assert store.anywhere(mask) is mask
     values, vectors = store.agreed_eigen(vector[:2], vector[:4].view(2, 2))

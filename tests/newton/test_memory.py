@@ -41,6 +41,19 @@ def test_without_secants_steps_join_without_a_product_whatever_the_function() ->
 
 
 @pytest.mark.parametrize("secants", [True, False])
+def test_a_step_that_was_taken_back_stays_for_its_secant_alone(secants: bool) -> None:
+    memory = StepMemory(2, secants=secants)
+    memory.record(vector(1), vector(0))
+    memory.complete(vector(5))
+    before = contents(memory)
+    memory.record(vector(2), vector(3))
+    memory.refute(vector(7))
+    assert contents(memory) == ([(2, 4), *before] if secants else before)
+    memory.complete(vector(9))  # no step waits any more
+    assert len(memory) == (2 if secants else 1)
+
+
+@pytest.mark.parametrize("secants", [True, False])
 def test_a_step_that_was_taken_back_leaves_the_others_as_they_were(secants: bool) -> None:
     memory = StepMemory(1, secants=secants)
     memory.record(vector(1), vector(0))

@@ -70,6 +70,7 @@ class Run:
     bytes: Counter[str]
     state: dict[str, Any]
     basis_bytes: int
+    agreements: Counter[str]  # how often rank zero's numbers were asked for: "reduced" ones, and others
 
 
 def run(
@@ -91,19 +92,26 @@ def run(
         optimizer.load_state_dict(state)
         FlatParameters(module.parameters()).write(state["parameters"])
     size = sum(p.numel() for p in module.parameters())
-    parameters, records, kept = [], [], [torch.empty(0)]
-    make_room = BasisStore.empty
+    parameters, records, kept, agreements = [], [], [torch.empty(0)], Counter[str]()
+    make_room, agreed = BasisStore.empty, BasisStore.agreed
 
     def noting(*args: Any) -> Tensor:
         kept[0] = make_room(*args)
         return kept[0]
 
-    with Collectives(small=size * dtype.itemsize // 8) as counted, mock.patch.object(BasisStore, "empty", noting):
+    def agreeing(store: BasisStore, *numbers: float, reduced: bool = False) -> list[float]:
+        agreements["reduced" if reduced else "own"] += 1
+        return agreed(store, *numbers, reduced=reduced)
+
+    with (
+        Collectives(small=size * dtype.itemsize // 8) as counted,
+        mock.patch.multiple(BasisStore, empty=noting, agreed=agreeing),
+    ):
         for _ in range(count):
             records.append(optimizer.step_on(Objective([loss_on(module, rows, dtype)], reduce=mean)))
             parameters.append(FlatParameters(module.parameters()).read())
     saved = optimizer.state_dict() | {"parameters": parameters[-1]}
-    return Run(parameters, records, counted.large, counted.small, counted.bytes, saved, kept[0].nbytes)
+    return Run(parameters, records, counted.large, counted.small, counted.bytes, saved, kept[0].nbytes, agreements)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -211,8 +219,17 @@ def test_a_product_costs_one_collective_and_a_batch_of_trials_another(many: list
         # A loss with each gradient, one for repeatability; a warm search asks for one trial loss at a time.
         trials = sum(record.trials for record in shared.records)
         assert shared.small["allreduce"] == trials + gradients + 1
-        # Rank zero's predictions before each trial but the first of a search, and before each that is not made.
-        assert trials - inner <= shared.small["broadcast"] <= trials + inner + 1
+        assert shared.small["broadcast"] == shared.agreements["own"] + shared.agreements["reduced"]
+
+
+def test_what_the_model_predicts_is_rank_zeros_whatever_the_basis(many: list[dict[str, Run]]) -> None:
+    """Before each trial but the first, and before each that is not made; reduced numbers are alike in a sharded one."""
+    for name in ("replicated", "sharded"):
+        found = many[0][name].agreements
+        assert found["own"] > 0
+        assert found["reduced"] > 0
+    small = many[0]["sharded"].small
+    assert small["broadcast"] == many[0]["sharded"].agreements["own"]
 
 
 def test_the_grid_is_one_batch_of_trials(many: list[dict[str, Run]]) -> None:

@@ -364,6 +364,14 @@ def test_a_damping_may_ask_what_the_model_predicts_without_a_trial() -> None:
     assert (record.trials, record.predicted_decrease) == (1, pytest.approx(damped))
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_predictions_without_a_trial_are_those_with_one(rate: float) -> None:
+    model = diagonal_model(0.25, 0.75, learning_rates=rate)
+    coordinates = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    _, expected = model.steps(coordinates, [0.1, 3.0])
+    assert model.predicted(coordinates, [0.1, 3.0]) == pytest.approx(expected.tolist())
+
+
 def test_a_model_that_promises_nothing_has_no_ratio() -> None:
     """Newton's step uphill: the decrease that it predicts is negative."""
     x = torch.tensor([0.1, 1.0], dtype=torch.float64, requires_grad=True)

@@ -426,9 +426,10 @@ def test_two_steps_share_an_orthogonalisation_as_long_as_the_first_needs_little(
 class Hearing(BasisStore):
     """Another process has found fewer steps sound."""
 
-    def agreed(self, value: float) -> float:
-        assert value == 4
-        return 3.0
+    def agreed(self, *numbers: float, reduced: bool = False) -> list[float]:
+        assert numbers == (4,)
+        assert reduced
+        return [3.0]
 
 
 def test_processes_agree_on_how_many_steps_are_sound_and_do_not_end_alone() -> None:
@@ -439,7 +440,7 @@ def test_processes_agree_on_how_many_steps_are_sound_and_do_not_end_alone() -> N
     steps = unattended_steps(lambda v: matrix @ v, basis, 0, 4, 1.0, 0.0, store, [basis[0].clone()])
     assert (len(steps), steps.sound) == (4, 3)
     matrix = chain([1.0, 0.0, 1.0, 1.0, 1.0])
-    with mock.patch.object(Hearing, "agreed", lambda self, value: value):
+    with mock.patch.object(Hearing, "agreed", lambda self, value, reduced: [value]):
         steps = unattended_steps(lambda v: matrix @ v, basis, 0, 4, 1.0, 0.0, store, [basis[0].clone()])
     assert (len(steps), steps.sound) == (4, 1)
 
