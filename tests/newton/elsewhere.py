@@ -6,7 +6,7 @@ that a value is asked for on the CPU is counted: there the host would wait for a
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -127,9 +127,18 @@ def elsewhere() -> Iterator[list[str]]:
     def autocast(device: str = "cpu") -> bool:
         return device != DEVICE.type and is_autocast(device)
 
+    def without(device_type: str, **options: Any) -> Any:
+        return nullcontext() if device_type == DEVICE.type else torch.amp.autocast(device_type, **options)
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = make(data, **options)  # torch's own makes it where no mode looks
+        return made if device is None else made.to(device)
+
+    make = torch.tensor
     _drawing_elsewhere.clear()
     _waits.clear()
-    with mock.patch("torch.Generator", generator), mock.patch("torch.is_autocast_enabled", autocast), _Mode():
+    replaced = {"Generator": generator, "is_autocast_enabled": autocast, "autocast": without, "tensor": tensor}
+    with mock.patch.multiple("torch", **replaced), _Mode():
         yield _waits
 
 
