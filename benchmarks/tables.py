@@ -347,11 +347,6 @@ _PROBES = (
     'python benchmarks/race.py --name race_probes --seeds 3 --methods factors default "factors turns" turns --tasks '
     '"lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
 )
-_SLOWER = (
-    "python benchmarks/race.py --name race_slower --seeds 4 --methods sgd adam lbfgs kfac default recipe turns --tasks "
-    '"mnist escape" "mnist last mile" "ptb tanh" "cifar escape" "wide escape" symmetric "cifar last mile" '
-    '"wide last mile" convolutional transformer "shakespeare tanh" "shakespeare gru"'
-)
 
 TABLES: dict[str, Callable[[], str]] = {
     "escape": escape,
@@ -364,11 +359,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "suite": suite,
     "race_tuning": partial(race, tuning=True),
     "race_held_out": partial(race, tuning=False),
-    "race_slower": partial(race, tuning=None, name="race_slower", command=_SLOWER),
     "race_probes": partial(race, tuning=None, name="race_probes", command=_PROBES),
     "targets_tuning": partial(targets, tuning=True),
     "targets_held_out": partial(targets, tuning=False),
-    "targets_slower": partial(targets, tuning=None, name="race_slower"),
     "searched": searched,
     "peers": peers,
     "peer_spectra": peer_spectra,
