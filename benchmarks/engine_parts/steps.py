@@ -18,6 +18,7 @@ from lightning_sfn.newton import (
     Objective,
     SaddleFreeNewton,
     krylov,
+    optimizer,
     outer_step,
     step,
 )
@@ -54,6 +55,7 @@ def shares(way: Way, coordinates: str, device: torch.device, quick: bool) -> dic
         (HessianOperator, "_build", "products"),
         (step, "gradient_of", "gradients"),
         (outer_step, "gradient_of", "gradients"),
+        (optimizer, "gradient_of", "gradients"),  # of steps that are confirmed or taken back
         (CurvatureOperator, "loss_and_gradient", "gradients"),
         (HessianOperator, "loss_and_gradient", "gradients"),
         (Objective, "value", "trial losses"),
