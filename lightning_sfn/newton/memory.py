@@ -67,12 +67,13 @@ class StepMemory:
         if self._secants:
             self._pending = None
 
-    def refute(self, gradient: Tensor) -> None:
+    def refute(self, gradient: Tensor | None) -> None:
         """Lets the last step, which was taken back, join for its secant, with the gradient after it.
 
-        Without secants it has shown nothing that would be worth a product.
+        Without secants, or where that gradient is not known or not finite (``None``), it has shown nothing that would
+        be worth a product.
         """
-        if self._secants:
+        if self._secants and gradient is not None:
             self.complete(gradient)
         self._pending = None
 

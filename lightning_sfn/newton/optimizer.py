@@ -298,10 +298,7 @@ class SaddleFreeNewton(Optimizer):
         if not waiting.take_back(parameters, objective, loss, losses.same_function):
             return replace(losses, known=known), False
         store = self._store()
-        if known is not None and math.isfinite(loss):
-            carried.memory.refute(store.local(known[1]))
-        else:
-            carried.memory.retract()
+        carried.memory.refute(store.local(known[1]) if known is not None and math.isfinite(loss) else None)
         self.damping.feedback(accepted=False, reduction_ratio=0.0)
         self.preconditioner.feedback(accepted=False, store=store)
         return replace(losses, known=gradient_of(objective, parameters)), True

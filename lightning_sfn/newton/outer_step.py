@@ -199,10 +199,7 @@ class Search:
                 if not (finite and loss < before.loss_after):
                     # The trial data promised a decrease that the objective does not show: take the step back.
                     parameters.write(origin)
-                    if finite:
-                        carried.memory.refute(store.local(gradient))
-                    else:
-                        carried.memory.retract()
+                    carried.memory.refute(store.local(gradient) if finite else None)
                     if model.rule.damped:
                         self.damping.feedback(accepted=False, reduction_ratio=0.0)
                     return spent

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,27 +42,32 @@ def test_without_secants_steps_join_without_a_product_whatever_the_function() ->
     assert contents(memory) == [(1, None)]
 
 
-@pytest.mark.parametrize("secants", [True, False])
-def test_a_step_that_was_taken_back_stays_for_its_secant_alone(secants: bool) -> None:
-    memory = StepMemory(2, secants=secants)
+def with_a_second_step(capacity: int, secants: bool) -> tuple[StepMemory, list[tuple[float, float | None]]]:
+    """A memory of one step, in which a second one waits; and what it held before that."""
+    memory = StepMemory(capacity, secants=secants)
     memory.record(vector(1), vector(0))
     memory.complete(vector(5))
     before = contents(memory)
     memory.record(vector(2), vector(3))
+    return memory, before
+
+
+@pytest.mark.parametrize("secants", [True, False])
+def test_a_step_that_was_taken_back_stays_for_its_secant_alone(secants: bool) -> None:
+    memory, before = with_a_second_step(2, secants)
     memory.refute(vector(7))
     assert contents(memory) == ([(2, 4), *before] if secants else before)
     memory.complete(vector(9))  # no step waits any more
     assert len(memory) == (2 if secants else 1)
 
 
+@pytest.mark.parametrize("forget", [StepMemory.retract, lambda memory: memory.refute(None)], ids=["retract", "refute"])
 @pytest.mark.parametrize("secants", [True, False])
-def test_a_step_that_was_taken_back_leaves_the_others_as_they_were(secants: bool) -> None:
-    memory = StepMemory(1, secants=secants)
-    memory.record(vector(1), vector(0))
-    memory.complete(vector(5))
-    before = contents(memory)
-    memory.record(vector(2), vector(0))
-    memory.retract()
+def test_a_step_that_was_taken_back_leaves_the_others_as_they_were(
+    secants: bool, forget: Callable[[StepMemory], None]
+) -> None:
+    memory, before = with_a_second_step(1, secants)
+    forget(memory)
     memory.complete(vector(7))
     assert contents(memory) == before
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,7 +116,7 @@ def test_a_fit_on_another_device_is_that_on_the_cpu(module: Any, callbacks: Call
     assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
 
 
-def test_a_spectrum_on_another_device_is_that_on_the_cpu(tmp_path: Path) -> None:
+def test_a_spectrum_on_another_device_is_that_on_the_cpu() -> None:
     found = []
     for there in (False, True):
         spectrum = HessianSpectrum(every_n_epochs=1, log=False, density=True)
