@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lightning_sfn.newton.transforms import is_transformed
+
 __all__ = ["sigmoid", "tanh"]
 
 
@@ -35,7 +37,7 @@ class _Tanh(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_transformed(gradient):
             result: Tensor = _TanhBackward.apply(gradient, output)  # type: ignore[no-untyped-call]
             return result
         return torch.ops.aten.tanh_backward(gradient, output)  # type: ignore[no-any-return]
@@ -66,7 +68,7 @@ class _Sigmoid(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_transformed(gradient):
             result: Tensor = _SigmoidBackward.apply(gradient, output)  # type: ignore[no-untyped-call]
             return result
         return torch.ops.aten.sigmoid_backward(gradient, output)  # type: ignore[no-any-return]

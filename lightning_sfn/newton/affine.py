@@ -6,12 +6,15 @@ Here the layer hands its weight on to its gradient as a second output, so the gr
 layer, which adds its own in the matrix product that computes it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
+
+from lightning_sfn.newton.transforms import is_transformed
 
 __all__ = ["affine"]
 
@@ -52,10 +55,11 @@ class _Affine(Function):
             return None, share, None
         inputs, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            by_inputs, by_weight, by_bias = _AffineBackward.apply(gradient, inputs, weight, needed)  # type: ignore[no-untyped-call]
-            return by_inputs, by_weight if share is None else by_weight + share, by_bias
-        return _gradients(gradient, inputs, weight, needed, share)
+        if not torch.is_grad_enabled():
+            return _gradients(gradient, inputs, weight, needed, share)
+        compute: Callable[..., Any] = _gradients if is_transformed(gradient) else _AffineBackward.apply
+        by_inputs, by_weight, by_bias = compute(gradient, inputs, weight, needed)
+        return by_inputs, by_weight if share is None else by_weight + share, by_bias
 
 
 class _AffineBackward(Function):

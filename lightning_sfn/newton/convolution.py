@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lightning_sfn.newton.transforms import is_transformed
+
 __all__ = ["Geometry", "convolution", "for_each_dimension"]
 
 
@@ -73,7 +75,7 @@ class _Convolution(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_transformed(gradient):
             results = _ConvolutionBackward.apply(gradient, inputs, weight, ctx.geometry, mask)  # type: ignore[no-untyped-call]
         else:
             results = _backward(gradient, inputs, weight, ctx.geometry, mask)

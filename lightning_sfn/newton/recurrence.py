@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lightning_sfn.newton.transforms import is_batched, is_transformed
+
 __all__ = ["tanh_recurrence"]
 
 
@@ -28,7 +30,7 @@ def tanh_recurrence(inputs: Tensor, start: Tensor, weight: Tensor) -> Tensor:
     Returns:
         The states, shape ``(T, B, H)``.
     """
-    if torch._C._are_functorch_transforms_active():  # these want operations that they see through
+    if is_transformed():  # these want operations that they see through
         now, seen = start, []
         for given in inputs.unbind(0):
             now = torch.tanh(given + now @ weight.t())
@@ -55,7 +57,7 @@ class _States(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, start, weight = ctx.saved_tensors
         needed = tuple(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_transformed(gradient):
             ctx.slopes = torch.addcmul(states.new_ones(()), states.detach(), states.detach(), value=-1)
             results: tuple[Tensor | None, ...] = _Adjoint.apply(  # type: ignore[no-untyped-call]
                 gradient, states, start, weight, ctx.slopes, needed
@@ -90,15 +92,9 @@ class _Adjoint(Function):
         directions = (by_inputs, by_start, by_weight)
         if all(direction is None for direction in directions):
             return None, None, None, None, None, None
-        if torch.is_grad_enabled() or any(_is_batched(d) for d in directions):
+        if torch.is_grad_enabled() or any(is_batched(d) for d in directions):
             return *_tangent_step_by_step(gradient, states, start, weight, directions), None, None
         return *_tangent(states, start, weight, adjoint, slopes, bend, directions), None, None
-
-
-def _is_batched(tensor: Tensor | None) -> bool:
-    """Whether ``vmap`` has made several tensors look like one, into which nothing can be written."""
-    kinds = torch._C._functorch
-    return tensor is not None and (kinds.is_batchedtensor(tensor) or kinds.is_legacy_batchedtensor(tensor))
 
 
 def _adjoint(
@@ -118,7 +114,7 @@ def _adjoint(
     Returns:
         ``a``, and the bend (empty where it is not wanted), shape ``(T, B, H)``.
     """
-    if _is_batched(gradient) or _is_batched(states):
+    if is_transformed(gradient) or is_batched(states):
         return torch.stack(_adjoint_step_by_step(gradient, states, weight)), states[:0]
     if slopes is None:
         slopes = torch.addcmul(states.new_ones(()), states, states, value=-1)

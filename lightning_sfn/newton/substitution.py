@@ -19,6 +19,7 @@ from lightning_sfn.newton.affine import affine
 from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
 from lightning_sfn.newton.recurrence import tanh_recurrence
 from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
+from lightning_sfn.newton.transforms import is_transformed
 from lightning_sfn.newton.unrolled import stacked
 
 __all__ = ["FastSecondDerivatives"]
@@ -59,7 +60,7 @@ class FastSecondDerivatives(TorchFunctionMode):
             and first.is_floating_point()
             and torch.is_grad_enabled()
             and (func is torch._weight_norm or not torch.is_autocast_enabled(first.device.type))
-            and not torch._C._are_functorch_transforms_active()
+            and not is_transformed()
             and saved_tensor_hooks() == self._hooks
         )
 
