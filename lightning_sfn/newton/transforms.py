@@ -7,6 +7,7 @@ say so, and the graph of a batched gradient is lost without a word.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["is_batched", "is_transformed"]
 
@@ -27,4 +28,9 @@ def is_transformed(tensor: Tensor | None = None) -> bool:
     Args:
         tensor: A tensor that may be of several; transformations alone are looked for if left out.
     """
-    return torch._C._are_functorch_transforms_active() or is_batched(tensor)
+    return torch._C._are_functorch_transforms_active() or _in_dual_level() or is_batched(tensor)
+
+
+def _in_dual_level() -> bool:
+    """Whether tensors may carry tangents; torch has no public way to ask, so without its private one: no."""
+    return bool(getattr(forward_ad, "_current_level", -1) >= 0)

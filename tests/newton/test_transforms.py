@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lightning_sfn.newton import HessianOperator, Objective
 from lightning_sfn.newton.affine import affine
@@ -78,6 +79,30 @@ def tangent(model: nn.Module, x: Tensor) -> Tensor:
     return moved.square().mean() + (output - 1).square().mean()
 
 
+def dual(model: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        output, moved = forward_ad.unpack_dual(model(forward_ad.make_dual(x.detach(), torch.ones_like(x))))
+        return moved.square().mean() + (output - 1).square().mean()
+
+
+def dual_weights(model: nn.Module, x: Tensor) -> Tensor:
+    """Along the parameters: no layer's input carries a tangent at first."""
+    with forward_ad.dual_level():
+        weights = {n: forward_ad.make_dual(p, torch.ones_like(p)) for n, p in model.named_parameters()}
+        output, moved = forward_ad.unpack_dual(torch.func.functional_call(model, weights, (x.detach(),)))
+        return moved.square().mean() + (output - 1).square().mean()
+
+
+def dual_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    """Forward over a gradient whose graph was made outside."""
+    output = model(x)
+    with forward_ad.dual_level():
+        along = forward_ad.make_dual(torch.ones_like(output), output.detach())
+        (slopes,) = torch.autograd.grad(output, x, along, create_graph=True)
+        slopes, moved = forward_ad.unpack_dual(slopes)
+        return slopes.square().mean() + moved.square().mean() + (output - 1).square().mean()
+
+
 def _hessian(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian by plain double backward."""
 
@@ -104,7 +129,7 @@ def _require_derivatives_of(loss: Callable[[], Tensor], parameters: list[Tensor]
     assert_close(operator.matmat(units), hessian, 1e-12)
 
 
-@pytest.mark.parametrize("form", [batched, mapped, vectorised, tangent])
+@pytest.mark.parametrize("form", [batched, mapped, vectorised, tangent, dual, dual_weights, dual_gradients])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loss_that_differentiates_inside(name: str, form: Callable[[nn.Module, Tensor], Tensor]) -> None:
     """A custom function's graph would be lost where the gradient that reaches it is batched."""
