@@ -4,12 +4,15 @@ A Hessian-vector product on a kept graph costs one backward pass through it; wit
 come on top (2.8 gradients in place of 1.8 on a deep autoencoder).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_sfn.newton.shortage import is_out_of_memory
 
 __all__ = ["GraphBudget", "GraphStore", "Retention", "root_of"]
 
@@ -72,6 +75,10 @@ class GraphBudget:
             build()
         self.bytes_per_size = count / size
 
+    def give_up(self) -> None:
+        """Takes graphs for larger than any limit, so that none is kept: for losses whose graphs cannot be measured."""
+        self.bytes_per_size = math.inf
+
     def affordable(self, sizes: Sequence[float]) -> list[bool]:
         """Which parts, in order, may keep their graphs (all, as long as nothing has been measured)."""
         left = float(self.limit)
@@ -122,23 +129,36 @@ class GraphStore(Generic[Graph]):
         """
         if index in self._kept:
             return self._kept[index]
+        unmeasured = self._keep is None and not self._measure(build)
+        graph = build(index)  # a loss that cannot be evaluated at all says so itself here
+        if unmeasured:
+            self._budget.give_up()
         if self._keep is None:
-            self._keep = self._affordable(build)
-        graph = build(index)
+            self._keep = self._affordable()
         if self._keep[index]:
             self._kept[index] = self._slimmed(graph)
         return graph
 
-    def _affordable(self, build: Callable[[int], Graph]) -> list[bool]:
-        """Which graphs to keep.
+    def _measure(self, build: Callable[[int], Graph]) -> bool:
+        """Measures a graph if the budget asks for it; whether what torch does inside the loss let it.
 
-        A part that has to be measured for it is built here, not where the store is made: here whoever asks for a graph
+        A part that has to be measured is built here, not where the store is made: here whoever asks for a graph
         is prepared for an evaluation that fails, on one process of several too.
         """
+        if self._retention != "auto" or self._budget.bytes_per_size is not None:
+            return True
+        try:
+            self._budget.measure(lambda: build(0), self._sizes[0], self._excluded)
+        except RuntimeError as error:  # transforms of torch.func refuse hooks on saved tensors
+            if is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _affordable(self) -> list[bool]:
+        """Which graphs to keep."""
         if self._retention != "auto":
             return [self._retention == "retain"] * len(self._sizes)
-        if self._budget.bytes_per_size is None:
-            self._budget.measure(lambda: build(0), self._sizes[0], self._excluded)
         return self._budget.affordable(self._sizes)
 
     @property

@@ -107,6 +107,51 @@ def test_a_part_that_cannot_be_measured_fails_where_its_graph_is_asked_for_and_i
     assert budget.bytes_per_size == 0.0
 
 
+class Unmeasurable:
+    """Builds graphs by a transform, which refuses the hooks that count what is saved."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, 0
+
+    def __call__(self, index: int) -> str:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        torch.func.grad(torch.square)(torch.ones(()))
+        return f"graph {index}"
+
+
+def test_graphs_that_cannot_be_measured_are_built_again_each_time_and_tried_once() -> None:
+    budget, build = GraphBudget(), Unmeasurable()
+    for _ in range(2):
+        store: GraphStore[str] = GraphStore([1.0, 3.0], "auto", budget, [])
+        assert [store.get(index, build) for index in (0, 1, 1)] == ["graph 0", "graph 1", "graph 1"]
+        assert store.retained == 0
+    assert build.calls == 1 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (RuntimeError("a broken loss"), 2),
+        (torch.OutOfMemoryError("full"), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
+        (ValueError("another"), 1),
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_be_evaluated_raises_its_own_error_and_is_measured_later(
+    error: Exception, calls: int
+) -> None:
+    """For want of memory above all: the step is tried again with fewer graphs only if it hears of that."""
+    budget, build = GraphBudget(), Unmeasurable(error)
+    with pytest.raises(type(error)) as raised:
+        GraphStore([1.0], "auto", budget, []).get(0, build)
+    assert raised.value is error
+    assert build.calls == calls
+    assert budget.bytes_per_size is None
+
+
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match=r"graph_bytes is -1.*zero or more"):
         GraphBudget(-1)

@@ -1,15 +1,16 @@
 """Losses that differentiate inside, in every way that torch has, against plain double backward."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_sfn.newton import HessianOperator, Objective
+from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton
 from lightning_sfn.newton.affine import affine
-from lightning_sfn.newton.graphs import Retention
+from lightning_sfn.newton.graphs import GraphBudget, Retention
 
 from .cases import assert_close
 from .test_substitution import graph_nodes
@@ -103,6 +104,11 @@ def dual_gradients(model: nn.Module, x: Tensor) -> Tensor:
         return slopes.square().mean() + moved.square().mean() + (output - 1).square().mean()
 
 
+def per_case(model: nn.Module, x: Tensor) -> Tensor:
+    slopes = torch.func.vmap(torch.func.grad(lambda case: model(case).sum()))(x)
+    return slopes.square().mean() + (model(x) - 1).square().mean()
+
+
 def _hessian(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian by plain double backward."""
 
@@ -161,3 +167,19 @@ def test_a_weights_share_of_a_batched_gradient_is_added_out_of_place() -> None:
         (second,) = torch.autograd.grad(slope, weight, units, is_grads_batched=True, create_graph=True)
         slopes.append(torch.autograd.grad(second.sin().sum(), weight)[0])
     assert_close(slopes[0], slopes[1], 1e-12)
+
+
+@pytest.mark.parametrize("form", [batched, mapped, tangent, dual, per_case])
+def test_graphs_under_transforms_are_measured_or_built_again(form: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Some transforms refuse the hooks that count what a graph saves."""
+    model, x, parameters = _case("tanh")
+    _require_derivatives_of(lambda: form(model, x), parameters, "auto")
+
+
+def test_a_graph_that_cannot_be_measured_is_not_tried_again_in_every_step() -> None:
+    model, x, parameters = _case("tanh")
+    optimizer = SaddleFreeNewton(parameters, preconditioner=None, krylov_dim=4)
+    with mock.patch.object(GraphBudget, "measure", autospec=True, side_effect=GraphBudget.measure) as measure:
+        losses = [float(optimizer.step(lambda: per_case(model, x))) for _ in range(4)]
+    assert measure.call_count == 1
+    assert losses[-1] < 0.5 * losses[0]
