@@ -343,21 +343,30 @@ def evaluate_without_backward(objective: Objective, index: int, parameters: Flat
         The evaluation.
 
     Raises:
-        ObjectiveError: A ``.grad`` changed during the evaluation.
+        ObjectiveError: A ``.grad`` was made or changed during the evaluation; one that was cleared is no matter.
     """
-
-    def marks() -> list[tuple[int, int]]:
-        return [(id(p.grad), p.grad._version if p.grad is not None else 0) for p in parameters.tensors]
-
-    before, objective.device = marks(), parameters.device
+    before = [(p.grad, _version_of(p.grad)) for p in parameters.tensors]
+    objective.device = parameters.device
     evaluation = objective.evaluate(index)
-    if marks() != before:
+    if any(_is_accumulated(p.grad, *was) for p, was in zip(parameters.tensors, before, strict=True)):
         raise ObjectiveError(
             "The closure called backward() itself, but it must only return the loss with its graph: remove "
             "loss.backward() from it (a training loop that calls it by itself, as automatic optimization does, needs "
             "SwitchToSFN, strategy='sfn' or SaddleFreeNewtonMixin)."
         )
     return evaluation
+
+
+def _version_of(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else gradient._version
+
+
+def _is_accumulated(gradient: Tensor | None, before: Tensor | None, version: int) -> bool:
+    """Whether ``backward`` has been at work, given the ``.grad`` from before with its version then."""
+    if gradient is None or (gradient is before and gradient._version == version):
+        return False
+    cleared = gradient is before and gradient.layout == torch.strided and not gradient.any()
+    return not cleared
 
 
 def _with_graph(loss: Tensor) -> Tensor:

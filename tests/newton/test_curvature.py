@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -286,6 +287,35 @@ def test_a_closure_that_calls_backward_is_refused(of: Callable[..., object], gra
     )
     with pytest.raises(ObjectiveError, match=words):
         of(Objective([closure]), FlatParameters([x]))
+
+
+@pytest.mark.parametrize("of", [lambda o, p: HessianOperator(o, p).loss_and_gradient(), gradient_of])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_closure_that_clears_gradients_is_none_that_calls_backward(of: Callable[..., Any], to_none: bool) -> None:
+    x = torch.ones(2, requires_grad=True)
+    x.grad = torch.full((2,), 3.0)
+
+    def closure() -> Tensor:
+        torch.optim.SGD([x]).zero_grad(to_none)
+        return (x**2).sum()
+
+    for _ in range(2):
+        loss, gradient = of(Objective([closure]), FlatParameters([x]))
+        assert (loss, gradient.tolist()) == (2.0, [2.0, 2.0])
+
+
+def test_a_closure_that_clears_gradients_and_calls_backward_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    for to_none in (True, False):
+        x.grad = torch.full((2,), 2.0)
+
+        def closure(to_none: bool = to_none) -> Tensor:
+            torch.optim.SGD([x]).zero_grad(to_none)
+            (x**2).sum().backward()
+            return (x**2).sum()
+
+        with pytest.raises(ObjectiveError, match="called backward"):
+            gradient_of(Objective([closure]), FlatParameters([x]))
 
 
 # ------------------------------------------------------------------------------------------------ of any kind
