@@ -299,7 +299,8 @@ class SaddleFreeNewton(Optimizer):
             return replace(losses, known=known), False
         store = self._store()
         carried.memory.refute(store.local(known[1]) if known is not None and math.isfinite(loss) else None)
-        self.damping.feedback(accepted=False, reduction_ratio=0.0)
+        if self.trust_region.damped:
+            self.damping.feedback(accepted=False, reduction_ratio=0.0)
         self.preconditioner.feedback(accepted=False, store=store)
         return replace(losses, known=gradient_of(objective, parameters)), True
 

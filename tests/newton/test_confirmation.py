@@ -63,6 +63,20 @@ def test_a_step_that_the_objective_refutes_is_taken_back() -> None:
     assert not steep.step(optimizer).taken_back
 
 
+def test_a_rule_without_damping_has_none_to_hear_of_a_step_that_was_taken_back() -> None:
+    """Levenberg-Marquardt's own feedback wants to have proposed something."""
+    steep = Steep()
+    optimizer = steep.optimizer(trust_region="newton", damping="levenberg_marquardt")
+    steep.step(optimizer)
+    assert steep.at == pytest.approx(-9.0)
+    before = optimizer.damping.state_dict()
+    optimizer.step(steep.objective, trial_closure=steep.objective)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.taken_back
+    assert optimizer.last_step.loss_before == 5.0
+    assert optimizer.damping.state_dict() == before
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_a_refuted_step_has_shown_is_remembered(shared: bool) -> None:
     """The difference of the gradients, where the one after the step was computed."""
