@@ -4,6 +4,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -34,6 +35,7 @@ from lightning_sfn.newton.trust_region import trust_region as find_trust_region
 __all__ = ["Driver", "SaddleFreeNewton"]
 
 _SMALL_BUDGET = 2**24  # bytes of kept graphs that are not worth a further try
+_ENTRIES = ("memory", "escape", "bent", "expected", "damping", "coordinates", "preconditioner", "generator", "layout")
 
 
 class Driver(Protocol):
@@ -443,6 +445,8 @@ class SaddleFreeNewton(Optimizer):
         be shared out among another number of processes.
         """
         state = super().state_dict()
+        with suppress(ValueError):  # nothing to train just now: what is known belongs to what was trained before
+            self._current_parameters()
         store, size = self._store(), self._parameters.size
         shared_out = self.basis == "sharded" and self._processes is not None
         whole = self.memory.mapped(lambda part: store.whole(part, size).cpu()) if shared_out else self.memory
@@ -471,7 +475,14 @@ class SaddleFreeNewton(Optimizer):
                 "that saved it."
             )
         newton = state_dict["newton"]
-        if [list(shape) for shape in newton["layout"]] != [list(shape) for shape in self._parameters.layout]:
+        lacking = [name for name in _ENTRIES if name not in newton]
+        if lacking:
+            raise ValueError(
+                f"The state is not whole (its 'newton' entry has no {', '.join(map(repr, lacking))}): load one as "
+                "state_dict() gave it."
+            )
+        layout = FlatParameters.of_groups(self.param_groups).layout
+        if [list(shape) for shape in newton["layout"]] != [list(shape) for shape in layout]:
             raise ValueError("The state belongs to parameters of other shapes: build the model that it was saved with.")
         own = type(self.preconditioner).__name__
         if newton["coordinates"] != own:
@@ -480,6 +491,7 @@ class SaddleFreeNewton(Optimizer):
                 "the preconditioner that the state was saved with."
             )
         super().load_state_dict(state_dict)
+        self._current_parameters()
         own_kind = self._parameters.device, self._parameters.dtype
         self.damping.load_state_dict(newton["damping"])
         self.preconditioner.load_state_dict(moved_to(*own_kind, newton["preconditioner"]))

@@ -429,6 +429,86 @@ def test_remembered_steps_are_saved_whole_and_loaded_in_parts(basis: Any, shared
     assert torch.equal(second.memory.directions[0].vector, whole.flip(0))
 
 
+def grown(case: Case) -> SaddleFreeNewton:
+    """An optimizer that is given the last layer's parameters later."""
+    optimizer = SaddleFreeNewton(case.parameters[:-2])
+    optimizer.add_param_group({"params": case.parameters[-2:]})
+    return optimizer
+
+
+def shrunk(case: Case) -> SaddleFreeNewton:
+    """An optimizer one of whose parameters is frozen later."""
+    optimizer = SaddleFreeNewton(case.parameters)
+    case.parameters[0].requires_grad_(False)
+    return optimizer
+
+
+@pytest.mark.parametrize("build", [grown, shrunk])
+def test_a_state_fits_an_optimizer_whose_parameters_have_changed_in_the_same_way(
+    build: Callable[[Case], SaddleFreeNewton],
+) -> None:
+    case, again = make("mlp"), make("mlp")
+    optimizer, resumed = build(case), build(again)
+    for _ in range(3):
+        optimizer.step(case.closure)
+    again.module.load_state_dict(case.module.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert len(resumed.memory.directions) == len(optimizer.memory.directions) > 0
+    for _ in range(2):
+        optimizer.step(case.closure)
+        resumed.step(again.closure)
+    assert torch.equal(flat(again.parameters), flat(case.parameters))
+
+
+@pytest.mark.parametrize("change", ["frozen", "added"])
+def test_a_state_is_of_the_parameters_that_there_are_when_it_is_taken(change: str) -> None:
+    """What a step has left for others is forgotten, as the next step would."""
+    case, again = make("mlp"), make("mlp")
+    optimizer = SaddleFreeNewton(case.parameters if change == "frozen" else case.parameters[:-2])
+    optimizer.step(case.closure)
+    if change == "frozen":
+        case.parameters[0].requires_grad_(False)
+        again.parameters[0].requires_grad_(False)
+    else:
+        optimizer.add_param_group({"params": case.parameters[-2:]})
+    resumed = SaddleFreeNewton(again.parameters) if change == "frozen" else grown(again)
+    again.module.load_state_dict(case.module.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    optimizer.step(case.closure)
+    resumed.step(again.closure)
+    assert torch.equal(flat(again.parameters), flat(case.parameters))
+
+
+def test_a_state_taken_while_everything_is_frozen_is_that_of_before() -> None:
+    case = make("mlp")
+    optimizer = SaddleFreeNewton(case.parameters)
+    optimizer.step(case.closure)
+    before = optimizer.state_dict()["newton"]
+    case.module.requires_grad_(False)
+    after = optimizer.state_dict()["newton"]
+    assert after["layout"] == before["layout"]
+    assert len(optimizer.memory.directions) > 0
+
+
+@pytest.mark.parametrize("entry", SaddleFreeNewton([torch.ones(1, requires_grad=True)]).state_dict()["newton"])
+def test_a_state_that_is_not_whole_is_refused_before_anything_is_changed(entry: str) -> None:
+    """But for entries that states of older versions lack."""
+    case = make("mlp")
+    optimizer, other = (SaddleFreeNewton(case.parameters, preconditioner=None, lr=lr) for lr in (1.0, 0.5))
+    optimizer.step(case.closure)
+    state = optimizer.state_dict()
+    del state["newton"][entry]
+    if entry in ("glide", "unconfirmed"):
+        other.load_state_dict(state)
+        return
+    with pytest.raises(ValueError, match=f"^The state is not whole \\(its 'newton' entry has no '{entry}'\\)"):
+        other.load_state_dict(state)
+    assert other.param_groups[0]["lr"] == 0.5
+    assert not other.memory.directions
+    untouched = SaddleFreeNewton(case.parameters).state_dict()["newton"]["generator"]
+    assert torch.equal(other.state_dict()["newton"]["generator"], untouched)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
