@@ -2,7 +2,7 @@
 
 An objective is a weighted mean of parts (micro-batches). Every evaluation of a part starts from the same random number
 state, so gradient, Hessian-vector products and trial losses of one step see one function: the same data, the same
-dropout masks, the same weights.
+dropout masks, the same weights. Mixed precision is that of the place where the objective was made.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from lightning_sfn.newton.autocast import Autocast
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 
@@ -101,6 +102,7 @@ class Objective:
         self._states: list[RandomState | None] = list(random_states or [None] * len(closures))
         self._self_seeding = self_seeding
         self._reduce = reduce
+        self._autocast = Autocast()
         self.device: torch.device | None = None
 
     def __len__(self) -> int:
@@ -124,7 +126,7 @@ class Objective:
         """
         state = self._states[index]
         # Losses that differentiate inside (physics-informed ones) need grad mode even where no gradient is asked for.
-        with torch.enable_grad():
+        with torch.enable_grad(), self._autocast.restored():
             if self._self_seeding:
                 result = self._closures[index]()
             elif state is None:
@@ -190,7 +192,7 @@ class Objective:
     def local(self) -> "Objective":
         """The same parts, with the same random numbers, without the mean over processes."""
         objective = Objective(self._closures, self.weights, self_seeding=self._self_seeding)
-        objective._states, objective.device = self._states, self.device
+        objective._states, objective.device, objective._autocast = self._states, self.device, self._autocast
         return objective
 
     @property

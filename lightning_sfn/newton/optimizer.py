@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.basis import BasisName, BasisStore, check_basis
 from lightning_sfn.newton.carried import Carried, moved_to
 from lightning_sfn.newton.coordinates import make_preconditioner
@@ -230,6 +231,7 @@ class SaddleFreeNewton(Optimizer):
         )
         return torch.tensor(record.loss_before, dtype=self._parameters.dtype, device=self._parameters.device)
 
+    @without_autocast()
     def step_on(
         self,
         objective: Objective,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
@@ -284,7 +285,9 @@ def hessian_spectrum(
         )
     settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes)
     objective = Objective([closure])
-    spectrum = spectrum_of(make_operator(objective, parameters, curvature, hvp), settings, seed=seed, progress=progress)
+    with without_autocast():
+        operator = make_operator(objective, parameters, curvature, hvp)
+        spectrum = spectrum_of(operator, settings, seed=seed, progress=progress)
     if spectrum.gradient_norm == 0 and not spectrum.eigenvalues.any():  # flat, or another model's parameters
         _require_used(objective, parameters)
     return spectrum
@@ -297,6 +300,7 @@ def _require_used(objective: Objective, parameters: FlatParameters) -> None:
         raise ObjectiveError("The loss depends on none of the parameters: give those of the model that it comes from.")
 
 
+@without_autocast()
 def spectrum_of(
     operator: CurvatureOperator,
     settings: SpectrumSettings,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.curvature import gradient_of
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
@@ -70,7 +71,7 @@ class KrylovSubspaceDescent(Optimizer):
         parameters, objective = FlatParameters.of_groups(self.param_groups), Objective([closure])
         origin = parameters.read()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast():
                 loss, space = self._subspace(objective, parameters)
                 after, step = self._minimize(space, objective, parameters, origin)
         except BaseException:
