@@ -2,16 +2,19 @@
 
 A torch function mode sees the calls that layers make, whoever makes them, so no model has to be changed. What is put in
 place computes the same function with exact derivatives. Most of it is there because that costs less; weight
-normalisation because PyTorch's own second derivative of it is wrong (its norms count as constants), and cuDNN's
-recurrent kernel, which has no second derivative, is not used.
+normalisation because PyTorch's own second derivative of it is wrong (its norms count as constants). Kernels without a
+second derivative, cuDNN's recurrent one and the fused ones of attention, are not used.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import cuda as kernels
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_sfn.newton.activations import sigmoid, tanh
@@ -28,8 +31,8 @@ __all__ = ["FastSecondDerivatives"]
 class FastSecondDerivatives(TorchFunctionMode):
     """While it is active, convolutions, linear layers, tanh, sigmoid and tanh RNNs have fast second derivatives.
 
-    Weight normalisation has a right one. Left alone are calls under autocast (but for weight normalisation), under
-    functorch transforms, and where somebody else's hooks on saved tensors are active: activation checkpointing
+    Weight normalisation has a right one, and attention any. Left alone are calls under autocast (but for these two),
+    under functorch transforms, and where somebody else's hooks on saved tensors are active: activation checkpointing
     evaluates a second time later, and must then see the same operations.
 
     Attributes:
@@ -46,20 +49,19 @@ class FastSecondDerivatives(TorchFunctionMode):
         """Answers one call of a torch function."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        if rule is not None and self._may(func, args):
+        if rule is not None and self._may(func, args[0] if args else kwargs.get("query")):
             result = rule(*args, **kwargs)
             if result is not None:
                 self.rounds_otherwise |= func in _ROUNDED
                 return result
         return func(*args, **kwargs)
 
-    def _may(self, func: Callable[..., Any], args: Any) -> bool:
-        first = args[0] if args else None
+    def _may(self, func: Callable[..., Any], first: Any) -> bool:
         return (
             isinstance(first, Tensor)
             and first.is_floating_point()
             and torch.is_grad_enabled()
-            and (func is torch._weight_norm or not torch.is_autocast_enabled(first.device.type))
+            and (func in _UNDER_AUTOCAST or not torch.is_autocast_enabled(first.device.type))
             and not is_transformed()
             and saved_tensor_hooks() == self._hooks
         )
@@ -114,6 +116,39 @@ def _tanh_layer(
     return states.flip(0) if backwards else states, [states[-1]]
 
 
+def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    dropout = args[3] if len(args) > 3 else kwargs.get("dropout_p", 0.0)
+    return _by_math(F.scaled_dot_product_attention, query, dropout, query, *args, **kwargs)
+
+
+def _attention_layer(*args: Any, **kwargs: Any) -> Any:
+    call = _ATTENTION_LAYER.bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if given["need_weights"]:
+        return None  # written out by PyTorch itself
+    dropout = given["dropout_p"] if given["training"] else 0.0
+    return _by_math(F.multi_head_attention_forward, given["query"], dropout, *args, **kwargs)
+
+
+def _by_math(function: Callable[..., Any], query: Tensor, dropout: float, *args: Any, **kwargs: Any) -> Any:
+    """Attention by the one kernel with second derivatives; ``None`` where that is taken anyway, or ruled out."""
+    if not (any(enabled() for enabled in _FUSED) and _BY_MATH()):
+        return None
+    if dropout > 0 and query.device.type != "cpu":
+        return None  # the masks would be others than those of an evaluation without a product
+    with sdpa_kernel(SDPBackend.MATH):
+        return function(*args, **kwargs)
+
+
+_FUSED: tuple[Callable[[], bool], ...] = (
+    kernels.flash_sdp_enabled,
+    kernels.mem_efficient_sdp_enabled,
+    kernels.cudnn_sdp_enabled,
+)
+_BY_MATH: Callable[[], bool] = kernels.math_sdp_enabled
+_ATTENTION_LAYER = inspect.signature(F.multi_head_attention_forward)
+
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.tanh: _tanh,
     Tensor.tanh: _tanh,
@@ -125,7 +160,12 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv3d: _convolution,
     torch.rnn_tanh: _rnn_tanh,
     torch._weight_norm: _weight_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _attention_layer,
 }
 
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+_UNDER_AUTOCAST: frozenset[Callable[..., Any]] = frozenset({torch._weight_norm, *_ATTENTION})
+
 # The others run the same kernels as the model does, so that their values are the same bit for bit.
-_ROUNDED = frozenset({torch.rnn_tanh, torch._weight_norm})
+_ROUNDED: frozenset[Callable[..., Any]] = frozenset({torch.rnn_tanh, torch._weight_norm, *_ATTENTION})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -145,6 +146,76 @@ def test_a_normalised_weight_whose_second_derivative_cannot_be_mended_is_refused
         operator = HessianOperator(Objective([loss]), parameters)
         with pytest.raises(CurvatureError, match="weight normalisation is wrong"):
             operator.matvec(torch.ones(operator.parameters.size))
+
+
+ATTENTION: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "layer": (lambda: nn.MultiheadAttention(4, 2), lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "layer with weights": (lambda: nn.MultiheadAttention(4, 2), lambda m, x: m(x, x, x)[0]),
+    "encoder": (lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0), lambda m, x: m(x)),
+    "dropout": (lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.3), lambda m, x: m(x)),
+    "function": (lambda: nn.Linear(4, 4), lambda m, x: F.scaled_dot_product_attention(m(x), x, m(x), is_causal=True)),
+    "by name": (lambda: nn.Linear(4, 4), lambda m, x: F.scaled_dot_product_attention(query=m(x), key=x, value=m(x))),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name: str) -> None:
+    """Against differences of gradients: the fused kernels that PyTorch takes here have no second derivative."""
+    build, of = ATTENTION[name]
+    model, x = build().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    objective, parameters = Objective([lambda: of(model, x).sin().square().mean()]), list(model.parameters())
+    exact, differences = HessianOperator(objective, parameters), FiniteDifferenceOperator(objective, parameters)
+    vector = torch.randn(exact.parameters.size, dtype=torch.float64)
+    product = exact.matvec(vector)
+    assert exact.loss_and_gradient()[0] == objective.value()  # as the closure rounds it
+    exact.close()
+    assert_close(product, differences.matvec(vector), 1e-7)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_rounds_otherwise_where_another_kernel_takes_its_place(name: str) -> None:
+    build, of = ATTENTION[name]
+    model, x = build(), torch.randn(3, 5, 4)
+    with FastSecondDerivatives() as mode:
+        of(model, x)
+    assert mode.rounds_otherwise == (name != "layer with weights")
+    with sdpa_kernel(SDPBackend.MATH), FastSecondDerivatives() as mode:
+        of(model, x)
+    assert not mode.rounds_otherwise
+
+
+def test_attention_under_autocast_and_in_a_chosen_kernel() -> None:
+    """A choice that leaves the differentiable kernel out is the user's own, who is told what it costs."""
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+
+    def loss() -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x).float().square().mean()
+
+    def under_autocast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.scaled_dot_product_attention(x, x, x).dtype == torch.bfloat16
+            return loss()
+
+    def chosen() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return loss()
+
+    vector = torch.randn(x.numel())
+    exact = HessianOperator(Objective([loss]), [x]).matvec(vector)
+    assert_close(HessianOperator(Objective([under_autocast]), [x]).matvec(vector), exact, 0.1)
+    with pytest.raises(CurvatureError, match="flash_attention"):
+        HessianOperator(Objective([chosen]), [x]).matvec(vector)
+
+
+def test_masks_of_attention_on_another_device_are_left_to_its_own_kernel() -> None:
+    """They would be others than those of an evaluation without a product."""
+    x = torch.randn(1, 2, 3, 4, device="meta")
+    with FastSecondDerivatives() as mode:
+        F.scaled_dot_product_attention(x, x, x, None, 0.5)
+        F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        assert not mode.rounds_otherwise
+        F.scaled_dot_product_attention(x, x, x)
+        assert mode.rounds_otherwise
 
 
 def _nodes_of(loss: Callable[[], Tensor]) -> set[str]:
