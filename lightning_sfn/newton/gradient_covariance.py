@@ -11,6 +11,7 @@ from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.jacobian import OutputJacobian
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 __all__ = ["GradientCovarianceOperator"]
 
@@ -54,7 +55,8 @@ class GradientCovarianceOperator(CurvatureOperator):
         )
 
     def _build(self, index: int) -> OutputJacobian:
-        evaluation = evaluate_without_backward(self.objective, index, self.parameters)
+        with FastSecondDerivatives():
+            evaluation = evaluate_without_backward(self.objective, index, self.parameters)
         losses = evaluation.output
         if not isinstance(losses, Tensor) or not losses.requires_grad:
             raise ObjectiveError(

@@ -79,6 +79,23 @@ def test_gradient_covariance_is_the_mean_outer_product_of_case_gradients() -> No
     assert_close(operator.loss_and_gradient()[1], gradient(losses.mean(), model), 1e-10)
 
 
+@pytest.mark.parametrize("kind", ["weight norm", "attention"])
+def test_gradient_covariance_of_what_torch_alone_cannot_differentiate_twice(kind: str) -> None:
+    """Against single gradients, which need no second derivative."""
+    if kind == "weight norm":
+        model: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)).double()
+    else:
+        model = nn.TransformerEncoderLayer(4, 2, 3, dropout=0.0, batch_first=True).double()
+    x = torch.randn(CASES, 2, 4, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        return model(x).sin().square().mean((1, 2))
+
+    expected = sum(torch.outer(gradient(v, model), gradient(v, model)) for v in losses()) / CASES
+    operator = GradientCovarianceOperator(Objective([lambda: (losses().mean(), losses())]), model.parameters())
+    assert_close(dense_matrix(operator), expected, 1e-10)
+
+
 def test_cases_whose_losses_the_parameters_do_not_move_add_nothing() -> None:
     x, data = torch.ones(1, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 3.0], dtype=torch.float64)
     other = torch.ones(2, dtype=torch.float64, requires_grad=True)
