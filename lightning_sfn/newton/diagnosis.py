@@ -13,7 +13,7 @@ class CurvatureError(RuntimeError):
     """A Hessian-vector product could not be computed."""
 
 
-_FINITE_DIFFERENCE = "use hvp='finite_difference'"
+_FINITE_DIFFERENCE = "use hvp='finite_difference' (with curvature='hessian', which alone has it)"
 
 # Each entry: what autograd says, and our sentence. Group 1 of the pattern, if there is one, is the operation's name.
 _KNOWN: tuple[tuple[str, str], ...] = (

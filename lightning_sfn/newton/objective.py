@@ -185,8 +185,9 @@ class Objective:
         if not abs(again - value) <= _REPEATABLE * max(abs(value), abs(again)):
             raise ObjectiveError(
                 f"The loss was {value:.8g} and then {again:.8g} at the same parameters, but it must be a fixed "
-                "function within one step: draw the batch outside of it and leave the batch unchanged, and draw random "
-                "numbers from torch's, NumPy's or Python's global generators, which are replayed."
+                "function within one step: draw the batch outside of it and leave the batch unchanged, draw random "
+                "numbers from torch's, NumPy's or Python's global generators, which are replayed, and keep modules "
+                "that update themselves in each forward pass (spectral_norm) in eval()."
             )
 
     def local(self) -> "Objective":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sfn.newton.diagnosis import CurvatureError, explain, require_double_backward
 
-FINITE = "hvp='finite_difference'"
+FINITE = "use hvp='finite_difference' (with curvature='hessian', which alone has it)"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_sfn.newton import FlatParameters, HessianOperator, Objective, ObjectiveError
+from lightning_sfn.newton import FlatParameters, HessianOperator, Objective, ObjectiveError, SaddleFreeNewton
 from lightning_sfn.newton.curvature import evaluate_without_backward
 from lightning_sfn.newton.processes import ContributionError, Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
@@ -210,11 +210,23 @@ def test_values_repeat_if_they_differ_by_less_than_a_ten_thousandth(
 def test_values_that_do_not_repeat_are_refused(before: float, now: float) -> None:
     message = (
         f"The loss was {before:.8g} and then {now:.8g} at the same parameters, but it must be a fixed function within "
-        "one step: draw the batch outside of it and leave the batch unchanged, and draw random numbers from torch's, "
-        "NumPy's or Python's global generators, which are replayed."
+        "one step: draw the batch outside of it and leave the batch unchanged, draw random numbers from torch's, "
+        "NumPy's or Python's global generators, which are replayed, and keep modules that update themselves in each "
+        "forward pass (spectral_norm) in eval()."
     )
     with pytest.raises(ObjectiveError, match="^" + re.escape(message) + "$"):
         Objective([lambda: torch.tensor(now)]).require_repeatable(before)
+
+
+def test_a_module_that_updates_itself_needs_eval() -> None:
+    """As the message says."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(80, 80))  # too large for the first iterations to end
+    x = torch.randn(3, 80)
+    with pytest.raises(ObjectiveError, match=r"\(spectral_norm\) in eval\(\)"):
+        SaddleFreeNewton(layer.parameters()).step(lambda: layer(x).square().mean())
+    layer.eval()
+    optimizer = SaddleFreeNewton(layer.parameters())
+    assert [float(optimizer.step(lambda: layer(x).square().mean())) for _ in range(3)][-1] < 1e-2
 
 
 def test_zero_repeats() -> None:
