@@ -234,7 +234,8 @@ class BasisStore:
         """
         if self.processes is None or (reduced and self.sharded):
             return list(numbers)
-        return cast("list[float]", self.processes.from_first(torch.tensor(numbers, dtype=torch.float64)).tolist())
+        own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return cast("list[float]", self.processes.from_first(own).tolist())
 
     def agreed_eigen(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Rank zero's eigendecomposition: another processor's rounding must not make another step."""

@@ -86,4 +86,4 @@ def _agreed(answer: bool, objective: Objective) -> bool:
     """Rank zero's answer: what depends on it is evaluated by all processes together."""
     if objective.processes is None:
         return answer
-    return bool(objective.processes.from_first(torch.tensor(float(answer), dtype=torch.float64)))
+    return bool(objective.processes.from_first(torch.tensor(float(answer), dtype=torch.float64, device="cpu")))

@@ -22,14 +22,14 @@ def dense_matrix(operator: CurvatureOperator, preconditioner: Preconditioner | N
     """
     d = preconditioner or IdentityPreconditioner()
     size = operator.parameters.size
-    matrix = torch.empty(size, size, dtype=torch.float64)
+    matrix = torch.empty(size, size, dtype=torch.float64, device="cpu")
     batch, processes = operator.batch, operator.objective.processes
     if processes is not None:  # other graphs would ask for another number of collectives
         batch = min(processes.collect(batch))
     for start in range(0, size, batch):
-        rows = torch.arange(start, min(start + batch, size))
+        rows = torch.arange(start, min(start + batch, size), device="cpu")
         units = torch.zeros(len(rows), size, dtype=operator.parameters.dtype, device=operator.parameters.device)
-        units[torch.arange(len(rows)), rows] = 1.0
+        units[torch.arange(len(rows), device="cpu"), rows] = 1.0
         products = operator.matmat(torch.stack([d.scale(unit) for unit in units]))
         matrix[rows] = torch.stack([d.scale(product) for product in products]).double().cpu()
     return matrix.add_(matrix.T.clone()).div_(2)

@@ -76,7 +76,8 @@ class SpectralDensity:
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> SpectralDensity:
         """The density that `to_dict` gave."""
-        nodes, weights = (torch.tensor(entries[name], dtype=torch.float64) for name in ("nodes", "weights"))
+        values = (entries[name] for name in ("nodes", "weights"))
+        nodes, weights = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in values)
         return cls(nodes, weights, entries["size"], entries["products"])
 
 

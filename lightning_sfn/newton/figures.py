@@ -115,7 +115,7 @@ def _figure(width: float) -> Figure:
 
 def _draw_stems(axes: Axes, spectrum: Spectrum) -> None:
     values, residuals = spectrum.eigenvalues, spectrum.residuals
-    places = torch.arange(1, len(values) + 1)
+    places = torch.arange(1, len(values) + 1, device="cpu")
     for sign, colour in ((values < 0, _NEGATIVE), (values >= 0, _POSITIVE)):
         if bool(sign.any()):
             x, y, error = places[sign].tolist(), values[sign].tolist(), residuals[sign].tolist()
@@ -138,7 +138,7 @@ def _draw_density(axes: Axes, density: SpectralDensity) -> None:
     nodes = SpectralDensity(_symlog(density.nodes, unit), density.weights, density.size, density.products)
     low, high = float(nodes.nodes.min()), float(nodes.nodes.max())
     width = _WIDTH_SHARE * max(high - low, 1.0)
-    points = torch.linspace(low - 4 * width, high + 4 * width, _GRID_POINTS, dtype=torch.float64)
+    points = torch.linspace(low - 4 * width, high + 4 * width, _GRID_POINTS, dtype=torch.float64, device="cpu")
     mean, error = nodes.on(points, width)
     least = 0.1 * width / density.size  # a tenth of what one eigenvalue contributes at its peak
     shown = _inverse_symlog(points, unit).tolist()

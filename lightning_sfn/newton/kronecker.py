@@ -306,7 +306,7 @@ class KroneckerFactors(Preconditioner):
         if not self._allowed:
             return super().shares(steps)
         shifts = torch.stack(self._shifts(steps)).double().cpu()
-        limits = self._caution * torch.tensor(self._allowed, dtype=torch.float64).unsqueeze(1)
+        limits = self._caution * torch.tensor(self._allowed, dtype=torch.float64, device="cpu").unsqueeze(1)
         shares = (limits / shifts).amin(0).clamp_max(1.0)
         self._shortens = bool((shares < 1).any())
         return shares

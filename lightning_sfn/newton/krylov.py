@@ -92,7 +92,7 @@ class KrylovSubspace:
         For a subspace of Lanczos vectors alone; with added directions their own residuals are not part of it.
         """
         leak = self.coupling * self.eigenvectors[self.lanczos_dim - 1].abs()
-        return torch.hypot(leak, torch.tensor(self.rounding, dtype=torch.float64))
+        return torch.hypot(leak, torch.tensor(self.rounding, dtype=torch.float64, device="cpu"))
 
     @property
     def rounding(self) -> float:
@@ -117,7 +117,7 @@ class KrylovSubspace:
 
     def ritz_vector(self, index: int) -> Tensor:
         """The whole unit Ritz vector that belongs to ``eigenvalues[index]``, shape ``(n,)``."""
-        return self.lift(torch.eye(len(self), dtype=torch.float64)[index])
+        return self.lift(torch.eye(len(self), dtype=torch.float64, device="cpu")[index])
 
 
 def lanczos(
@@ -151,14 +151,14 @@ def lanczos(
     size = start.numel()
     steps = min(krylov_dim, size)
     basis = store.empty(min(steps + len(directions), size), start)
-    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    projected = torch.zeros(len(basis), len(basis), dtype=torch.float64, device="cpu")
     length = float(norm(start))
     first = store.local(start / length) if length > 0 else random_unit(basis[:0], generator, store, start)
     counted = Counted(lambda part: matvec(store.whole(part, size)))
     recent = [store.keep(basis, 0, first)]
     finite, leftover, coupling = fill_basis(counted, basis, projected, steps, recent, generator, store, start)
     if finite < steps:
-        nothing = torch.full((steps, steps), math.nan, dtype=torch.float64)
+        nothing = torch.full((steps, steps), math.nan, dtype=torch.float64, device="cpu")
         return KrylovSubspace(basis[:steps], nothing, 0.0, steps, counted.calls, store, size)
     space = _Extension(basis, projected, steps, leftover, store)
     for direction in directions:

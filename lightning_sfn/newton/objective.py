@@ -162,7 +162,7 @@ class Objective:
         Raises:
             ProcessError: A closure failed on another process.
         """
-        nothing = torch.full((), math.nan, dtype=torch.float64)
+        nothing = torch.full((), math.nan, dtype=torch.float64, device="cpu")
         value = self.reduce(self.guarded(self.local_value, nothing))
         self.require_sound(value, far=True)
         return float(value)

@@ -79,7 +79,7 @@ class Preconditioner(ABC):
         Returns:
             Numbers above 0 and at most 1, shape ``(c,)``, float64, on the CPU.
         """
-        return torch.ones(len(steps), dtype=torch.float64)
+        return torch.ones(len(steps), dtype=torch.float64, device="cpu")
 
     def feedback(self, *, accepted: bool, store: BasisStore) -> None:  # noqa: B027
         """Learns whether the step was taken that `shares` allowed.

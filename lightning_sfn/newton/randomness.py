@@ -76,8 +76,8 @@ class RandomState:
         version, words, gauss = self.python
         kind, keys, *rest = self.numpy
         return {
-            "python": [version, torch.tensor(words), gauss],
-            "numpy": [kind, torch.tensor(keys.tolist()), *rest],
+            "python": [version, torch.tensor(words, device="cpu"), gauss],
+            "numpy": [kind, torch.tensor(keys.tolist(), device="cpu"), *rest],
             "cpu": self.cpu,
             "device": None if self.device is None else str(self.device),
             "accelerator": self.accelerator,

@@ -180,7 +180,7 @@ class Spectrum:
         """The spectrum that `to_dict` gave."""
         given = {name: entries[name] for name in cls.__dataclass_fields__ if name in entries}
         for name in ("eigenvalues", "residuals"):
-            given[name] = torch.as_tensor(given[name], dtype=torch.float64)
+            given[name] = torch.as_tensor(given[name], dtype=torch.float64, device="cpu")
         if given["eigenvalues"].shape != given["residuals"].shape:
             raise ValueError("There are not as many residuals as eigenvalues.")
         if given.get("density") is not None:

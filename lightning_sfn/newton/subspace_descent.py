@@ -98,7 +98,7 @@ class KrylovSubspaceDescent(Optimizer):
         """The loss that BFGS reaches in the subspace, and the step there of shape ``(n,)``."""
         largest = float(space.eigenvalues.abs().max()) or 1.0
         scales = (space.eigenvalues.abs() + _FLOOR * largest).rsqrt()
-        along = torch.zeros(len(space), dtype=torch.float64)
+        along = torch.zeros(len(space), dtype=torch.float64, device="cpu")
         # With a memory as long as the run, L-BFGS is BFGS.
         bfgs = torch.optim.LBFGS(
             [along],

@@ -65,7 +65,7 @@ class RitzValues:
     @classmethod
     def none(cls, products: int = 0) -> "RitzValues":
         """No values, because there was nothing finite to compute them from."""
-        nothing = torch.empty(0, dtype=torch.float64)
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
         return cls(nothing, nothing, products, converged=False)
 
 
@@ -98,7 +98,7 @@ def extreme_ritz_values(
     """
     capacity = min(krylov_dim, start.numel())
     basis = torch.empty(capacity, start.numel(), dtype=start.dtype, device=start.device)
-    projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+    projected = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
     length = float(norm(start))
     basis[0] = start / length if length > 0 else random_unit(basis[:0], generator)
     counted = Counted(matvec)
@@ -146,7 +146,7 @@ def _restart(space: KrylovSubspace, projected: Tensor, ends: Ends) -> int:
     count = len(space)
     spare = count - ends.smallest - ends.largest
     low, high = ends.smallest + spare // 4, ends.largest + spare // 4
-    kept = torch.cat([torch.arange(low), torch.arange(count - high, count)])
+    kept = torch.cat([torch.arange(low, device="cpu"), torch.arange(count - high, count, device="cpu")])
     rotation = space.eigenvectors[:, kept].T.to(space.basis)
     for start in range(0, space.basis.shape[1], _SLAB):
         slab = space.basis[:, start : start + _SLAB]

@@ -26,7 +26,7 @@ class Watch:
         self._device, self._on_cuda = device, device.type == "cuda"
         self._deaf = deaf or device.type not in ("cpu", "cuda")
         self.is_prompt = self._deaf or not self._on_cuda
-        arrived = torch.zeros(capacity, dtype=torch.bool, pin_memory=self._on_cuda)
+        arrived = torch.zeros(capacity, dtype=torch.bool, device="cpu", pin_memory=self._on_cuda)
         self._slots = arrived.unbind(0)
         self._flags = arrived.numpy()  # the same memory, read without an operation of torch
         self._events: list[torch.cuda.Event] = []

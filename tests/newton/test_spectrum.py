@@ -18,6 +18,7 @@ from lightning_sfn.newton import (
     hessian_spectrum,
     spectrum,
 )
+from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.operators import make_operator
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.spectrum import SpectrumSettings, spectrum_of
@@ -555,3 +556,21 @@ def test_named_parameters_are_parameters() -> None:
     assert torch.equal(named, unnamed)
     with pytest.raises(ValueError, match="given as a module"):
         hessian_spectrum(lambda: net(x).square().mean(), net)  # type: ignore[arg-type]
+
+
+def test_the_default_device_is_the_models_affair() -> None:
+    """What is made beside the parameters says where it lies."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)), torch.randn(9, 3)
+
+    def spectrum() -> Spectrum:
+        closure = lambda: model(x).square().mean()  # noqa: E731
+        return hessian_spectrum(closure, model.parameters(), 12, density_probes=2, tol=1e-3)
+
+    plain = spectrum()
+    with torch.device("meta"):
+        elsewhere = spectrum()
+        again = Spectrum.from_dict(elsewhere.to_dict())
+        dense = dense_matrix(HessianOperator(Objective([lambda: model(x).square().mean()]), model.parameters()))
+    assert elsewhere.to_dict() == plain.to_dict() == again.to_dict()
+    assert torch.linalg.eigvalsh(dense)[-1] == pytest.approx(plain.lambda_max, rel=1e-3)
