@@ -23,7 +23,14 @@ from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.momentum import Glide
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_curvature, make_operator
-from lightning_sfn.newton.options import require_at_least, require_krylov_dim, require_positive_or_none, require_whole
+from lightning_sfn.newton.options import (
+    is_number,
+    require_at_least,
+    require_krylov_dim,
+    require_positive_or_none,
+    require_seed,
+    require_whole,
+)
 from lightning_sfn.newton.outer_step import Descent, Losses, Search, take_outer_step
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
@@ -130,40 +137,35 @@ class SaddleFreeNewton(Optimizer):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        require_at_least("lr", lr, 0.0)
+        lr = require_at_least("lr", lr, 0.0)
         self.inner_steps = require_whole("inner_steps", inner_steps, 1)
-        require_at_least("exploration", exploration, 0.0)
+        self.exploration = require_at_least("exploration", exploration, 0.0)
         previous_directions = require_whole("previous_directions", previous_directions, 0)
         graph_bytes = require_whole("graph_bytes", graph_bytes, 0)
         if processes is not None and not hasattr(processes, "size"):
             raise ValueError(f"processes is {processes!r}, but a Processes() or None is expected.")
-        if not (isinstance(heavy_ball, (int, float)) and 0 <= heavy_ball < 1):
+        if not (is_number(heavy_ball) and 0 <= heavy_ball < 1):
             raise ValueError(f"heavy_ball is {heavy_ball!r}, but a number from 0 to less than 1 is expected.")
-        require_positive_or_none("max_grad_norm", max_grad_norm)
-        require_positive_or_none("max_step_norm", max_step_norm)
+        self.max_grad_norm = require_positive_or_none("max_grad_norm", max_grad_norm)
+        self.max_step_norm = require_positive_or_none("max_step_norm", max_step_norm)
         check_curvature(curvature, hvp)
         self.basis, self.basis_dtype = basis, check_basis(basis, basis_dtype, basis_device)
         self.basis_device = None if basis_device is None else torch.device(basis_device)
         super().__init__(params, {"lr": lr})
-        for group in self.param_groups:
-            require_at_least("lr", float(group["lr"]), 0.0)
         self._parameters = FlatParameters.of_groups(self.param_groups)
-        require_krylov_dim(krylov_dim, self._parameters.size)
-        self.krylov_dim = krylov_dim
+        self.krylov_dim = require_krylov_dim(krylov_dim, self._parameters.size)
         if preconditioner == "auto" and krylov_dim == "full":
             preconditioner = None  # nothing to make flat where every direction is known
         self.preconditioner = make_preconditioner(preconditioner)
-        self.damping = make_damping(damping)
+        self.damping = make_damping(float(damping) if is_number(damping) else damping)
         self.trust_region = find_trust_region(trust_region)
         self.curvature: CurvatureName = curvature
-        self.max_grad_norm, self.max_step_norm = max_grad_norm, max_step_norm
         self._processes, self._check_ranks = processes, check_ranks
         self._carried = Carried(StepMemory(previous_directions, secants=secants))
-        self._glide = Glide(heavy_ball) if heavy_ball > 0 else None
-        self.exploration = exploration
+        self._glide = Glide(float(heavy_ball)) if heavy_ball > 0 else None
         self.hvp: ProductMethod = hvp
         self._budget = GraphBudget(graph_bytes)
-        self._generator = torch.Generator(self._parameters.device).manual_seed(seed)
+        self._generator = torch.Generator(self._parameters.device).manual_seed(require_seed(seed))
         self._driver: Driver | None = None
         self.last_step: StepRecord | None = None
 
@@ -191,6 +193,19 @@ class SaddleFreeNewton(Optimizer):
             "exploration": 0.0,
         }
         return cls(params, lr, krylov_dim=krylov_dim, **(paper | options))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, which the next step trains along with the others.
+
+        Args:
+            param_group: ``params``, and ``lr`` if it is another than that of the optimizer.
+
+        Raises:
+            ValueError: The learning rate is no number of at least zero.
+        """
+        if isinstance(param_group, dict) and "lr" in param_group:
+            require_at_least("lr", float(param_group["lr"]), 0.0)
+        super().add_param_group(param_group)
 
     # ------------------------------------------------------------------------------------------------ stepping
 

@@ -5,21 +5,39 @@ Options that name something are checked where the names are: `operators`, `basis
 """
 
 import math
-from typing import Literal, TypeGuard
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard
 
-__all__ = ["is_number", "require_at_least", "require_krylov_dim", "require_positive_or_none", "require_whole"]
+__all__ = [
+    "is_number",
+    "is_whole",
+    "require_at_least",
+    "require_krylov_dim",
+    "require_positive_or_none",
+    "require_seed",
+    "require_whole",
+]
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether something is a number; a boolean is none.
+    """Whether something is a number, NumPy's included; a boolean is none.
 
     Args:
         value: What was given.
     """
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def require_at_least(name: str, value: float, minimum: float) -> None:
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether something is an integer, NumPy's included; a boolean is none.
+
+    Args:
+        value: What was given.
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_at_least(name: str, value: float, minimum: float) -> float:
     """Refuses what is no finite number, or is below a minimum.
 
     Args:
@@ -27,11 +45,15 @@ def require_at_least(name: str, value: float, minimum: float) -> None:
         value: What was given for it.
         minimum: The least value.
 
+    Returns:
+        The number as Python's own: with one of NumPy's in single precision, everything would be computed in that.
+
     Raises:
         ValueError: The value is none of those.
     """
     if not (is_number(value) and math.isfinite(value) and value >= minimum):
         raise ValueError(f"{name} is {value!r}, but a number of at least {minimum:g} is expected.")
+    return float(value)
 
 
 def require_whole(name: str, value: float, minimum: int) -> int:
@@ -54,35 +76,60 @@ def require_whole(name: str, value: float, minimum: int) -> int:
     return int(value)
 
 
-def require_positive_or_none(name: str, value: float | None) -> None:
+def require_seed(seed: Any) -> int:
+    """Refuses what seeds no random generator.
+
+    Args:
+        seed: What was given for it.
+
+    Returns:
+        The seed as an integer.
+
+    Raises:
+        ValueError: It is no integer.
+    """
+    if not is_whole(seed):
+        raise ValueError(f"seed is {seed!r}, but an integer is expected, so that results repeat.")
+    return int(seed)
+
+
+def require_positive_or_none(name: str, value: float | None) -> float | None:
     """Refuses a bound that is neither positive nor left out.
 
     Args:
         name: The option.
         value: What was given for it.
 
+    Returns:
+        The bound as Python's own number.
+
     Raises:
         ValueError: The value is neither.
     """
     if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{name} is {value!r}, but a positive number or None is expected.")
+    return None if value is None else float(value)
 
 
-def require_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> None:
+def require_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> int | Literal["full"] | None:
     """Refuses what is no number of Lanczos vectors.
 
     Args:
         krylov_dim: A number, ``"full"``, or ``None`` for the default.
         size: Number of parameters.
 
+    Returns:
+        The number as Python's own.
+
     Raises:
         ValueError: It is no positive integer, or more than there are parameters.
     """
     if krylov_dim is None or krylov_dim == "full":
-        return
-    if not isinstance(krylov_dim, int) or isinstance(krylov_dim, bool) or krylov_dim < 1:
+        return krylov_dim
+    if not is_whole(krylov_dim) or krylov_dim < 1:
         raise ValueError(f"krylov_dim is {krylov_dim!r}, but a positive integer, 'full' or None is expected.")
     if krylov_dim > size:
         raise ValueError(
             f"krylov_dim is {krylov_dim}, but there are only {size} trainable parameters: use at most that, or 'full'."
         )
+    return int(krylov_dim)

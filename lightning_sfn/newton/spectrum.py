@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
+from lightning_sfn.newton.options import is_number, is_whole, require_seed
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.thick_restart import Ends, RitzValues, extreme_ritz_values
@@ -63,9 +64,10 @@ class SpectrumSettings:
             number = getattr(self, name)
             if number is None and name == "max_products":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < bound:
+            if not is_whole(number) or number < bound:
                 raise ValueError(f"{name} is {number!r}, but a whole number of at least {bound} is expected.")
-        if self.tol is not None and not (isinstance(self.tol, float) and 0 < self.tol < 1):
+            object.__setattr__(self, name, int(number))  # frozen for everybody else
+        if self.tol is not None and not (is_number(self.tol) and 0 < self.tol < 1):
             raise ValueError(f"tol is {self.tol!r}, but a number between 0 and 1, or None, is expected.")
 
     @property
@@ -232,7 +234,7 @@ class Spectrum:
 def hessian_spectrum(
     closure: Closure,
     params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
-    krylov_dim: int | None = None,
+    krylov_dim: int | Literal["full"] | None = None,
     *,
     smallest: int = 1,
     largest: int = 1,
@@ -247,18 +249,20 @@ def hessian_spectrum(
     """Ritz values of the Hessian of a loss, by Lanczos from a random vector.
 
     Args:
-        closure: Returns the loss with its graph (with ``curvature="gauss_newton"`` the pair of loss and output). It is
+        closure: Returns the loss with its graph (with another curvature than the Hessian a pair, see there). It is
             evaluated once or a few times and must not call ``backward``.
         params: The parameters, named or not; nothing about them is changed.
-        krylov_dim: Number of Lanczos vectors, each one Hessian-vector product. 64 (or the number of parameters, if
-            smaller) when left out.
+        krylov_dim: Number of Lanczos vectors, each one Hessian-vector product; ``"full"`` for as many as there are
+            parameters. 64 (or the number of parameters, if smaller) when left out.
         smallest: Eigenvalues asked for at the lower end, with ``tol``.
         largest: Eigenvalues asked for at the upper end, with ``tol``.
         tol: Restart Lanczos until the residuals of those are below this share of each; ``None`` takes one basis.
         max_products: Hessian-vector products after which restarts end; four times ``krylov_dim`` if left out.
         density_probes: Random vectors for the spectral density; 0 for no density.
-        curvature: ``"hessian"`` or ``"gauss_newton"``.
-        hvp: ``"auto"``, ``"retain"``, ``"recompute"`` or ``"finite_difference"``, as in `SaddleFreeNewton`.
+        curvature: ``"hessian"``; or, with a closure that returns a pair, ``"gauss_newton"`` for ``(loss, output)``,
+            ``"fisher"`` for ``(loss, distribution)`` or ``"gradient_covariance"`` for ``(loss, losses of the cases)``.
+        hvp: ``"auto"``, ``"retain"``, ``"recompute"`` or, for the Hessian, ``"finite_difference"``, as in
+            `SaddleFreeNewton`.
         seed: Seed of the random vectors.
         progress: Called after each product with the number of products so far and the most there can be.
 
@@ -278,10 +282,11 @@ def hessian_spectrum(
         tensor([-2., 10.], dtype=torch.float64)
     """
     parameters = FlatParameters(params)
-    krylov_dim = min(_DEFAULT_KRYLOV_DIM, parameters.size) if krylov_dim is None else krylov_dim
-    if not 1 <= krylov_dim <= parameters.size:
+    if krylov_dim is None or krylov_dim == "full":
+        krylov_dim = parameters.size if krylov_dim else min(_DEFAULT_KRYLOV_DIM, parameters.size)
+    if not (is_whole(krylov_dim) and 1 <= krylov_dim <= parameters.size):
         raise ValueError(
-            f"krylov_dim is {krylov_dim}, but a number from 1 to {parameters.size} (all parameters) is expected."
+            f"krylov_dim is {krylov_dim!r}, but a number from 1 to {parameters.size} (all parameters) is expected."
         )
     settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes)
     objective = Objective([closure])
@@ -319,7 +324,7 @@ def spectrum_of(
     Returns:
         The spectrum.
     """
-    size = operator.parameters.size
+    size, seed = operator.parameters.size, require_seed(seed)
     at_most = settings.most_products(size)
     image = torch.empty(size, dtype=operator.parameters.dtype, device=operator.parameters.device)
 

@@ -429,6 +429,40 @@ def test_remembered_steps_are_saved_whole_and_loaded_in_parts(basis: Any, shared
     assert torch.equal(second.memory.directions[0].vector, whole.flip(0))
 
 
+@pytest.mark.parametrize("rate", [-1, float("nan"), float("inf"), torch.tensor(-1.0)])
+def test_a_learning_rate_is_checked_in_groups_that_are_added_too(rate: Any) -> None:
+    x, y = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = SaddleFreeNewton([x])
+    with pytest.raises(ValueError, match=r"^lr is .*, but a number of at least 0 is expected\.$"):
+        optimizer.add_param_group({"params": [y], "lr": rate})
+    with pytest.raises(ValueError, match=r"^lr is .*, but a number of at least 0 is expected\.$"):
+        SaddleFreeNewton([{"params": [x], "lr": rate}])
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [y], "lr": 0.5})
+    assert optimizer.param_groups[1]["lr"] == 0.5
+
+
+def test_options_may_be_numbers_of_numpy() -> None:
+    """And states hold Python's own, which is all that a checkpoint may hold."""
+    case, again = make("mlp"), make("mlp")
+    given: dict[str, Any] = {"lr": 0.5, "krylov_dim": 3, "heavy_ball": 0.25, "max_step_norm": 2.0, "seed": 4}
+    given |= {"exploration": 0.125, "max_grad_norm": 8.0, "damping": 0.25}
+    kinds = {"krylov_dim": np.int64, "seed": np.int32}
+    optimizer = SaddleFreeNewton(again.parameters, **{n: kinds.get(n, np.float32)(v) for n, v in given.items()})
+    plain = SaddleFreeNewton(case.parameters, **given)
+    for _ in range(3):
+        plain.step(case.closure)
+        optimizer.step(again.closure)
+    assert torch.equal(flat(case.parameters), flat(again.parameters))
+    assert type(optimizer.state_dict()["param_groups"][0]["lr"]) is float
+
+
+@pytest.mark.parametrize("seed", [None, 0.5])
+def test_a_seed_is_an_integer(seed: Any) -> None:
+    with pytest.raises(ValueError, match=f"^seed is {seed}, but an integer is expected"):
+        SaddleFreeNewton([torch.ones(1, requires_grad=True)], seed=seed)
+
+
 def grown(case: Case) -> SaddleFreeNewton:
     """An optimizer that is given the last layer's parameters later."""
     optimizer = SaddleFreeNewton(case.parameters[:-2])

@@ -1,19 +1,22 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightning_sfn.newton.options import (
     require_at_least,
     require_krylov_dim,
     require_positive_or_none,
+    require_seed,
     require_whole,
 )
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 1, 2.5])
+@pytest.mark.parametrize("value", [0, 0.0, 1, 2.5, np.float32(0.5), np.int64(3)])
 def test_numbers_from_the_minimum_on_are_let_through(value: float) -> None:
-    require_at_least("lr", value, 0.0)
+    found = require_at_least("lr", value, 0.0)
+    assert (type(found), found) == (float, value)
 
 
 @pytest.mark.parametrize("value", [-1e-9, math.inf, math.nan, "1", None, True])
@@ -24,7 +27,8 @@ def test_other_numbers_are_refused(value: float) -> None:
 
 def test_whole_numbers_are_let_through_whatever_their_type() -> None:
     assert require_whole("inner_steps", 3, 3) == 3
-    assert isinstance(require_whole("inner_steps", 4.0, 3), int)
+    for value in (4.0, np.int64(4), np.float32(4)):
+        assert type(require_whole("inner_steps", value, 3)) is int
 
 
 def test_numbers_that_are_not_whole_are_refused() -> None:
@@ -34,9 +38,11 @@ def test_numbers_that_are_not_whole_are_refused() -> None:
         require_whole("inner_steps", 2, 3)
 
 
-@pytest.mark.parametrize("value", [None, 1e-30, 3, math.inf])
+@pytest.mark.parametrize("value", [None, 1e-30, 3, math.inf, np.float32(2)])
 def test_bounds_may_be_left_out(value: float | None) -> None:
-    require_positive_or_none("max_step_norm", value)
+    found = require_positive_or_none("max_step_norm", value)
+    assert found == value
+    assert found is None or type(found) is float
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, "1", True])
@@ -50,7 +56,18 @@ def test_bounds_that_are_not_positive_are_refused(value: float) -> None:
     [(None, 1), ("full", 1000), (1, 1), (500, 500)],
 )
 def test_sizes_of_a_subspace_are_let_pass(asked: Any, size: int) -> None:
-    require_krylov_dim(asked, size)
+    assert require_krylov_dim(asked, size) == asked
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    assert type(require_krylov_dim(np.int32(4), 5)) is int  # type: ignore[arg-type]
+    assert type(require_seed(np.int64(4))) is int
+
+
+@pytest.mark.parametrize("seed", [None, 1.0, "0", True])
+def test_what_seeds_no_generator_is_refused(seed: object) -> None:
+    with pytest.raises(ValueError, match=rf"^seed is {seed!r}, but an integer is expected, so that results repeat\.$"):
+        require_seed(seed)
 
 
 @pytest.mark.parametrize("asked", [0, -2, 1.5, True, "all"])

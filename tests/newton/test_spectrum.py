@@ -558,6 +558,32 @@ def test_named_parameters_are_parameters() -> None:
         hessian_spectrum(lambda: net(x).square().mean(), net)  # type: ignore[arg-type]
 
 
+def test_all_of_a_spectrum() -> None:
+    case = make("mlp")
+    whole = hessian_spectrum(case.closure, case.parameters, "full")
+    expected = np.linalg.eigvalsh(reference("mlp").hessian.numpy())
+    assert len(whole.eigenvalues) == len(expected)
+    np.testing.assert_allclose(whole.eigenvalues.numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("krylov_dim", ["all", True, 2.5, 0])
+def test_what_is_no_size_of_a_spectrum_is_refused(krylov_dim: Any) -> None:
+    words = rf"^krylov_dim is {krylov_dim!r}, but a number from 1 to 2 \(all parameters\) is expected\.$"
+    with pytest.raises(ValueError, match=words):
+        hessian_spectrum(lambda: torch.zeros(()), [torch.ones(2, requires_grad=True)], krylov_dim)
+
+
+def test_a_spectrum_takes_numbers_of_numpy_and_no_seed_that_is_none() -> None:
+    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    closure = lambda: (x**4).sum()  # noqa: E731
+    asked: Any = {"krylov_dim": np.int64(2), "seed": np.int64(1), "tol": np.float32(0.5), "smallest": np.int32(1)}
+    found = hessian_spectrum(closure, [x], **asked)
+    assert found.lambda_max == pytest.approx(12.0)
+    json.dumps(found.to_dict())
+    with pytest.raises(ValueError, match=r"^seed is None"):
+        hessian_spectrum(closure, [x], seed=None)  # type: ignore[arg-type]
+
+
 def test_the_default_device_is_the_models_affair() -> None:
     """What is made beside the parameters says where it lies."""
     torch.manual_seed(0)
