@@ -34,7 +34,7 @@ from lightning_sfn.experiments.recurrent import CharacterRNN
 from lightning_sfn.experiments.text import CharacterText
 from lightning_sfn.newton import CurvatureError, ObjectiveError, Spectrum
 from lightning_sfn.newton.processes import ProcessError
-from lightning_sfn.trainer.inspection import InspectingTrainer
+from lightning_sfn.trainer.inspection import InspectingTrainer, OptionError
 from lightning_sfn.version import __version__
 
 __all__ = [
@@ -172,7 +172,7 @@ def main(args: Sequence[str] | None = None) -> int:
         run(None if args is None else arguments)
     except argparse.ArgumentError as error:
         return _fail(one_sentence(str(error)), _USAGE_ERROR)
-    except UsageError as error:
+    except (UsageError, OptionError) as error:
         return _fail(str(error), _USAGE_ERROR)
     except _RUNTIME_ERRORS as error:
         return _fail(" ".join(str(error).split()), _RUNTIME_ERROR)

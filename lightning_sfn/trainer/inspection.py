@@ -18,9 +18,13 @@ from lightning_sfn.newton.verdict import NewtonTrial
 from lightning_sfn.trainer.probe import Probe, ProbeBatches
 from lightning_sfn.trainer.support import require_replayable
 
-__all__ = ["InspectingTrainer"]
+__all__ = ["InspectingTrainer", "OptionError"]
 
 _PICTURES = (".png", ".pdf", ".svg")
+
+
+class OptionError(MisconfigurationException):
+    """An option's value is out of its range, whatever the checkpoint and the data are."""
 
 
 class InspectingTrainer(Trainer):
@@ -80,17 +84,18 @@ class InspectingTrainer(Trainer):
             The spectrum; ``None`` if it was taken in another process.
 
         Raises:
-            MisconfigurationException: A value is out of its range, a file exists, or the checkpoint is not the model's.
+            OptionError: A value is out of its range.
+            MisconfigurationException: A file exists, or the checkpoint is not the model's.
         """
         try:
             settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes * density)
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise OptionError(str(error)) from error
         for name, count in {"num_batches": num_batches, "density_probes": density_probes}.items():
             if count < 1:
-                raise MisconfigurationException(f"{name} is {count}, but a positive number is expected.")
+                raise OptionError(f"{name} is {count}, but a positive number is expected.")
         if precision not in (32, 64):
-            raise MisconfigurationException(f"precision is {precision!r}, but 32 or 64 is expected.")
+            raise OptionError(f"precision is {precision!r}, but 32 or 64 is expected.")
         for path in (output, plot):
             _require_writable(path, overwrite)
         _require_drawable(plot)
@@ -201,7 +206,7 @@ def _require_drawable(path: str | None) -> None:
     if find_spec("matplotlib") is None:
         raise MisconfigurationException('A plot needs matplotlib, which is missing: pip install "lightning-sfn[plot]".')
     if Path(path).suffix not in _PICTURES:
-        raise MisconfigurationException(f"plot is {path}, but a name that ends in {', '.join(_PICTURES)} is expected.")
+        raise OptionError(f"plot is {path}, but a name that ends in {', '.join(_PICTURES)} is expected.")
 
 
 def _load_parameters(trainer: Trainer, module: LightningModule, path: str) -> None:
