@@ -16,7 +16,7 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
-from lightning_sfn.trainer.recording import RecordedStep, own_containers
+from lightning_sfn.trainer.recording import RecordedStep, own_copies
 from lightning_sfn.trainer.step_log import log_step
 from lightning_sfn.trainer.support import require_differentiable, require_steady_weights
 from lightning_sfn.trainer.window import WindowedNewton
@@ -296,7 +296,7 @@ class _ManualNewton(WindowedNewton):
 
     def record(self, batch: Any, batch_idx: int, loss: BatchLoss) -> Tensor:
         """Evaluates a batch for the first time, and adds it to the window."""
-        kept, state = own_containers((batch, batch_idx)), RandomState.capture(self._module.device)
+        kept, state = own_copies((batch, batch_idx)), RandomState.capture(self._module.device)
         value = loss(batch).detach()
         if self._held is None:
             steps = [RecordedStep(kept, {"replayed": self._index}, state, value)]

@@ -1,18 +1,21 @@
 """Recording: every `training_step` that Lightning runs, as it was called, so that it can be replayed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import is_dataclass_instance
 from pytorch_lightning import Trainer
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.own_writes import noting_writes
 
-__all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers"]
+__all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers", "own_copies"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class RecordedStep:
     """One call of `training_step` as Lightning made it.
 
     Attributes:
-        args: Its positional arguments (batch, batch index, ...); containers are copied, tensors are not.
+        args: Its positional arguments (batch, batch index, ...), as copies of their own (`own_copies`).
         kwargs: Its keyword arguments.
         random_state: State of the random number generators just before the call.
         loss: The loss that it returned, detached; ``None`` if it returned none.
@@ -54,7 +57,7 @@ class StepRecorder:
         if not self._active:
             return self._original(*args, **kwargs)
         state = RandomState.capture(self._device)
-        kept_args, kept_kwargs = own_containers((args, kwargs))
+        kept_args, kept_kwargs = own_copies((args, kwargs))
         with noting_writes(self._trainer):
             output = self._original(*args, **kwargs)
         loss = loss_of(output)
@@ -81,6 +84,31 @@ class StepRecorder:
 def own_containers(value: Any) -> Any:
     """The value with its lists, tuples and dictionaries copied: a step may take its batch apart."""
     return tree_map(lambda leaf: leaf, value)
+
+
+def own_copies(value: Any) -> Any:
+    """The value with its tensors copied too, each once: a loader may fill the memory of one batch with the next.
+
+    Packed sequences and dataclasses are copied with what they hold; objects of other classes are kept as they are.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in copies:
+                copies[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            return copies[id(leaf)]
+        if isinstance(leaf, PackedSequence):
+            return type(leaf)(*map(own, leaf))
+        if is_dataclass_instance(leaf) and not isinstance(leaf, Mapping):
+            twin = copy(leaf)
+            for field in fields(leaf):
+                if hasattr(leaf, field.name):
+                    object.__setattr__(twin, field.name, tree_map(own, getattr(leaf, field.name)))  # also if frozen
+            return twin
+        return leaf
+
+    return tree_map(own, value)
 
 
 def loss_of(output: Any) -> Tensor | None:
