@@ -7,6 +7,7 @@ from typing import Any
 from pytorch_lightning import Trainer
 
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.metric_source import is_of_training
 from lightning_sfn.trainer.progress import Progress
 from lightning_sfn.trainer.report import Phase, SwitchReport
 
@@ -138,7 +139,7 @@ class Ledger:
         now = trainer.fit_loop.epoch_loop.total_batch_idx
         if not self.phase.taken:
             return True
-        return self.phase.first_taken_at == now and _is_of_training(trainer, self.report.monitor)
+        return self.phase.first_taken_at == now and is_of_training(trainer, self.report.monitor)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -160,9 +161,3 @@ class Ledger:
         self.report = SwitchReport.from_state(state["report"])
         self.progress.load_state_dict(state["progress"])
         self.first_speed = state["first_speed"]
-
-
-def _is_of_training(trainer: Trainer, name: str) -> bool:
-    """Whether training logs a metric, and not validation, which sees the parameters after a step."""
-    logged = {metric.meta.name for metric in trainer.fit_loop.epoch_loop._results.values()}
-    return name in logged or name.removesuffix("_epoch") in logged or name.removesuffix("_step") in logged

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_sfn.trainer.metric_source import is_of_training, is_of_validation
 from lightning_sfn.trainer.support import is_dry_run
 
 __all__ = ["PlateauWatch"]
@@ -33,8 +34,8 @@ class PlateauWatch(EarlyStopping):
         check_finite: Whether checks that see NaN or infinity are passed over (with a warning). Otherwise they count as
             checks without improvement.
         strict: Whether a missing metric is an error.
-        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation, as in
-            `EarlyStopping`.
+        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation. If left out, as in
+            `EarlyStopping`, but what training logs is always checked at the end of its epochs.
         check_every_n_steps: Check after every n-th optimizer step instead, on the mean of the values logged since the
             last check (the metric must be logged with ``on_step=True``, or by validation).
 
@@ -80,6 +81,8 @@ class PlateauWatch(EarlyStopping):
         )
         self.cooldown, self.check_every_n_steps = cooldown, check_every_n_steps
         self._relative = min_delta_mode == "rel"
+        self._left_open = check_on_train_epoch_end is None
+        self._of_training = self._awaited = False  # whether training logs the metric; whether a validation missed it
         self._warned = False
         self._checked_at = 0
         self._last_seen: Tensor | None = None
@@ -128,6 +131,28 @@ class PlateauWatch(EarlyStopping):
             self._checked_at = step
             (total, count), self._since_check = self._since_check, (0.0, 0)
             self._check(trainer, torch.as_tensor(total) / count if count else None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks where `EarlyStopping` does, unless the metric is one of training, whose mean is not known yet."""
+        if self._left_open and not self._should_skip_check(trainer):
+            self._see_source(trainer)
+            self._awaited = self.monitor not in trainer.callback_metrics
+            if self._of_training or self._awaited:
+                return
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks where `EarlyStopping` does, and what training logs in any case."""
+        if self._left_open and not self._check_on_train_epoch_end and not self._should_skip_check(trainer):
+            self._see_source(trainer)
+            if self._of_training or self._awaited:
+                self._run_early_stopping_check(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _see_source(self, trainer: Trainer) -> None:
+        if not self._of_training:
+            name = self.monitor
+            self._of_training = is_of_training(trainer, name) and not is_of_validation(trainer, name)
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         """Checks in the place where `EarlyStopping` does, which sees metrics of the same epoch."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sfn import SwitchToSFN
@@ -162,3 +164,51 @@ def test_state_of_the_watch_survives_a_checkpoint() -> None:
     other = SwitchToSFN(monitor="metric", check_every_n_steps=3)
     other.load_state_dict(torch.load("watch.pt", weights_only=True))
     assert (other._since_check, other._cooling, other.wait_count) == ((2.5, 2), 3, 1)
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+class Validated(Fitting):
+    """Logs metrics in every way that has a mean over the epoch; the loss of training depends on the batch alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("epoch_alone", float(batch_idx), on_step=False, on_epoch=True, batch_size=1)
+        self.log("both", float(batch_idx), on_step=True, on_epoch=True, batch_size=1)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.mse_loss(self.net(batch[0]), batch[1]), batch_size=1)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("at_the_end", 1.5)
+
+
+def checks_of(monitor: str, *, epochs: int = 2, **options: Any) -> list[tuple[int, float | None]]:
+    """Step and value of each check."""
+    checks: list[tuple[int, float | None]] = []
+
+    class Noting(SwitchToSFN):
+        def on_check(self, trainer: Trainer, value: float | None, plateau: bool) -> None:
+            checks.append((trainer.global_step, value))
+
+    trainer = make_trainer(epochs, callbacks=[Noting(monitor, patience=99)], **options)
+    trainer.fit(Validated(), regression_loader(), regression_loader())
+    return checks
+
+
+@pytest.mark.parametrize("monitor", ["epoch_alone", "both", "at_the_end"])
+@pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {}])
+def test_what_training_logs_is_checked_at_the_end_of_its_epochs(monitor: str, options: dict[str, Any]) -> None:
+    assert checks_of(monitor, **options) == [(4, 1.5), (8, 1.5)]  # the mean of the batches 0 to 3
+
+
+def test_what_validation_logs_is_checked_after_each_validation() -> None:
+    assert [step for step, _ in checks_of("val_loss", val_check_interval=0.5)] == [2, 4, 6, 8]
+    assert [step for step, _ in checks_of("val_loss", check_val_every_n_epoch=2, epochs=4)] == [8, 16]
+
+
+@pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {}])
+def test_a_metric_that_nobody_logs_is_an_error_in_the_first_epoch(options: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationException, match="SwitchToSFN monitors 'typo'"):
+        checks_of("typo", **options)

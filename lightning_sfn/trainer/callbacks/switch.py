@@ -69,8 +69,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         check_finite: Whether checks that see NaN or infinity are passed over. Otherwise they count as checks without
             improvement.
         strict: Whether a missing metric is an error.
-        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation, as in
-            `EarlyStopping`.
+        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation. If left out, as in
+            `EarlyStopping`, but what training logs is always checked at the end of its epochs.
         check_every_n_steps: Check after every n-th optimizer step instead, on the mean of the values logged since the
             last check (for long epochs; the metric needs ``on_step=True``).
         min_epochs: Training epochs before the first switch.
