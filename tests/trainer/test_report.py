@@ -1,12 +1,18 @@
 """The report adds up over phases, and says honestly whether SFN paid."""
 
+import logging
 import math
+from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
 
+from lightning_sfn import HessianSpectrum
 from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.trainer.report import Phase, SwitchReport
+
+from .modules import Fitting, forced, make_trainer, regression_loader
 
 
 def spectrum(low: float, high: float) -> Spectrum:
@@ -123,3 +129,16 @@ def test_a_report_survives_a_checkpoint() -> None:
     assert restored.spectrum_at_end is None
     assert restored.spectrum_at_switch is not None
     assert restored.spectrum_at_switch.to_dict() == made.spectrum_at_switch.to_dict()
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_report_and_verdict_are_shown_wherever_the_progress_bar_stands(
+    place: int, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks: list[Any] = [HessianSpectrum(log=False), forced()]
+    callbacks.insert(place, TQDMProgressBar())
+    with caplog.at_level(logging.INFO):
+        make_trainer(3, callbacks=callbacks, enable_progress_bar=True).fit(Fitting(), regression_loader())
+    shown = capsys.readouterr().out + caplog.text
+    assert shown.count("Hv products") == 1
+    assert shown.count("HessianSpectrum at step 12") == 1
