@@ -71,6 +71,7 @@ class Isolation:
             stack.enter_context(_differentiable_checkpoints())
             stack.enter_context(_full_precision(self._trainer))
             stack.enter_context(_untouched_trainer(self._trainer))
+            stack.enter_context(_silent_results(self._trainer))
             stack.callback(RandomState.capture(self._module.device).restore)
             self._held = HeldState(self._module)
             self._untrained = UntrainedParameters(self._trainer, self._module, self._held.unregistered)
@@ -86,6 +87,8 @@ class Isolation:
         """Puts the module back to the beginning, with copies in place of its tensors."""
         self._restore()
         self._held.stand_in()
+        # Whatever hook asks for the replay, what the step may log is judged as in training.
+        self._module.__dict__["_current_fx_name"] = "training_step"
         self._evaluated = True
 
     def _restore(self) -> None:
@@ -172,3 +175,26 @@ def _untouched_trainer(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop
+
+
+@contextmanager
+def _silent_results(trainer: Trainer) -> Iterator[None]:
+    """Lets Lightning's own `log` keep nothing, where a module calls it past its attribute: ``super().log(...)``."""
+    connector = trainer._logger_connector
+    current_fx = connector._current_fx
+    loop = trainer.fit_loop.epoch_loop
+    held = [vars(results) for results in (loop._results, loop.val_loop._results)]
+    before = [own.copy() for own in held]
+    for own in held:
+        own |= dict.fromkeys(("log", "reset"), _keep_nothing)  # on the objects, in front of the methods of their class
+    try:
+        yield
+    finally:
+        connector._current_fx = current_fx
+        for own, values in zip(held, before, strict=True):
+            own.clear()
+            own.update(values)
+
+
+def _keep_nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of methods by which results are changed."""

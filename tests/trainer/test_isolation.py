@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_sfn import HessianSpectrum
 from lightning_sfn.trainer.isolation import Isolation, isolated, rounds_otherwise
 
-from .modules import Fitting, Untidy, make_trainer, random_streams
+from .modules import Fitting, Untidy, make_trainer, random_streams, regression_loader
 
 
 def test_nested_isolation_and_shared_submodules() -> None:
@@ -151,3 +153,40 @@ def test_where_losses_of_training_are_rounded_in_another_way(
 ) -> None:
     CUDNN.enabled, CUDNN.allow_tf32 = enabled, tf32
     assert rounds_otherwise(make_trainer(1, precision=precision), module) == otherwise
+
+
+class LoggingPast(Fitting):
+    """Logs past its attribute `log`, as the helper of a base class does."""
+
+    def report(self, name: str, value: Any) -> None:
+        super().log(name, value, on_step=True, on_epoch=True, batch_size=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.report("helper", loss)
+        LightningModule.log(self, "direct", loss, on_epoch=True, batch_size=1)
+        LightningModule.log_dict(self, {"several": loss}, on_step=True, batch_size=1)
+        return loss
+
+
+class Rows(Callback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.on_train_batch_end(trainer)
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 2}, {"every_n_epochs": 1}])
+def test_replays_do_not_log_past_the_attribute(options: dict[str, Any]) -> None:
+    seen = []
+    for callbacks in ([], [HessianSpectrum(log=False, strict=True, **options)]):
+        torch.manual_seed(0)
+        rows = Rows()
+        make_trainer(2, callbacks=[*callbacks, rows]).fit(LoggingPast(), regression_loader())
+        seen.append(rows.rows)
+    assert seen[0] == seen[1]
+    assert {"helper_epoch", "direct_epoch", "several"} <= set(seen[1][-1])
