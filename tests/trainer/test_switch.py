@@ -704,3 +704,21 @@ def test_two_processes_with_batches_of_other_sizes_stay_together() -> None:
     trainer.fit(Uneven(), factorised_loader())
     (first, _), (second, _) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(first, second)
+
+
+class Masked(Fitting):
+    """A frozen parameter hides a part of the output, as attention masks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.tensor([0.0, float("-inf")]), requires_grad=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        weights = torch.softmax(self.net(batch[0]) + self.mask, dim=1)
+        return super().training_step(batch, batch_idx) * weights[:, 0].mean()
+
+
+def test_a_frozen_parameter_need_not_be_finite() -> None:
+    callback = forced()
+    make_trainer(3, callbacks=[callback]).fit(Masked(), regression_loader())
+    assert callback.switched

@@ -347,11 +347,12 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
 
     def _switch(self, trainer: Trainer, module: LightningModule, state: str) -> None:
         """Lets the Newton optimizer train; ``state`` says how the metric stands."""
-        if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+        assert self._handover is not None
+        trained = (p for group in self._handover.base.param_groups for p in group["params"] if p.requires_grad)
+        if not all(bool(torch.isfinite(p).all()) for p in trained):  # a frozen mask may well hold -inf
             self._given_up = True
             rank_zero_warn("SwitchToSFN does not switch: the parameters are not finite any more.")
             return
-        assert self._handover is not None
         others = self._begin(trainer, module).take_over(trainer, self._handover)
         self.switched = True
         self.switched_at_step = trainer.global_step
