@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_sfn import HessianSpectrum
+from lightning_sfn import HessianSpectrum, SwitchToSFN
 
 from .modules import (
     Factorised,
@@ -974,3 +974,17 @@ def test_hessian_and_gauss_newton_side_by_side() -> None:
     assert len(logger.values("hessian/lambda_min")) == len(logger.values("gauss_newton/lambda_min")) == 1
     assert logger.values("gauss_newton/lambda_min")[0][1] >= -1e-6
     assert callbacks[0].state_key != callbacks[1].state_key
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_last_spectrum_is_of_the_final_parameters_where_a_run_ends_inside_an_epoch(behind: bool) -> None:
+    """A Newton step on the window that the end cut short comes after the hooks of the epoch's end."""
+    spectrum, module = HessianSpectrum(num_batches=4, log=False), Fitting()
+    switch = SwitchToSFN(switch_at_step=0, strict=False, probe_dim=0)
+    callbacks = [switch, spectrum] if behind else [spectrum, switch]
+    make_trainer(-1, max_steps=6, callbacks=callbacks).fit(module, regression_loader())
+    x, y = regression_data().tensors
+    assert spectrum.last is not None
+    assert spectrum.last.loss == pytest.approx(float(F.mse_loss(module.net(x), y).detach()), rel=1e-6)
+    assert spectrum.history[-1][0] == 6
+    assert spectrum.history[-1][1] is spectrum.last

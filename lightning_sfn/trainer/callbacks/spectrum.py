@@ -139,6 +139,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         self._batches = ProbeBatches(self._num_batches)
         self._saved_batches: list[Any] | None = None
         self._probed_at = -1
+        self._probed_point: list[float] | None = None  # figures of the parameters at the last spectrum of this fit
         self._checked = self._failed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -212,7 +213,9 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         if self._failed or is_dry_run(trainer) or not len(self._batches) or trainer.global_step == 0:
             return
         place = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-        if self._probed_at != trainer.global_step:
+        # A step at the very end of an epoch that was cut short counts as none of its own.
+        moved = self._probed_point is not None and self._probed_point != _figures(pl_module)
+        if trainer.strategy.reduce_boolean_decision(moved or self._probed_at != trainer.global_step, all=False):
             self._take(trainer, pl_module, place)
         if self._failed or self.last is None:
             return
@@ -229,6 +232,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         """Takes and logs a spectrum; ``place`` is where loggers put it on their time axis."""
         self._probed_at = trainer.global_step
         try:
+            self._probed_point = _figures(module)
             spectrum = self._probe.spectrum(trainer, module, self._batches, check=not self._checked)
             blocks = {
                 name: self._probe.spectrum(trainer, module, self._batches, names=self._names(module, name, patterns))
@@ -333,6 +337,15 @@ def _require_counts(least: int = 1, **counts: int | None) -> None:
         if count is not None and count < least:
             wanted = "a positive number" if least == 1 else f"a number of at least {least}"
             raise MisconfigurationException(f"{name} is {count}, but {wanted} is expected.")
+
+
+def _figures(module: LightningModule) -> list[float]:
+    """Sums and norms of the parameters: a step that changes parameters changes these."""
+    figures = []
+    for p in (p.detach() for p in module.parameters() if p.requires_grad):
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        figures += [float(p.sum(dtype=dtype)), float(torch.linalg.vector_norm(p, dtype=dtype))]
+    return figures
 
 
 def _signed_log(values: Tensor) -> Tensor:
