@@ -52,12 +52,13 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._driver: WindowedNewton | None = None
         self._hooks: _Hooks | None = None
-        self._rates: OwnRates | None = None  # of an optimizer that took the place of the module's
+        self._base: Optimizer | None = None  # the module's own, where Newton's took its place
+        self._rates: OwnRates | None = None  # of the one that did
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Lets the module make its optimizer, and puts Newton's in its place (unless it is one already)."""
         super().setup_optimizers(trainer)
-        self._rates = None  # of another fit
+        self._base = self._rates = None  # of another fit
         module, who = self.lightning_module, type(self).__name__
         assert isinstance(module, LightningModule)
         if isinstance(module, SaddleFreeNewtonMixin):
@@ -71,7 +72,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             newton = base
         else:
             newton = make_newton(self._make_optimizer, base, who)
-            self._rates = OwnRates(newton, who)
+            self._base, self._rates = base, OwnRates(newton, who)
             if resting := sum(resting_groups(base)):
                 rank_zero_info(f"{who}: {resting} parameter group(s) with learning rate 0 stay as they are.")
             if self.lr_scheduler_configs:
@@ -94,10 +95,15 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         _callbacks(trainer).insert(0, self._hooks)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state, and what the driver carries from window to window."""
+        """The optimizer's state, and what the driver carries from window to window.
+
+        Where Newton's took the place of another optimizer, that one's state stands in Lightning's places: a Trainer
+        without the strategy goes on with its learning rates.
+        """
         state: dict[str, Any] = super().optimizer_state(optimizer)
-        if self._rates is not None:
-            state = self._rates.put_into(state)
+        if self._rates is not None and self._base is not None:
+            own = self._rates.put_into(state)
+            state = self._base.state_dict() | {"newton": own["newton"], "newton_groups": own["param_groups"]}
         return state if self._driver is None else state | {"window": self._driver.state_dict()}
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -111,6 +117,9 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
                 )
             if "window" in state:
                 self._driver.load_state_dict(state["window"])
+            if "newton_groups" in state:  # older checkpoints have them in Lightning's place
+                own = {"state": {}, "param_groups": state["newton_groups"], "newton": state["newton"]}
+                checkpoint = checkpoint | {"optimizer_states": [own]}
         super().load_optimizer_state_dict(checkpoint)
         if self._rates is not None:
             self._rates.remember()

@@ -120,6 +120,16 @@ def test_resuming_is_going_on() -> None:
     assert "window" in torch.load("by_hand.ckpt")["optimizer_states"][0]
 
 
+def test_a_trainer_without_the_strategy_goes_on_with_the_modules_own_optimizer() -> None:
+    make_trainer(1, strategy="sfn", callbacks=[Saving()]).fit(Factorised(lr=0.03), factorised_loader())
+    plain = make_trainer(2)
+    plain.fit(Factorised(lr=0.03), factorised_loader(), ckpt_path="0.ckpt")
+    assert plain.optimizers[0].param_groups[0]["lr"] == 0.03
+    again = make_trainer(2, strategy="sfn")
+    again.fit(Factorised(lr=0.03), factorised_loader(), ckpt_path="0.ckpt")
+    assert again.optimizers[0].param_groups[0]["lr"] == 1.0
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
     make_trainer(1, callbacks=[Saving()]).fit(Factorised(), factorised_loader())
     with pytest.raises(MisconfigurationException, match=r"^The checkpoint was saved with another optimizer"):
