@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import (
 
 from lightning_sfn import SaddleFreeNewton, SFNStrategy, SwitchToSFN
 
-from .modules import Backboned, Fitting, MemoryLogger, flat, make_trainer, regression_loader
+from .modules import Backboned, Fitting, MemoryLogger, flat, make_trainer, regression_loader, sgd
 
 IGNORED = "ignores the learning rate .* that a callback or hook wrote into the optimizer"
 
@@ -312,3 +312,26 @@ def test_the_trainer_finds_its_own_early_stopping(first: bool) -> None:
     assert len(set_up) == sum(isinstance(callback, Noting) for callback in order)
     assert sorted(map(id, order)) == sorted(id(callback) for callback in trainer.callbacks if callback in order)
     assert switch.switched
+
+
+@pytest.mark.parametrize("patience", [2, 3])
+def test_a_stop_that_comes_before_the_switch_is_told_of_at_the_start(patience: int) -> None:
+    stopping, switch = EarlyStopping("train_loss", patience=patience), SwitchToSFN(patience=3)
+    with pytest.warns(UserWarning, match=rf"^EarlyStopping\(monitor='train_loss', patience={patience}\) ends training"):
+        make_trainer(8, callbacks=[stopping, switch]).fit(Fitting(optimizer=sgd(0.0)), regression_loader())
+    assert not switch.switched
+
+
+@pytest.mark.parametrize(
+    ("stopping", "options"),
+    [
+        (EarlyStopping("train_loss", patience=4), {}),
+        (EarlyStopping("train_loss", patience=3, mode="max"), {}),
+        (EarlyStopping("train_loss", patience=3), {"min_delta": 0.1}),
+        (EarlyStopping("train_loss", patience=3), {"switch_at_epoch": 1}),
+        (EarlyStopping("val_loss", patience=3, strict=False), {}),
+    ],
+)
+def test_a_stop_that_may_come_after_the_switch_is_not_told_of(stopping: EarlyStopping, options: dict[str, Any]) -> None:
+    switch = SwitchToSFN(patience=3, probe_dim=0, **options)
+    make_trainer(1, callbacks=[switch, stopping]).fit(Fitting(), regression_loader())  # warnings are errors

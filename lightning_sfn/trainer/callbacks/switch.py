@@ -216,6 +216,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             _require_one_switch(trainer)
             _stand_behind_early_stopping(trainer, self)
             if not self.rules.forces:
+                _warn_of_earlier_stops(trainer, self)
                 require_metrics(trainer, type(self).__name__)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -494,3 +495,17 @@ def _stand_behind_early_stopping(trainer: Trainer, switch: SwitchToSFN) -> None:
     others = [callback for callback in callbacks if callback is not switch]
     others.insert(others.index(stopping[-1]) + 1, switch)
     trainer.callbacks = others  # type: ignore[attr-defined]  # a new list: Lightning walks over the old one
+
+
+def _warn_of_earlier_stops(trainer: Trainer, switch: SwitchToSFN) -> None:
+    """Warns where an `EarlyStopping` ends training at the plateau at which the switch would come."""
+    if switch.check_every_n_steps is not None:
+        return  # its patience counts other checks
+    for stopping in trainer.early_stopping_callbacks:
+        same = stopping is not switch and (stopping.monitor, stopping.mode) == (switch.monitor, switch.mode)
+        if same and stopping.patience <= switch.patience and abs(stopping.min_delta) >= abs(switch.min_delta):
+            rank_zero_warn(
+                f"EarlyStopping(monitor={stopping.monitor!r}, patience={stopping.patience}) ends training before "
+                f"SwitchToSFN(patience={switch.patience}) can switch: give it a patience that is larger by the checks "
+                "that saddle-free Newton shall have."
+            )
