@@ -16,7 +16,7 @@ from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
 from lightning_sfn.trainer.probe import Probe, ProbeBatches
-from lightning_sfn.trainer.support import require_replayable
+from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, require_replayable
 
 __all__ = ["InspectingTrainer", "OptionError"]
 
@@ -137,7 +137,7 @@ class _Inspection(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work."""
-        require_replayable(trainer, pl_module, "A spectrum")
+        require_replayable(trainer, pl_module, "A spectrum", SPECTRUM_BY_HAND)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the parameters, draws the batches, takes the spectrum and stops."""

@@ -6,6 +6,7 @@ from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 __all__ = [
+    "SPECTRUM_BY_HAND",
     "is_dry_run",
     "require_curvature",
     "require_differentiable",
@@ -15,16 +16,25 @@ __all__ = [
     "require_steady_weights",
 ]
 
+SPECTRUM_BY_HAND = "lightning_sfn.hessian_spectrum(closure, params), whose closure gives the loss of a batch"
+"""What takes spectra of modules with manual optimization."""
+
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
-def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> None:
+def require_replayable(
+    trainer: Trainer,
+    module: LightningModule,
+    who: str,
+    instead: str = "lightning_sfn.SaddleFreeNewtonMixin, or SaddleFreeNewton as its optimizer",
+) -> None:
     """Checks that the module's `training_step` can be replayed.
 
     Args:
         trainer: The Trainer.
         module: The module.
         who: Name of the callback that asks, for the message.
+        instead: What a module with manual optimization uses instead.
 
     Raises:
         MisconfigurationException: It cannot, with the reason and the alternative.
@@ -32,7 +42,7 @@ def require_replayable(trainer: Trainer, module: LightningModule, who: str) -> N
     if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{who} needs automatic optimization, but {type(module).__name__} sets automatic_optimization = False: "
-            "use lightning_sfn.SaddleFreeNewtonMixin, or SaddleFreeNewton as its optimizer."
+            f"use {instead}."
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(

@@ -53,7 +53,8 @@ def refusal(callback: Callback, module: LightningModule, **options: Any) -> str:
 def test_manual_optimization(callback: Callable[[], Callback]) -> None:
     message = refusal(callback(), Manual())
     assert f"{callback.__name__} needs automatic optimization, but Manual" in message
-    assert "use lightning_sfn.SaddleFreeNewton" in message
+    instead = "SaddleFreeNewtonMixin" if callback is SwitchToSFN else "hessian_spectrum(closure, params)"
+    assert f"use lightning_sfn.{instead}" in message
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")

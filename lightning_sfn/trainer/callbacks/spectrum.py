@@ -22,7 +22,7 @@ from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pic
 from lightning_sfn.trainer.precision import widened_stand_ins
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments
 from lightning_sfn.trainer.report import say
-from lightning_sfn.trainer.support import is_dry_run, require_replayable
+from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]
 
@@ -146,7 +146,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         """Refuses what cannot work, and starts afresh when the same object is used for another fit."""
         if stage != "fit":
             return
-        require_replayable(trainer, pl_module, type(self).__name__)
+        require_replayable(trainer, pl_module, type(self).__name__, SPECTRUM_BY_HAND)
         if self._logs and not trainer.loggers and not is_dry_run(trainer):
             raise MisconfigurationException(
                 "HessianSpectrum needs a logger, but the Trainer has none: pass logger=TensorBoardLogger(...), or "
