@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
-from lightning_sfn.trainer.probe import Probe, ProbeBatches
+from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, require_replayable
 
 __all__ = ["InspectingTrainer", "OptionError"]
@@ -153,7 +153,8 @@ class _Inspection(Callback):
                 "those."
             )
         self._num_batches = batches.total
-        at_most = self._probe.settings.most_products(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
+        trained = map(pl_module.get_parameter, trained_names(trainer, pl_module))
+        at_most = self._probe.settings.most_products(sum(p.numel() for p in trained))
         with tqdm(
             total=at_most, desc="Hessian-vector products (at most)", disable=not trainer.is_global_zero, leave=False
         ) as bar:

@@ -26,8 +26,9 @@ from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.recording import RecordedStep
 from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
+from lightning_sfn.trainer.takeover import resting_groups
 
-__all__ = ["Probe", "ProbeBatches", "step_arguments"]
+__all__ = ["Probe", "ProbeBatches", "step_arguments", "trained_names"]
 
 _PLAIN = (Tensor, str, bytes, int, float, bool, type(None))
 
@@ -187,7 +188,7 @@ class Probe:
             trainer: The Trainer.
             module: The module; nothing about it is changed.
             batches: The probe batches.
-            names: Parameters whose diagonal block is looked at; all if left out.
+            names: Parameters whose diagonal block is looked at; all that are trained if left out.
             check: Whether to make sure first that the loss is a fixed function.
             progress: Called after each product with the products so far and the most there can be.
 
@@ -206,9 +207,9 @@ class Probe:
         progress: Callable[[int, int], None] | None,
     ) -> Spectrum:
         dtype = curvature_dtype(module, self.bits)
+        names = trained_names(trainer, module) if names is None else names  # of the parameters, not of their copies
         with ParameterCopies(module), in_precision(module, dtype):
-            wanted = None if names is None else set(names)
-            parameters = FlatParameters(p for n, p in module.named_parameters() if wanted is None or n in wanted)
+            parameters = _parameters(module, names)
             with_output = self.curvature != "hessian"
             objective = batches.objective(trainer, module, dtype, with_output=with_output)
             value = objective.value() if check else math.nan
@@ -243,10 +244,33 @@ class Probe:
 
     def _trial(self, trainer: Trainer, module: LightningModule, batches: ProbeBatches) -> NewtonTrial:
         """One SFN step tried on the probe batches."""
-        dtype = curvature_dtype(module, self.bits)
+        dtype, names = curvature_dtype(module, self.bits), trained_names(trainer, module)
         with ParameterCopies(module), in_precision(module, dtype):
             objective = batches.objective(trainer, module, dtype)
-            return try_newton_step(objective, FlatParameters(module.parameters()))
+            return try_newton_step(objective, _parameters(module, names))
+
+
+def trained_names(trainer: Trainer, module: LightningModule) -> list[str]:
+    """The parameters that are trained, by name: those of the optimizers, where there are any.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+    """
+    trained = {
+        id(p)
+        for optimizer in trainer.optimizers
+        for group, rests in zip(optimizer.param_groups, resting_groups(optimizer), strict=True)
+        for p in group["params"]
+        if not rests
+    }
+    trainable = {name: id(p) for name, p in module.named_parameters() if p.requires_grad}
+    return [name for name, key in trainable.items() if key in trained] or list(trainable)
+
+
+def _parameters(module: LightningModule, names: Sequence[str]) -> FlatParameters:
+    wanted = set(names)
+    return FlatParameters(p for name, p in module.named_parameters() if name in wanted)
 
 
 def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:

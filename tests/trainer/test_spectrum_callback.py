@@ -988,3 +988,32 @@ def test_the_last_spectrum_is_of_the_final_parameters_where_a_run_ends_inside_an
     assert spectrum.last.loss == pytest.approx(float(F.mse_loss(module.net(x), y).detach()), rel=1e-6)
     assert spectrum.history[-1][0] == 6
     assert spectrum.history[-1][1] is spectrum.last
+
+
+class Partly(Fitting):
+    """The optimizer has the last layer alone; a group of learning rate zero is not trained either."""
+
+    def __init__(self, resting: bool) -> None:
+        super().__init__(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+        self.resting = resting
+
+    def configure_optimizers(self) -> Any:
+        first = [{"params": self.net[0].parameters(), "lr": 0.0}] if self.resting else []
+        return torch.optim.SGD([*first, {"params": self.net[2].parameters()}], lr=0.05)
+
+
+@pytest.mark.parametrize("resting", [False, True])
+@pytest.mark.parametrize("precision", [32, 64])
+def test_only_what_the_optimizer_trains_is_looked_at(resting: bool, precision: Any) -> None:
+    callback = HessianSpectrum(num_batches=4, log=False, strict=True, precision=precision, groups={"last": "net.2.*"})
+    module = Partly(resting)
+    make_trainer(1, callbacks=[callback]).fit(module, regression_loader())
+    assert callback.last is not None
+    assert callback.last.size == 5
+    inputs = torch.cat([module.net[:2](regression_data().tensors[0]), torch.ones(16, 1)], dim=1).detach()
+    expected = torch.linalg.eigvalsh(2 * inputs.T @ inputs / 16)  # of least squares
+    assert callback.last.lambda_max == pytest.approx(float(expected[-1]), rel=1e-3)
+    with pytest.raises(MisconfigurationException, match=r"group 'first' is 'net.0.\*', which no trainable parameter"):
+        make_trainer(1, callbacks=[HessianSpectrum(log=False, groups={"first": "net.0.*"})]).fit(
+            Partly(resting), regression_loader()
+        )

@@ -20,7 +20,7 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
-from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments
+from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments, trained_names
 from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
@@ -33,6 +33,7 @@ _SCALARS = ("lambda_min", "lambda_max", "negative_fraction", "gradient_norm", "r
 class HessianSpectrum(NamesMisplacedOptions, Callback):
     """Logs the Hessian's extreme eigenvalues on a fixed set of training batches, whatever the optimizer.
 
+    It is the Hessian of the loss in the parameters that the optimizer trains; others are constants.
     The first ``num_batches`` training batches with a loss (or your own) are kept, with fixed random numbers, and every
     spectrum is taken on them, also after a resume. `training_step` is replayed in isolation, so a run with the callback
     is bit for bit the run without it. At the end it says in words what the spectrum means.
@@ -162,7 +163,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         except ValueError as error:
             raise MisconfigurationException(f"HessianSpectrum: {error}") from error
         for name, patterns in self.groups.items():
-            self._names(pl_module, name, patterns)
+            self._names(trainer, pl_module, name, patterns)
         if self._given is not None:
             self._batches.share_out(trainer, [step_arguments(trainer, *given) for given in enumerate(self._given)])
         elif self._saved_batches is not None:
@@ -171,9 +172,9 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             rank_zero_info("HessianSpectrum: the checkpoint holds no probe batches, so from here on they are others.")
 
     @staticmethod
-    def _names(module: LightningModule, group: str, patterns: Sequence[str]) -> list[str]:
+    def _names(trainer: Trainer, module: LightningModule, group: str, patterns: Sequence[str]) -> list[str]:
         """The trainable parameters of a group."""
-        trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        trainable = trained_names(trainer, module)
         matched = [name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if not matched:
             given = " or ".join(map(repr, patterns)) or "empty"
@@ -234,10 +235,10 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         try:
             self._probed_point = _figures(module)
             spectrum = self._probe.spectrum(trainer, module, self._batches, check=not self._checked)
-            blocks = {
-                name: self._probe.spectrum(trainer, module, self._batches, names=self._names(module, name, patterns))
-                for name, patterns in self.groups.items()
-            }
+            blocks = {}
+            for name, patterns in self.groups.items():
+                names = self._names(trainer, module, name, patterns)
+                blocks[name] = self._probe.spectrum(trainer, module, self._batches, names=names)
             self._checked, self.last = True, spectrum
             self.history.append((self._probed_at, spectrum))
             self._publish(trainer, spectrum, blocks, place)
