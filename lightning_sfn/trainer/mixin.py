@@ -130,19 +130,16 @@ class SaddleFreeNewtonMixin(LightningModule):
 
     # ------------------------------------------------------------------------------------------------ stepping
 
-    def training_step(self, batch: Any, batch_idx: int, replayed: int | None = None) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Evaluates the losses of a batch, and steps the optimizers when the window is complete.
 
         Args:
             batch: The batch.
             batch_idx: Its index.
-            replayed: Which loss alone to evaluate, in a replay.
 
         Returns:
             The first loss.
         """
-        if replayed is not None:
-            return self.objectives()[replayed](batch)
         if not self._drivers:
             self._prepare()
         with _full_precision(self.device):
@@ -150,6 +147,10 @@ class SaddleFreeNewtonMixin(LightningModule):
             if self._drivers[0].ready:
                 self._step_all(losses)
         return losses[0]
+
+    def _replay_step(self, batch: Any, batch_idx: int, replayed: int) -> Tensor:
+        """What a replay evaluates in place of `training_step`: one of the losses."""
+        return self.objectives()[replayed](batch)
 
     def _pairs(self) -> Iterator[tuple["_ManualNewton", BatchLoss]]:
         return zip(self._drivers, self.objectives(), strict=True)
@@ -297,7 +298,7 @@ class _ManualNewton(WindowedNewton):
     def record(self, batch: Any, batch_idx: int, loss: BatchLoss) -> Tensor:
         """Evaluates a batch for the first time, and adds it to the window."""
         kept, state = own_copies((batch, batch_idx)), RandomState.capture(self._module.device)
-        value = loss(batch).detach()
+        value = _require_loss(loss(batch), type(self._module).__name__).detach()
         if self._held is None:
             steps = [RecordedStep(kept, {"replayed": self._index}, state, value)]
             weights = self._weigh(steps, finite=bool(torch.isfinite(value)))
@@ -324,6 +325,16 @@ class _ManualNewton(WindowedNewton):
         """Gives back the optimizer, and the memory that held the window."""
         self._optimizer.attach(None)
         self.detach()
+
+
+def _require_loss(returned: Any, who: str) -> Tensor:
+    if isinstance(returned, Tensor) and returned.numel() == 1:
+        return returned
+    what = f"a tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else type(returned).__name__
+    raise MisconfigurationException(
+        f"objective(batch) of {who} returned {what}, but the loss as a scalar tensor with its graph is expected, for "
+        "every batch: reduce it, for instance by .mean()."
+    )
 
 
 @contextmanager

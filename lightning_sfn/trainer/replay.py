@@ -74,7 +74,9 @@ def evaluate(module: LightningModule, recorded: RecordedStep, *, with_output: bo
     """
     with _noted_forward(module, with_output) as forwarded:
         args, kwargs = own_containers((recorded.args, recorded.kwargs))
-        returned = module.training_step(*args, **kwargs)
+        # A module that steps its optimizers itself (the mixin) has another method for a replay.
+        step = getattr(module, "_replay_step", module.training_step)
+        returned = step(*args, **kwargs)
     loss = loss_of(returned)
     if loss is None:
         raise ObjectiveError(

@@ -1,5 +1,6 @@
 """Manual optimization: `SaddleFreeNewtonMixin` on one device."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,39 @@ def test_gradient_scalers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.precision_plugin, "scaler", object(), raising=False)
     with pytest.raises(MisconfigurationException, match=r"nothing for the gradient scaler"):
         trainer.fit(Net(), factorised_loader())
+
+
+def test_a_training_step_of_the_modules_own_may_call_the_mixins() -> None:
+    class Own(Net):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            loss = super().training_step(batch, batch_idx)
+            self.log("own", loss, on_epoch=True, batch_size=1)
+            return loss
+
+    plain, own = Net(gradient_batches=4), Own(gradient_batches=4)
+    trained(plain)
+    trained(own)
+    assert torch.equal(flat(plain), flat(own))
+    assert own.calls == 3 * 8  # no replay calls it
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda loss: None, "NoneType"),
+        (lambda loss: {"loss": loss}, "dict"),
+        (lambda loss: float(loss.detach()), "float"),
+        (lambda loss: loss.repeat(3), "a tensor of shape (3,)"),
+    ],
+)
+def test_an_objective_that_is_no_loss_is_refused(change: Callable[[Tensor], Any], what: str) -> None:
+    class Changed(Net):
+        def objective(self, batch: Any) -> Any:
+            return change(super().objective(batch))
+
+    expected = f"objective(batch) of Changed returned {what}, but the loss as a scalar tensor"
+    with pytest.raises(MisconfigurationException, match=f"^{re.escape(expected)}"):
+        trained(Changed())
