@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sfn.trainer.checks import require_choice, require_count, require_share
 
 __all__ = ["DataBudgets", "Reduction"]
 
@@ -45,18 +46,10 @@ class DataBudgets:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if self.gradient_batches != "epoch" and (
-            not isinstance(self.gradient_batches, int) or self.gradient_batches < 1
-        ):
-            raise MisconfigurationException(
-                f"gradient_batches is {self.gradient_batches!r}, but a positive number or 'epoch' is expected."
-            )
-        for name in ("curvature_fraction", "trial_fraction"):
-            share = getattr(self, name)
-            if not 0 < share <= 1:
-                raise MisconfigurationException(f"{name} is {share}, but a share above 0 and up to 1 is expected.")
-        if self.reduction not in get_args(Reduction):
-            raise MisconfigurationException(f"reduction is {self.reduction!r}, but 'mean' or 'samples' is expected.")
+        require_count("gradient_batches", self.gradient_batches, otherwise=["epoch"])
+        require_share("curvature_fraction", self.curvature_fraction)
+        require_share("trial_fraction", self.trial_fraction)
+        require_choice("reduction", self.reduction, get_args(Reduction))
 
     @property
     def largest_growth(self) -> float:

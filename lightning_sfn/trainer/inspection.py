@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
+from lightning_sfn.trainer.checks import require_choice, require_count
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, require_replayable
 
@@ -88,14 +89,12 @@ class InspectingTrainer(Trainer):
             MisconfigurationException: A file exists, or the checkpoint is not the model's.
         """
         try:
+            require_count("num_batches", num_batches)
+            require_count("density_probes", density_probes)
+            require_choice("precision", precision, (32, 64))
             settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes * density)
-        except ValueError as error:
+        except (ValueError, MisconfigurationException) as error:
             raise OptionError(str(error)) from error
-        for name, count in {"num_batches": num_batches, "density_probes": density_probes}.items():
-            if count < 1:
-                raise OptionError(f"{name} is {count}, but a positive number is expected.")
-        if precision not in (32, 64):
-            raise OptionError(f"precision is {precision!r}, but 32 or 64 is expected.")
         for path in (output, plot):
             _require_writable(path, overwrite)
         _require_drawable(plot)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.options import require_positive_or_none
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
+from lightning_sfn.trainer.checks import misconfigured, require_name
 from lightning_sfn.trainer.recording import RecordedStep, own_copies
 from lightning_sfn.trainer.step_log import log_step
 from lightning_sfn.trainer.support import require_differentiable, require_steady_weights
@@ -91,9 +93,11 @@ class SaddleFreeNewtonMixin(LightningModule):
         """See the class."""
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
-        for name, bound in (("max_grad_norm", max_grad_norm), ("max_step_norm", max_step_norm)):
-            if bound is not None and not bound > 0:
-                raise MisconfigurationException(f"{name} is {bound}, but a positive number or None is expected.")
+        with misconfigured():
+            require_positive_or_none("max_grad_norm", max_grad_norm)
+            require_positive_or_none("max_step_norm", max_step_norm)
+        if scheduler_monitor is not None:
+            require_name("scheduler_monitor", scheduler_monitor)
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._bounds = {"max_grad_norm": max_grad_norm, "max_step_norm": max_step_norm}
         self._scheduler_monitor = scheduler_monitor

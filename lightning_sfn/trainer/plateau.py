@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_sfn.trainer.checks import require_choice, require_count, require_name, require_number
 from lightning_sfn.trainer.metric_source import is_of_training, is_of_validation
 from lightning_sfn.trainer.support import is_dry_run
 
@@ -58,18 +59,12 @@ class PlateauWatch(EarlyStopping):
         check_every_n_steps: int | None,
     ) -> None:
         """See the class."""
-        if not isinstance(patience, int) or patience < 1:
-            raise MisconfigurationException(f"patience is {patience!r}, but a positive number of checks is expected.")
-        if min_delta < 0:
-            raise MisconfigurationException(f"min_delta is {min_delta}, but a number of zero or more is expected.")
-        if min_delta_mode not in ("abs", "rel"):
-            raise MisconfigurationException(f"min_delta_mode is {min_delta_mode!r}, but 'abs' or 'rel' is expected.")
-        if cooldown < 0:
-            raise MisconfigurationException(f"cooldown is {cooldown}, but a number of zero or more is expected.")
-        if check_every_n_steps is not None and check_every_n_steps < 1:
-            raise MisconfigurationException(
-                f"check_every_n_steps is {check_every_n_steps}, but a positive number or None is expected."
-            )
+        require_name("monitor", monitor)
+        require_count("patience", patience, of="checks")
+        require_number("min_delta", min_delta)
+        require_choice("min_delta_mode", min_delta_mode, ("abs", "rel"))
+        require_count("cooldown", cooldown, 0)
+        require_count("check_every_n_steps", check_every_n_steps, otherwise=[None])
         super().__init__(
             monitor=monitor,
             mode=mode,

@@ -7,6 +7,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sfn.newton.outlook import Outlook
+from lightning_sfn.trainer.checks import require_choice, require_count, require_number
 from lightning_sfn.trainer.handover import SchedulerRule
 from lightning_sfn.trainer.progress import Progress
 
@@ -47,16 +48,15 @@ class SwitchRules:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name in ("min_epochs", "min_steps", "switch_at_epoch", "switch_at_step", "min_predicted_decrease"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise MisconfigurationException(f"{name} is {value}, but a number of zero or more is expected.")
-        for name, choices in (("momentum", get_args(MomentumRule)), ("schedulers", get_args(SchedulerRule))):
-            if getattr(self, name) not in choices:
-                raise MisconfigurationException(f"{name} is {getattr(self, name)!r}, but one of {choices} is expected.")
-        known = self.return_when in ("slower_per_second", "slower_per_epoch", None)
+        require_count("min_epochs", self.min_epochs, 0)
+        require_count("min_steps", self.min_steps, 0)
+        require_count("switch_at_epoch", self.switch_at_epoch, 0, otherwise=[None])
+        require_count("switch_at_step", self.switch_at_step, 0, otherwise=[None])
+        require_number("min_predicted_decrease", self.min_predicted_decrease)
+        require_choice("momentum", self.momentum, get_args(MomentumRule))
+        require_choice("schedulers", self.schedulers, get_args(SchedulerRule))
         count = isinstance(self.return_when, int) and not isinstance(self.return_when, bool) and self.return_when > 0
-        if not (known or count):
+        if not (self.return_when is None or count or self.return_when in get_args(ReturnRule)):
             raise MisconfigurationException(
                 f"return_when is {self.return_when!r}, but 'slower_per_second', 'slower_per_epoch', a positive number "
                 "of Newton steps, or None is expected."

@@ -14,6 +14,7 @@ from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
+from lightning_sfn.trainer.checks import require_factory
 from lightning_sfn.trainer.handover import at_rest
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
@@ -47,6 +48,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         **options: Any,
     ) -> None:
         """See the class."""
+        require_factory(optimizer)
         super().__init__(**options)
         self._make_optimizer = optimizer
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)

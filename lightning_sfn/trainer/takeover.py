@@ -47,7 +47,7 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
                 for group, rests in zip(base.param_groups, resting_groups(base), strict=True)
             ]
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # Python's word for an option that there is not
         raise MisconfigurationException(f"{who} cannot make its optimizer: {error}") from error
     if not isinstance(newton, SaddleFreeNewton):
         raise MisconfigurationException(

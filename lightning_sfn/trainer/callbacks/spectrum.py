@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
+from lightning_sfn.trainer.checks import misconfigured, require_choice, require_count
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
@@ -111,23 +112,21 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             )
         if every_n_epochs is None and every_n_steps is None:
             every_n_epochs = 1
-        _require_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, num_batches=num_batches)
-        _require_counts(density_probes=density_probes)
-        _require_counts(least=0, pictures_every=pictures_every)
-        if precision not in (32, 64):
-            raise MisconfigurationException(f"precision is {precision!r}, but 32 or 64 is expected.")
-        if batches is not None and len(batches) == 0:
-            raise MisconfigurationException("batches is empty, but at least one batch is expected: leave it out.")
-        try:
+        require_count("every_n_epochs", every_n_epochs, otherwise=[None])
+        require_count("every_n_steps", every_n_steps, otherwise=[None])
+        require_count("num_batches", num_batches)
+        require_count("density_probes", density_probes)
+        require_count("pictures_every", pictures_every, 0)
+        require_choice("precision", precision, (32, 64))
+        _require_batches(batches)
+        with misconfigured():
             settings = SpectrumSettings(
                 krylov_dim, smallest, largest, tol, max_products, density_probes if density else 0
             )
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.pictures_every, self.save_batches, self.strict = pictures_every, save_batches, strict
         self._logs = log  # not `log`: Lightning gives every callback the module's method of that name
-        self.groups = {name: [p] if isinstance(p, str) else list(p) for name, p in (groups or {}).items()}
+        self.groups = _patterns_of(groups)
         self._probe = Probe(settings, curvature, hvp, precision)
         self._prefix = curvature
         self._given, self._num_batches = batches, num_batches
@@ -333,11 +332,26 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         self._saved_batches = state_dict["batches"]
 
 
-def _require_counts(least: int = 1, **counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < least:
-            wanted = "a positive number" if least == 1 else f"a number of at least {least}"
-            raise MisconfigurationException(f"{name} is {count}, but {wanted} is expected.")
+def _require_batches(batches: Any) -> None:
+    if batches is None:
+        return
+    if isinstance(batches, str) or not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):
+        raise MisconfigurationException(f"batches is {batches!r}, but a list of batches is expected.")
+    if len(batches) == 0:
+        raise MisconfigurationException("batches is empty, but at least one batch is expected: leave it out.")
+
+
+def _patterns_of(groups: Any) -> dict[str, list[str]]:
+    """The patterns of each group, in a list."""
+    given = groups if isinstance(groups, Mapping) else {} if groups is None else {"": None}
+    patterns: dict[str, Any] = {name: [p] if isinstance(p, str) else p for name, p in given.items()}
+    for several in patterns.values():
+        if not (isinstance(several, Sequence) and all(isinstance(pattern, str) for pattern in several)):
+            raise MisconfigurationException(
+                f"groups is {groups!r}, but a dictionary of patterns by name is expected, such as "
+                "{'encoder': 'encoder.*'}."
+            )
+    return {name: list(several) for name, several in patterns.items()}
 
 
 def _figures(module: LightningModule) -> list[float]:

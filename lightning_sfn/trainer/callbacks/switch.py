@@ -15,6 +15,7 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
+from lightning_sfn.trainer.checks import require_count, require_factory
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
@@ -140,13 +141,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         probe_dim: int = 32,
     ) -> None:
         """See the class."""
-        if probe_dim < 0:
-            raise MisconfigurationException(f"probe_dim is {probe_dim}, but a number of zero or more is expected.")
-        if not callable(optimizer):
-            raise MisconfigurationException(
-                f"optimizer is an object of class {type(optimizer).__name__}, but something that makes one from "
-                "parameters is expected: SaddleFreeNewton itself, or functools.partial(SaddleFreeNewton, ...)."
-            )
+        require_count("probe_dim", probe_dim, 0)
+        require_factory(optimizer)
         super().__init__(
             monitor,
             mode,

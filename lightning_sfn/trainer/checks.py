@@ -1,0 +1,139 @@
+"""Checks of the options of callbacks, strategies and the mixin, each with one sentence about what is expected."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any
+
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+__all__ = [
+    "misconfigured",
+    "require_choice",
+    "require_count",
+    "require_factory",
+    "require_name",
+    "require_number",
+    "require_share",
+]
+
+
+@contextmanager
+def misconfigured() -> Iterator[None]:
+    """Lets what plain torch calls a `ValueError`, in the body, be the error that users of Lightning expect.
+
+    Raises:
+        MisconfigurationException: The body raised one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def require_count(name: str, value: Any, least: int = 1, *, of: str = "", otherwise: Sequence[Any] = ()) -> None:
+    """Refuses what is no whole number, or is below a minimum.
+
+    Args:
+        name: The option.
+        value: What was given for it.
+        least: The least value.
+        of: What it counts, for the message.
+        otherwise: What else may be given.
+
+    Raises:
+        MisconfigurationException: The value is none of those.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (whole and value >= least) and not _is_one_of(value, otherwise):
+        counted = f" of {of}" if of else ""
+        wanted = f"a positive number{counted}" if least == 1 else f"a number{counted} of at least {least}"
+        where = "" if whole else ", where numbers are whole"
+        _refuse(name, value, " or ".join([wanted, *map(repr, otherwise)]), where)
+
+
+def require_number(name: str, value: Any, least: float = 0.0) -> None:
+    """Refuses what is no finite number, or is below a minimum.
+
+    Args:
+        name: The option.
+        value: What was given for it.
+        least: The least value.
+
+    Raises:
+        MisconfigurationException: The value is none of those.
+    """
+    if not (_is_number(value) and math.isfinite(value) and value >= least):
+        _refuse(name, value, f"a number of at least {least:g}")
+
+
+def require_share(name: str, value: Any) -> None:
+    """Refuses what is no share above 0 and up to 1.
+
+    Args:
+        name: The option.
+        value: What was given for it.
+
+    Raises:
+        MisconfigurationException: The value is none.
+    """
+    if not (_is_number(value) and 0 < value <= 1):
+        _refuse(name, value, "a share above 0 and up to 1")
+
+
+def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuses what is none of a few values.
+
+    Args:
+        name: The option.
+        value: What was given for it.
+        choices: The values.
+
+    Raises:
+        MisconfigurationException: The value is none of them.
+    """
+    if not _is_one_of(value, choices):
+        _refuse(name, value, " or ".join(map(repr, choices)))
+
+
+def require_name(name: str, value: Any) -> None:
+    """Refuses what is no name of a metric.
+
+    Args:
+        name: The option.
+        value: What was given for it.
+
+    Raises:
+        MisconfigurationException: The value is none.
+    """
+    if not (isinstance(value, str) and value):
+        _refuse(name, value, "the name of a metric")
+
+
+def require_factory(optimizer: Any) -> None:
+    """Refuses what cannot make an optimizer.
+
+    Args:
+        optimizer: What was given for ``optimizer``.
+
+    Raises:
+        MisconfigurationException: It is not callable.
+    """
+    if not callable(optimizer):
+        raise MisconfigurationException(
+            f"optimizer is an object of class {type(optimizer).__name__}, but something that makes one from "
+            "parameters is expected: SaddleFreeNewton itself, or functools.partial(SaddleFreeNewton, ...)."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_one_of(value: Any, choices: Sequence[Any]) -> bool:
+    return any(isinstance(value, type(choice)) and value == choice for choice in choices)
+
+
+def _refuse(name: str, value: Any, wanted: str, where: str = "") -> None:
+    raise MisconfigurationException(f"{name} is {value!r}, but {wanted} is expected{where}.")
