@@ -1,6 +1,7 @@
 """`pytorch_lightning` and `lightning.pytorch` are one code under two names, whose classes do not know each other."""
 
 from importlib import import_module
+from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import EarlyStopping
@@ -25,5 +26,15 @@ def join_namespace(callback: Callback, trainer: Trainer) -> None:
     own = import_module(f"{_OTHER}.callbacks").EarlyStopping
     cls = type(callback)
     if issubclass(cls, EarlyStopping) and not issubclass(cls, own):
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        callback.__class__ = type(cls.__name__, (cls, own), names)
+        named = getattr(import_module("lightning_sfn.lightning"), cls.__name__, None)
+        callback.__class__ = named if named is not None and named.__bases__[0] is cls else _joined(cls, own)
+
+
+def _joined(cls: type, own: type) -> type:
+    """Somebody's subclass of a callback, as a class of the other name too; what is pickled is of his class."""
+
+    def reduce(self: Any, protocol: int) -> Any:
+        return object.__new__, (cls,), self.__dict__
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, own), names | {"__reduce_ex__": reduce})

@@ -1,6 +1,7 @@
 """The compatibility table: each row trains, switches to SFN and improves."""
 
 import importlib.util
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ from torchmetrics import MeanAbsoluteError
 
 from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.namespaces import join_namespace
 
 from .modules import (
     Backboned,
@@ -579,3 +581,42 @@ def test_spectrum_in_the_other_namespace() -> None:
     trainer.fit(Module(), DataLoader(regression_data(16), batch_size=4))
     assert spectrum.last is not None
     assert len(spectrum.last.eigenvalues) == 4
+
+
+class Waiting(SwitchToSFN):
+    """A subclass of somebody's own."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.parametrize("kind", [SwitchToSFN, Waiting])
+def test_a_callback_that_worked_in_the_other_namespace_can_be_pickled(kind: type[SwitchToSFN]) -> None:
+    import lightning.pytorch as other
+
+    callback = kind(patience=3)
+    join_namespace(callback, other.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False))
+    assert isinstance(callback, other.callbacks.EarlyStopping)
+    again = pickle.loads(pickle.dumps(callback))
+    assert isinstance(again, kind)
+    assert again.patience == 3
+    assert again.state_key == callback.state_key
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+def test_callbacks_by_class_path_in_the_other_namespace() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    import lightning.pytorch as other
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(other.Trainer, "trainer", fail_untyped=False)
+    switch = "{class_path: lightning_sfn.lightning.SwitchToSFN, init_args: {patience: 7}}"
+    spectrum = "{class_path: lightning_sfn.lightning.HessianSpectrum, init_args: {num_batches: 2}}"
+    given = parser.parse_args([f"--trainer.callbacks=[{switch}, {spectrum}]", "--trainer.accelerator=cpu"])
+    made = parser.instantiate_classes(given).trainer.callbacks
+    assert sum(isinstance(callback, HessianSpectrum) for callback in made) == 1
+    (found,) = (callback for callback in made if isinstance(callback, SwitchToSFN))
+    assert (found.patience, found.monitor) == (7, "train_loss")
+    assert isinstance(found, other.callbacks.EarlyStopping)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer", fail_untyped=False)
+    given = parser.parse_args(["--trainer.callbacks=[{class_path: SwitchToSFN}]", "--trainer.accelerator=cpu"])
+    assert given.trainer.callbacks[0].class_path == "lightning_sfn.SwitchToSFN"  # which one is meant stays clear
