@@ -39,6 +39,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Runs the body with copies of a module's parameters and buffers in a wider dtype; nothing if they have it.
 
+    So it does with tensors that are plain attributes of the module or a submodule (a hidden state, a mask), where they
+    are no functions of parameters.
+
     The originals are not touched but set aside: converting them in place would cost them their gradient accumulators,
     and with those the hooks by which data-parallel training averages gradients.
 
@@ -48,10 +51,11 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
     aside: list[tuple[nn.Module, str, Tensor]] = []
+    plain: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for submodule in module.modules():
             for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items()):
-                if tensor is None or not tensor.is_floating_point() or tensor.dtype == _at_least(dtype, tensor):
+                if tensor is None or not _is_narrower(tensor, dtype):
                     continue
                 aside.append((submodule, name, tensor))
                 if isinstance(tensor, nn.Parameter):
@@ -59,8 +63,16 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                     setattr(submodule, name, copies.setdefault(id(tensor), copy))  # recurrent layers listen
                 else:
                     submodule._buffers[name] = tensor.to(dtype)
+            attributes = vars(submodule)
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and not value.requires_grad and _is_narrower(value, dtype):
+                    plain.append((attributes, name, value))
+        for attributes, name, value in plain:
+            attributes[name] = value.to(dtype)
         yield
     finally:
+        for attributes, name, value in plain:
+            attributes[name] = value
         for submodule, name, tensor in aside:
             if isinstance(tensor, nn.Parameter):
                 setattr(submodule, name, tensor)
@@ -91,3 +103,7 @@ def widened_stand_ins(module: nn.Module) -> list[Tensor]:
 
 def _at_least(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     return torch.promote_types(dtype, tensor.dtype)
+
+
+def _is_narrower(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != _at_least(dtype, tensor)

@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from lightning_sfn import HessianSpectrum
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
+
+from .modules import Fitting, make_trainer, regression_loader
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -194,3 +198,28 @@ def test_half_precision_is_widened_exactly(dtype: torch.dtype) -> None:
         assert module.weight.dtype == F32
         assert torch.equal(module.weight, weight.float())
     assert module.weight is weight
+
+
+class Carrying(Fitting):
+    """Hands the hidden state of a recurrent layer from batch to batch, and keeps a scale as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(3, 3, batch_first=True)
+        self.hidden: Tensor | None = None
+        self.scale = torch.full((3,), 2.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0] @ torch.diag(self.scale)
+        output, hidden = self.recurrent(x[:, None], self.hidden)
+        self.hidden = hidden.detach()
+        return F.mse_loss(self.net(output[:, 0]), batch[1])
+
+
+def test_tensors_that_are_plain_attributes_are_converted_along_and_put_back() -> None:
+    callback, module = HessianSpectrum(precision=64, log=False, strict=True), Carrying()
+    make_trainer(2, callbacks=[callback]).fit(module, regression_loader())
+    assert callback.last is not None
+    assert callback.last.lambda_max > 0
+    assert module.hidden is not None
+    assert (module.hidden.dtype, module.scale.dtype) == (torch.float32, torch.float32)
