@@ -77,12 +77,23 @@ class PlateauWatch(EarlyStopping):
         self.cooldown, self.check_every_n_steps = cooldown, check_every_n_steps
         self._relative = min_delta_mode == "rel"
         self._left_open = check_on_train_epoch_end is None
+        self._begin_fit()
+
+    def _begin_fit(self) -> None:
         self._of_training = self._awaited = False  # whether training logs the metric; whether a validation missed it
         self._warned = False
         self._checked_at = 0
         self._last_seen: Tensor | None = None
         self._since_check: tuple[Tensor | float, int] = (0.0, 0)  # sum and number of the values since the last check
         self.restart()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts afresh when the same object is used for another fit."""
+        if stage == "fit":
+            self._begin_fit()
+            if self._left_open:
+                self._check_on_train_epoch_end = None  # which `EarlyStopping` chooses by the Trainer
+        super().setup(trainer, pl_module, stage)
 
     @cached_property
     def state_key(self) -> str:

@@ -212,3 +212,34 @@ def test_what_validation_logs_is_checked_after_each_validation() -> None:
 def test_a_metric_that_nobody_logs_is_an_error_in_the_first_epoch(options: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match="SwitchToSFN monitors 'typo'"):
         checks_of("typo", **options)
+
+
+# ------------------------------------------------------------------------------------------------ used twice
+
+
+class Checked(SwitchToSFN):
+    """Notes at which step it checks what."""
+
+    def on_check(self, trainer: Trainer, value: float | None, plateau: bool) -> None:
+        self.checks = [*getattr(self, "checks", []), (trainer.global_step, value)]
+        super().on_check(trainer, value, plateau)
+
+
+def test_checks_by_steps_begin_anew_with_each_fit() -> None:
+    callback = Checked("both", check_every_n_steps=3, patience=9)
+    for steps in (3, 5, 6):
+        callback.checks = []
+        trainer = make_trainer(-1, max_steps=steps, callbacks=[callback], limit_val_batches=0)
+        trainer.fit(Validated(), regression_loader(), regression_loader())
+        assert [step for step, _ in callback.checks] == [3, 6][: steps // 3]
+        means = [1.0, 4 / 3][: steps // 3]  # of the batches 0 to 2, and 3, 0, 1
+        assert [value for _, value in callback.checks] == pytest.approx(means)
+
+
+def test_where_to_check_is_chosen_anew_for_each_trainer() -> None:
+    callback = Checked("val_loss", patience=9)
+    for interval, expected in ((1.0, [4]), (0.5, [2, 4])):
+        callback.checks = []
+        trainer = make_trainer(1, callbacks=[callback], val_check_interval=interval)
+        trainer.fit(Validated(), regression_loader(), regression_loader())
+        assert [step for step, _ in callback.checks] == expected

@@ -173,7 +173,6 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._reset()
 
     def _reset(self) -> None:
-        self.restart()
         self.switched = False
         self.switched_at_step: int | None = None
         self._trainer: Trainer | None = None
