@@ -1017,3 +1017,16 @@ def test_only_what_the_optimizer_trains_is_looked_at(resting: bool, precision: A
         make_trainer(1, callbacks=[HessianSpectrum(log=False, groups={"first": "net.0.*"})]).fit(
             Partly(resting), regression_loader()
         )
+
+
+def test_a_loader_as_the_probe_leaves_the_run_alone() -> None:
+    ends, losses = [], []
+    for seed in (None, 1, 2):  # of the draws before the fit, none with the callback in the first run
+        callback = HessianSpectrum(batches=regression_loader(8, shuffle=True), log=False, krylov_dim=3)
+        seed_everything(seed or 1, verbose=False)
+        module = Untidy()
+        make_trainer(1, callbacks=[callback] if seed else []).fit(module, regression_loader(shuffle=True))
+        ends.append(flat(module))
+        losses += [float(callback._batches._all[0][0][0].sum())] if seed else []
+    assert torch.equal(ends[0], ends[1])
+    assert losses[0] == losses[1]  # the same batches, whatever the seed of the run

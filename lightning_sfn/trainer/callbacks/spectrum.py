@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.checks import misconfigured, require_choice, require_count
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
@@ -164,7 +165,9 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         for name, patterns in self.groups.items():
             self._names(trainer, pl_module, name, patterns)
         if self._given is not None:
-            self._batches.share_out(trainer, [step_arguments(trainer, *given) for given in enumerate(self._given)])
+            with RandomState.seeded(0, pl_module.device).replayed():  # a loader draws, and would change the run
+                given = [step_arguments(trainer, number, batch) for number, batch in enumerate(self._given)]
+            self._batches.share_out(trainer, given)
         elif self._saved_batches is not None:
             self._batches.share_out(trainer, [tuple(arguments) for arguments in self._saved_batches])
         elif self.history:
