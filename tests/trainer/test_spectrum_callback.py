@@ -1030,3 +1030,32 @@ def test_a_loader_as_the_probe_leaves_the_run_alone() -> None:
         losses += [float(callback._batches._all[0][0][0].sum())] if seed else []
     assert torch.equal(ends[0], ends[1])
     assert losses[0] == losses[1]  # the same batches, whatever the seed of the run
+
+
+class Faltering(Fitting):
+    """Its step fails in the replays of given epochs."""
+
+    def __init__(self, epochs: set[int]) -> None:
+        super().__init__()
+        self.epochs, self.over = epochs, False
+
+    def on_train_epoch_start(self) -> None:
+        self.over = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.over and self.current_epoch in self.epochs:
+            raise ArithmeticError("out of order")
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.over = batch_idx == 3
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [({0}, [8, 12]), ({2}, [4, 8]), ({0, 1, 2}, [])])
+def test_a_failure_costs_the_verdict_only_where_it_is_the_last(epochs: set[int], steps: list[int]) -> None:
+    callback = HessianSpectrum(log=False)
+    with pytest.warns(UserWarning, match="could not take a spectrum at step") as caught:
+        make_trainer(3, callbacks=[callback]).fit(Faltering(epochs), regression_loader())
+    assert sum("could not take" in str(warning.message) for warning in caught) == 1
+    assert [step for step, _ in callback.history] == steps
+    assert bool(callback.verdict) == (2 not in epochs)

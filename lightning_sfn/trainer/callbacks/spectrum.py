@@ -141,7 +141,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         self._saved_batches: list[Any] | None = None
         self._probed_at = -1
         self._probed_point: list[float] | None = None  # figures of the parameters at the last spectrum of this fit
-        self._checked = self._failed = False
+        self._checked = self._warned = False
+        self._missed = False  # whether the last try gave no spectrum
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, and starts afresh when the same object is used for another fit."""
@@ -213,14 +214,14 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the spectrum at the final parameters, if there is none yet, and says what it means."""
-        if self._failed or is_dry_run(trainer) or not len(self._batches) or trainer.global_step == 0:
+        if is_dry_run(trainer) or not len(self._batches) or trainer.global_step == 0:
             return
         place = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         # A step at the very end of an epoch that was cut short counts as none of its own.
         moved = self._probed_point is not None and self._probed_point != _figures(pl_module)
         if trainer.strategy.reduce_boolean_decision(moved or self._probed_at != trainer.global_step, all=False):
             self._take(trainer, pl_module, place)
-        if self._failed or self.last is None:
+        if self._missed or self.last is None:
             return
         if self.pictures_every and (len(self.history) - 1) % self.pictures_every:
             self._draw(trainer, place)
@@ -241,7 +242,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             for name, patterns in self.groups.items():
                 names = self._names(trainer, module, name, patterns)
                 blocks[name] = self._probe.spectrum(trainer, module, self._batches, names=names)
-            self._checked, self.last = True, spectrum
+            self._checked, self._missed, self.last = True, False, spectrum
             self.history.append((self._probed_at, spectrum))
             self._publish(trainer, spectrum, blocks, place)
         except Exception as error:  # the user's step runs in it: anything can be raised
@@ -259,12 +260,12 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         """Warns once that there is no spectrum; with several processes a lonely failure must end all of them."""
         if self.strict or (trainer.world_size > 1 and not isinstance(error, FloatingPointError)):
             raise error
-        if not self._failed:
+        if not self._warned:
             rank_zero_warn(
                 f"HessianSpectrum could not take a spectrum at step {trainer.global_step}; training goes on without it "
                 f"(strict=True ends it instead). {type(error).__name__}: {error}"
             )
-        self._failed = True
+        self._warned = self._missed = True
 
     def _log(self, trainer: Trainer, prefix: str, spectrum: Spectrum, place: int) -> None:
         metrics = {f"{prefix}/{name}": float(getattr(spectrum, name)) for name in _SCALARS}
