@@ -1,6 +1,7 @@
 """The probe is one and the same for a whole run: over epochs, after a resume, and on several processes."""
 
 import enum
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,20 @@ def test_a_resumed_run_has_the_spectra_of_an_uninterrupted_one(options: dict[str
     assert len(whole.history) >= 4
     assert same(second.history, whole.history)
     assert second.verdict == whole.verdict
+
+
+@pytest.mark.parametrize(("first", "second", "kept"), [(1, 3, 1), (3, 1, 3), (9, 9, 4), (2, 2, 2)])
+def test_another_number_of_batches_after_a_resume_is_told(
+    first: int, second: int, kept: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(looking(num_batches=first), 1).save_checkpoint("one.ckpt")
+    spectrum = looking(num_batches=second)
+    with caplog.at_level(logging.INFO):
+        fit(spectrum, 2, ckpt_path="one.ckpt").save_checkpoint("two.ckpt")
+    assert spectrum._batches.total == kept
+    said = f"num_batches is {second} and was {first}; the run goes on with the {kept} probe batch(es) of the checkpoint"
+    assert (said in caplog.text) == (first != second)
+    assert spectrum.state_dict()["num_batches"] == first
 
 
 def test_the_checkpoint_holds_the_batches_as_plain_data() -> None:

@@ -139,6 +139,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         self.verdict = ""
         self._batches = ProbeBatches(self._num_batches)
         self._saved_batches: list[Any] | None = None
+        self._saved_count: int | None = None  # what num_batches was when they were drawn
         self._probed_at = -1
         self._probed_point: list[float] | None = None  # figures of the parameters at the last spectrum of this fit
         self._checked = self._warned = False
@@ -171,6 +172,12 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             self._batches.share_out(trainer, given)
         elif self._saved_batches is not None:
             self._batches.share_out(trainer, [tuple(arguments) for arguments in self._saved_batches])
+            if self._saved_count not in (None, self._num_batches):
+                rank_zero_info(
+                    f"HessianSpectrum: num_batches is {self._num_batches} and was {self._saved_count}; the run goes on "
+                    f"with the {self._batches.total} probe batch(es) of the checkpoint, so that all of its spectra are "
+                    "of one function."
+                )
         elif self.history:
             rank_zero_info("HessianSpectrum: the checkpoint holds no probe batches, so from here on they are others.")
 
@@ -326,6 +333,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         return {
             "history": [(step, spectrum.to_dict()) for step, spectrum in self.history],
             "batches": self._batches.state() if self.save_batches and self._given is None else None,
+            "num_batches": self._num_batches if self._saved_count is None else self._saved_count,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,6 +342,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         if self.history:
             self._probed_at, self.last = self.history[-1]
         self._saved_batches = state_dict["batches"]
+        self._saved_count = None if self._saved_batches is None else state_dict.get("num_batches")
 
 
 def _require_batches(batches: Any) -> None:
