@@ -1,4 +1,4 @@
-"""What loggers and progress bars are told about Newton steps."""
+"""What loggers and ``trainer.callback_metrics`` are told about Newton steps."""
 
 import math
 
@@ -39,7 +39,7 @@ class StepLog:
 
 
 def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, prefix: str = "sfn") -> None:
-    """Logs a Newton step as ``sfn/loss_before`` and so on: at its step to loggers, as a mean to the progress bar.
+    """Logs a Newton step as ``sfn/loss_before`` and so on: at its step to loggers, as the epoch's mean to callbacks.
 
     Args:
         trainer: The Trainer.

@@ -326,3 +326,15 @@ def test_a_probe_leaves_no_trace() -> None:
         make_trainer(6, callbacks=callbacks).fit(module, regression_loader())
         ends.append(flat(module))
     assert torch.equal(*ends)
+
+
+def test_the_newton_optimizer_is_known_while_it_trains_alone() -> None:
+    seen = set()
+
+    class Looking(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            seen.add((type(trainer.optimizers[0]).__name__, callback.newton is None))
+
+    callback = SwitchToSFN(monitor="metric", patience=1, require_negative_curvature=True, min_predicted_decrease=0.0)
+    make_trainer(6, callbacks=[callback, Looking()]).fit(Bowl(), regression_loader())
+    assert seen == {("SGD", True), ("SaddleFreeNewton", False)}

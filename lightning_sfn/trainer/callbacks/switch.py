@@ -50,7 +50,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     batch, which is accumulated over a window; Hessian-vector products and trial losses come from isolated replays of
     `training_step`, which nothing sees. Checkpoints keep the first optimizer's state where Lightning expects it, so
     they open without this callback as well. Resuming from one goes on bit for bit: a half-filled window travels with
-    it, and so do the global random numbers (one process).
+    it, and so do the global random numbers (one process). Not so a plateau that is decided by the mean over the epoch
+    in which a run resumes: Lightning begins that mean anew.
 
     As with `EarlyStopping`, ``patience`` checks without improvement switch: the check that brought the best value does
     not count. The switch happens before the next training batch, on all processes alike.
@@ -189,7 +190,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     @property
     def newton(self) -> SaddleFreeNewton | None:
         """The optimizer in use; ``None`` while the first one trains."""
-        return None if self._phase is None else self._phase.newton
+        return self._phase.newton if self._phase is not None and self.switched else None
 
     @property
     def report(self) -> SwitchReport | None:
