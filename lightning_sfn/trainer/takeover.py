@@ -48,7 +48,7 @@ def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFree
             ]
         )
     except (TypeError, ValueError) as error:  # Python's word for an option that there is not
-        raise MisconfigurationException(f"{who} cannot make its optimizer: {error}") from error
+        raise MisconfigurationException(f"{who} cannot make its optimizer: {str(error).rstrip('.')}.") from error
     if not isinstance(newton, SaddleFreeNewton):
         raise MisconfigurationException(
             f"{who} got an optimizer of class {type(newton).__name__}, but a SaddleFreeNewton is expected: "
