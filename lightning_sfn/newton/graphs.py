@@ -149,8 +149,9 @@ class GraphStore(Generic[Graph]):
             return True
         try:
             self._budget.measure(lambda: build(0), self._sizes[0], self._excluded)
-        except RuntimeError as error:  # transforms of torch.func refuse hooks on saved tensors
-            if is_out_of_memory(error):
+        except RuntimeError as error:
+            # Transforms of torch.func refuse hooks on saved tensors, by errors of these very classes.
+            if type(error) not in (RuntimeError, NotImplementedError) or is_out_of_memory(error):
                 raise
             return False
         return True
