@@ -2,7 +2,9 @@
 
 Golub and Welsch (1969) for the quadrature, Lin, Saad and Yang (2016), "Approximating spectral densities of large
 matrices", for the method. Each random probe v gives a Gauss quadrature of the measure that puts ``(u_i'v)^2`` on each
-eigenvalue; the mean over the probes is the density of the eigenvalues, and the scatter over them its error.
+eigenvalue; the mean over the probes is the density of the eigenvalues, and the scatter over them its statistical error.
+How much of a probe's measure lies below a number is known but for the two nodes beside it: the inequalities of
+Chebyshev, Markov and Stieltjes (Szego 1939, Section 3.41), which no number of probes makes any tighter.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["SpectralDensity", "spectral_density"]
 class SpectralDensity:
     """The distribution of a symmetric matrix' eigenvalues, from random probes.
 
-    Every quantity is a mean over the probes and comes with its standard error; with one probe that is NaN.
+    Every quantity is a mean over the probes and comes with an error; with one probe its statistical part is NaN.
 
     Attributes:
         nodes: Quadrature nodes of each probe in ascending order, float64, shape ``(probes, k)``; 0 where rounding
@@ -54,9 +56,27 @@ class SpectralDensity:
         return _mean_and_error((bells * self.weights.unsqueeze(1)).sum(-1))
 
     def below(self, bound: float) -> tuple[float, float]:
-        """The share of the eigenvalues below a bound, and its standard error."""
-        share, error = _mean_and_error(torch.where(self.nodes < bound, self.weights, 0.0).sum(1))
-        return float(share), float(error)
+        """The share of the eigenvalues below a bound, and how far it may be off.
+
+        That is by the standard error over probes, and for each probe by the weight of the larger one of the nodes next
+        to the bound: of its part of the eigenvalues it is only known how many lie below the next node and above the one
+        before. More Lanczos vectors make these weights smaller. Nodes at the bound itself count as found there.
+        """
+        is_below = self.nodes < bound
+        share, scatter = _mean_and_error(torch.where(is_below, self.weights, 0.0).sum(1))
+        count = is_below.sum(1, keepdim=True)
+        last, following = (self._weight_at(count - 1), self._weight_at(count))
+        at_bound = self._node_at(count) == bound
+        open_weight = torch.maximum(last, torch.where(at_bound, 0.0, following)).mean()
+        return float(share), float(scatter + open_weight)
+
+    def _weight_at(self, index: Tensor) -> Tensor:
+        """Weights of one node of each probe, 0 beyond the first and the last; shape ``(probes, 1)``."""
+        inside = (index >= 0) & (index < self.nodes.shape[1])
+        return torch.where(inside, self.weights.gather(1, index.clamp(0, self.nodes.shape[1] - 1)), 0.0)
+
+    def _node_at(self, index: Tensor) -> Tensor:
+        return self.nodes.gather(1, index.clamp_max(self.nodes.shape[1] - 1))
 
     @property
     def trace(self) -> tuple[float, float]:
