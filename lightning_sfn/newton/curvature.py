@@ -32,7 +32,10 @@ class CurvatureOperator(ABC):
 
     Attributes:
         products: Number of matrix-vector products computed so far.
+        inaccuracy: Error of a product beyond rounding, relative to the largest eigenvalue; 0 where products are exact.
     """
+
+    inaccuracy = 0.0
 
     def __init__(self, objective: Objective, parameters: FlatParameters | Iterable[Tensor]) -> None:
         """See the class."""

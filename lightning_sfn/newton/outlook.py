@@ -23,17 +23,19 @@ class Outlook:
         lambda_min: Smallest Ritz value, an upper bound on the smallest eigenvalue.
         residual: Error bound of ``lambda_min``.
         predicted_decrease: Decrease of the loss that the quadratic model promises for one damped saddle-free step.
+        rounding: The part of the residual that is rounding, or the error of finite differences.
     """
 
     loss: float
     lambda_min: float
     residual: float
     predicted_decrease: float
+    rounding: float = 0.0
 
     @property
     def has_negative_curvature(self) -> bool:
-        """Whether an eigenvalue is negative for certain: the smallest Ritz value is, by more than its residual."""
-        return self.lambda_min + self.residual < 0
+        """Whether an eigenvalue is negative for certain: the smallest is no larger than the smallest Ritz value."""
+        return self.lambda_min < -self.rounding
 
 
 def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -> Outlook:
@@ -71,4 +73,5 @@ def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -
         values, along = space.eigenvalues, space.coordinates(gradient)
         inverse = 1 / (values.abs() + _DAMPING * values.abs().max())
         decrease = (along.square() * inverse * (1 - values * inverse / 2)).sum()
-    return Outlook(loss, float(values[0]), float(space.residuals[0]), float(decrease))
+    rounding = max(space.rounding, operator.inaccuracy * float(values.abs().max()))
+    return Outlook(loss, float(values[0]), float(space.residuals[0]), float(decrease), rounding)

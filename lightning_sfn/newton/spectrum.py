@@ -94,7 +94,8 @@ class Spectrum:
     Attributes:
         eigenvalues: Ritz values in ascending order, float64, shape ``(k,)``. Every one lies between the Hessian's
             smallest and largest eigenvalue, and the ends converge first. Empty where no product was finite.
-        residuals: Error bounds: within ``residuals[i]`` of ``eigenvalues[i]`` there is an eigenvalue.
+        residuals: Error bounds: within ``residuals[i]`` of ``eigenvalues[i]`` there is an eigenvalue. With finite
+            differences a typical error of theirs is part of it, which is no bound for losses that are far from smooth.
         loss: The loss at which the Hessian was taken.
         gradient_norm: Norm of the gradient there.
         products: Hessian-vector products spent.
@@ -103,6 +104,7 @@ class Spectrum:
             finite. Where this is not 0 the spectrum holds what was known before.
         density: The spectral density, if it was asked for.
         size: Number of parameters, n; 0 if unknown.
+        rounding: The part of every residual that is rounding, or the error of finite differences.
     """
 
     eigenvalues: Tensor
@@ -114,6 +116,7 @@ class Spectrum:
     nonfinite: int = 0
     density: SpectralDensity | None = None
     size: int = 0
+    rounding: float = 0.0
 
     @property
     def lambda_min(self) -> float:
@@ -134,11 +137,19 @@ class Spectrum:
     def negative_fraction(self) -> float:
         """Share of the Ritz values that are negative beyond rounding (the paper's index alpha, within the subspace).
 
+        A negative Ritz value is a direction of negative curvature, whatever its residual: that bounds the distance to
+        an eigenvalue, and the smallest eigenvalue is no larger.
+
         NaN if there are none. The share among all n eigenvalues is ``density.below(0.0)``.
         """
         if not len(self.eigenvalues):
             return math.nan
-        return float((self.eigenvalues < -self.residuals.min()).double().mean())  # residuals include rounding
+        return float((self.eigenvalues < -self.rounding).double().mean())
+
+    @property
+    def has_negative_curvature(self) -> bool:
+        """Whether the smallest eigenvalue is negative for certain: it is no larger than the smallest Ritz value."""
+        return self.lambda_min < -self.rounding
 
     def extremes(self, smallest: int, largest: int) -> list[tuple[str, float, float]]:
         """The outermost Ritz values: name, value and error bound of each.
@@ -174,6 +185,7 @@ class Spectrum:
             "converged": self.converged,
             "nonfinite": self.nonfinite,
             "size": self.size,
+            "rounding": self.rounding,
             "density": None if self.density is None else self.density.to_dict(),
         }
 
@@ -360,9 +372,10 @@ def spectrum_of(
                 nonfinite = _count_nonfinite(image)
         finally:
             operator.close()
+    off = operator.inaccuracy * float(ritz.values.abs().max()) if len(ritz.values) else 0.0
     return Spectrum(
         eigenvalues=ritz.values,
-        residuals=ritz.residuals,
+        residuals=torch.hypot(ritz.residuals, torch.full_like(ritz.residuals, off)) if off else ritz.residuals,
         loss=loss,
         gradient_norm=float(norm(gradient)),
         products=operator.products,
@@ -370,6 +383,7 @@ def spectrum_of(
         nonfinite=nonfinite,
         density=density,
         size=size,
+        rounding=math.hypot(ritz.rounding, off),
     )
 
 

@@ -55,12 +55,14 @@ class RitzValues:
         residuals: Within ``residuals[i]`` of ``values[i]`` there is an eigenvalue; float64, shape ``(k,)``.
         products: Products spent.
         converged: Whether every eigenvalue that was asked for has met its tolerance.
+        rounding: By how much rounding may have moved a value.
     """
 
     values: Tensor
     residuals: Tensor
     products: int
     converged: bool
+    rounding: float = 0.0
 
     @classmethod
     def none(cls, products: int = 0) -> "RitzValues":
@@ -138,7 +140,7 @@ def _combined(first: KrylovSubspace, last: KrylovSubspace, ends: Ends, products:
         return torch.cat([outer[:low], inner[low : len(inner) - high], outer[len(outer) - high :]])
 
     values = merged(first.eigenvalues, last.eigenvalues)
-    return RitzValues(values, merged(first.residuals, last.residuals), products, converged)
+    return RitzValues(values, merged(first.residuals, last.residuals), products, converged, first.rounding)
 
 
 def _restart(space: KrylovSubspace, projected: Tensor, ends: Ends) -> int:

@@ -57,8 +57,9 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
     """Names the kind of point that a spectrum was taken at.
 
     The point counts as critical if a gradient step of the length that the largest eigenvalue allows gains less than a
-    hundredth of the loss. The smallest eigenvalue counts as negative if it is so with its whole error bound, and as
-    zero to tolerance if it cannot be below a thousandth of the largest. Where gradient and curvature are both exactly
+    hundredth of the loss. The smallest eigenvalue is negative for certain if its estimate is, beyond rounding, since
+    that is an upper bound on it; it counts as zero to tolerance if its error bound cannot take it below a thousandth
+    of the largest. Where gradient and curvature are both exactly
     zero, the kind of point is unknown: second derivatives do not tell.
 
     Args:
@@ -83,7 +84,7 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
         f"the smallest eigenvalue is {lowest:.3g} (+- {bound:.1g}), the largest {spectrum.lambda_max:.3g}, "
         f"the gradient norm {spectrum.gradient_norm:.3g}"
     )
-    negative = lowest + bound < 0
+    negative = spectrum.has_negative_curvature
     if not negative and lowest - bound < -_FLAT * scale:
         return (
             f"not converged: {facts}, so its sign is open; allow more products, or more vectors (krylov_dim)."

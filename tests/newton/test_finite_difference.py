@@ -27,6 +27,16 @@ def test_length_of_the_vector_does_not_matter(dtype: torch.dtype) -> None:
         assert_close(operator.matvec(vector), matrix.double() @ vector.double(), 1e-3)
 
 
+@pytest.mark.parametrize("size", [1e4, 1e-4])
+def test_parameters_of_any_size_are_moved_by_enough(size: float) -> None:
+    """5e-3 would be next to nothing beside 1e4 in float32, whose spacing there is 1e-3."""
+    matrix = symmetric(5, dtype=torch.float32)
+    x = torch.full((5,), size, requires_grad=True)
+    vector = torch.randn(5)
+    product = FiniteDifferenceOperator(Objective([quadratic(matrix)(x)]), [x]).matvec(vector)
+    assert_close(product, matrix.double() @ vector.double(), 2e-3)
+
+
 def test_a_zero_vector_costs_nothing() -> None:
     operator = FiniteDifferenceOperator(Objective([pytest.fail]), [torch.ones(2, requires_grad=True)])
     assert operator.matvec(torch.zeros(2)).tolist() == [0, 0]

@@ -49,9 +49,9 @@ def test_a_bowl_has_none_and_a_small_space_promises_no_more_than_the_whole() -> 
     assert part.residual > whole.residual
 
 
-def test_a_negative_value_within_its_residual_is_not_certain() -> None:
-    assert not Outlook(1.0, -0.1, 0.2, 0.0).has_negative_curvature
-    assert Outlook(1.0, -0.3, 0.2, 0.0).has_negative_curvature
+def test_a_negative_value_is_certain_beyond_rounding_whatever_its_residual() -> None:
+    assert not Outlook(1.0, -0.1, 0.2, 0.0, rounding=0.15).has_negative_curvature
+    assert Outlook(1.0, -0.1, 0.2, 0.0, rounding=0.05).has_negative_curvature
 
 
 def test_at_a_critical_point_nothing_is_promised() -> None:

@@ -109,7 +109,7 @@ def test_the_seed_alone_decides_the_start_vector() -> None:
 
 def test_the_index_counts_values_that_are_negative_beyond_rounding() -> None:
     values = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 2.0], dtype=torch.float64)
-    spectrum = Spectrum(values, torch.full((5,), 1e-8, dtype=torch.float64), 0.5, 0.25, 5)
+    spectrum = Spectrum(values, torch.full((5,), 1e-8, dtype=torch.float64), 0.5, 0.25, 5, rounding=1e-8)
     assert spectrum.negative_fraction == 0.2
     assert json.loads(json.dumps(spectrum.to_dict())) == {
         "eigenvalues": values.tolist(),
@@ -123,8 +123,31 @@ def test_the_index_counts_values_that_are_negative_beyond_rounding() -> None:
         "converged": None,
         "nonfinite": 0,
         "size": 0,
+        "rounding": 1e-8,
         "density": None,
     }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_negative_ritz_value_is_negative_curvature_whatever_its_residual(dtype: torch.dtype) -> None:
+    """Four vectors do not resolve one negative eigenvalue among a hundred, but bound it."""
+    values = torch.cat([torch.tensor([-1.5]), torch.linspace(0, 10, 99)]).to(dtype)
+    z = torch.zeros(100, dtype=dtype, requires_grad=True)
+    spectrum = hessian_spectrum(lambda: (values * z * z).sum() / 2, [z], krylov_dim=4)
+    assert -1.5 <= spectrum.lambda_min < 0 < spectrum.lambda_min + float(spectrum.residuals[0])
+    assert spectrum.has_negative_curvature
+    assert spectrum.negative_fraction == 0.25
+    assert 0 < spectrum.rounding <= 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_of_finite_differences_count_their_error(dtype: torch.dtype) -> None:
+    case = make("mlp", dtype)
+    found = hessian_spectrum(case.closure, case.parameters, hvp="finite_difference")
+    exact = torch.linalg.eigvalsh(reference("mlp").hessian)
+    for value, bound in zip(found.eigenvalues, found.residuals, strict=True):
+        assert float((exact - value).abs().min()) <= float(bound)
+    assert float(found.residuals.max()) <= 1e-3 * float(exact.abs().max())
 
 
 def test_the_operator_is_closed_even_after_an_error() -> None:
