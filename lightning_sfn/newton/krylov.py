@@ -7,7 +7,7 @@ With it the tridiagonal matrix of the recurrence equals ``V H V'`` to rounding, 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -98,6 +98,15 @@ class KrylovSubspace:
     def rounding(self) -> float:
         """The part of every residual that is rounding in the basis' dtype: no more vectors make it smaller."""
         return _ROUNDING * torch.finfo(self.basis.dtype).eps * float(self.eigenvalues.abs().max())
+
+    def of_products(self) -> "KrylovSubspace":
+        """The Lanczos vectors alone: products of added directions may be secants, which hold between two points."""
+        if self.lanczos_dim == len(self):
+            return self
+        own = slice(self.lanczos_dim)
+        eigen = torch.linalg.eigh(self.projected[own, own])
+        agreed = self.store.agreed_eigen(*eigen) if self.store.is_shared_out else eigen  # parts must fit together
+        return replace(self, basis=self.basis[own], projected=self.projected[own, own], decomposition=agreed)
 
     def coordinates(self, vector: Tensor) -> Tensor:
         """Coordinates of a whole vector along the Ritz vectors, float64, shape ``(k,)``, on the CPU."""

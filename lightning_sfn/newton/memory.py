@@ -40,6 +40,11 @@ class StepMemory:
         return len(self._steps)
 
     @property
+    def has_secants(self) -> bool:
+        """Whether the products of remembered steps are gradient differences."""
+        return self._secants
+
+    @property
     def directions(self) -> tuple[Direction, ...]:
         """The remembered steps, newest first."""
         return tuple(self._steps)

@@ -260,16 +260,17 @@ def take_outer_step(
     finally:
         operator.close()
     space = model.space
-    lowest, highest = model.ends
-    carried.note_curvature(space, lowest)
+    carried.note_curvature(space, model.ends[0])
+    shown = replace(model, space=space.of_products()) if carried.memory.has_secants else model
+    lowest, highest = shown.ends
     norms = torch.stack([norm(gradient), norm(lowest), norm(highest)]).cpu()
     record = StepRecord(
         loss_before=loss,
         loss_after=loss,
         gradient_norm=float(norms[0]),
         # Rayleigh quotients in the parameters' own coordinates, whatever the preconditioner.
-        lambda_min=float(space.eigenvalues[0] / norms[1].square()),
-        lambda_max=float(space.eigenvalues[-1] / norms[2].square()),
+        lambda_min=float(shown.space.eigenvalues[0] / norms[1].square()),
+        lambda_max=float(shown.space.eigenvalues[-1] / norms[2].square()),
         subspace_dim=len(space),
         products=operator.products,
         gradients=1,

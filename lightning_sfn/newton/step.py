@@ -43,9 +43,9 @@ class StepRecord:
         damping: The last damping that was chosen.
         step_norm: Norm of the whole change of the parameters.
         predicted_decrease: Decrease that the quadratic model in the subspace promised, over all inner steps taken.
-        lambda_min: Curvature along the subspace's lowest Ritz vector: no smaller than the smallest eigenvalue (secants
-            aside).
-        lambda_max: Curvature along its highest Ritz vector: no larger than the largest eigenvalue, likewise.
+        lambda_min: Curvature along the lowest Ritz vector of the subspace's products: no smaller than the smallest
+            eigenvalue. Secants of remembered steps hold between two points, and have no part in it.
+        lambda_max: Curvature along their highest Ritz vector: no larger than the largest eigenvalue.
         subspace_dim: Dimension of the subspace: Lanczos vectors and remembered steps.
         products: Hessian-vector products spent.
         trials: Trial losses spent.
@@ -178,7 +178,8 @@ class SubspaceModel:
         One of which next to nothing lies where gradient and products have reached is left whole: its Ritz value is
         rounding, and would be divided by the square of next to nothing for a curvature.
         """
-        whole = self.preconditioner.scale(self.space.lift(torch.eye(len(self.space), dtype=torch.float64)[[0, -1]]))
+        extremes = torch.eye(len(self.space), dtype=torch.float64, device="cpu")[[0, -1]]
+        whole = self.preconditioner.scale(self.space.lift(extremes))
         if self.space.reached is None:
             return whole
         inside = whole * self.space.reached
@@ -251,7 +252,7 @@ class SubspaceModel:
             shrink = shrink * self.learning_rates
         else:  # groups differ: the steps leave the subspace's own scaling, so look at where they lie in it
             along = torch.stack([self.space.coordinates(self.preconditioner.unscale(step)) for step in steps])
-            shrink = torch.ones(len(dampings), dtype=torch.float64)
+            shrink = torch.ones(len(dampings), dtype=torch.float64, device="cpu")
         return steps, self._decreases(coordinates, along, shrink)
 
     def predicted(self, coordinates: Tensor, dampings: Sequence[float]) -> list[float]:
@@ -261,10 +262,10 @@ class SubspaceModel:
         """
         rate = self.learning_rates if isinstance(self.learning_rates, float) else 1.0
         along = self._along(coordinates, dampings)
-        return self._decreases(coordinates, along, torch.tensor(rate, dtype=torch.float64)).tolist()
+        return self._decreases(coordinates, along, torch.tensor(rate, dtype=torch.float64, device="cpu")).tolist()
 
     def _along(self, coordinates: Tensor, dampings: Sequence[float]) -> Tensor:
-        values = torch.tensor(dampings, dtype=torch.float64).unsqueeze(1)
+        values = torch.tensor(dampings, dtype=torch.float64, device="cpu").unsqueeze(1)
         return -self.rule.inverse(self.space.eigenvalues, values) * coordinates
 
     def _decreases(self, coordinates: Tensor, along: Tensor, shrink: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from lightning_sfn.newton import (
 )
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.damping import Choice
+from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.step import SubspaceModel, TrialLoss, build_subspace, clip, take_inner_step
@@ -57,6 +58,29 @@ def test_parameters_that_nothing_reaches_have_no_curvature(preconditioner: str |
         record = optimizer.last_step
         assert record is not None
         assert -1e-4 * largest < record.lambda_min <= record.lambda_max < largest * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("preconditioner", [None, "diagonal", "auto"])
+def test_curvatures_of_a_record_lie_within_the_spectrum(preconditioner: str | None) -> None:
+    """Of the dense float64 Hessian before each step, whatever secants of earlier steps say."""
+    case = make("mlp")
+    optimizer = SaddleFreeNewton(case.parameters, preconditioner=preconditioner)
+    for _ in range(20):
+        exact = torch.linalg.eigvalsh(dense_matrix(HessianOperator(Objective([case.closure]), case.parameters)))
+        optimizer.step(case.closure)
+        record, slack = optimizer.last_step, 1e-9 * float(exact.abs().max())
+        assert record is not None
+        assert exact[0] - slack <= record.lambda_min <= record.lambda_max <= exact[-1] + slack
+
+
+def test_a_default_device_of_the_user_is_no_matter() -> None:
+    case = make("mlp")
+    optimizer = SaddleFreeNewton(case.parameters, heavy_ball=0.9)
+    before = float(case.closure().detach())
+    with torch.device("meta"):
+        for _ in range(5):
+            optimizer.step(case.closure)
+    assert float(case.closure().detach()) < before
 
 
 def test_an_escape_along_what_nothing_reaches_does_not_hide_the_gradient() -> None:
