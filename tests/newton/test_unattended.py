@@ -187,7 +187,7 @@ def test_a_watch_of_another_than_the_current_device_listens_to_that(monkeypatch:
             return self.stream in done
 
     zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, pin_memory: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory, **others: zeros(*shape, **others))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     watch = Watch(1, torch.device("cuda", 1))
