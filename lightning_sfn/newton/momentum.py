@@ -5,7 +5,8 @@ Its new part is shortened by ``c <= 1`` so that its length in the preconditioner
 stays within a radius (as K-FAC optimizers bound the change of the distribution; Martens and Grosse 2015 bound it by a
 model instead). The loss may rise on the way; where it rises too far, the way is taken back to its best point. Where a
 run from rest has gained something and then stays above its best loss for long, the next run starts there, again from
-rest (as O'Donoghue and Candes 2015 restart accelerated gradients, for whom any rise will do).
+rest (as O'Donoghue and Candes 2015 restart accelerated gradients, for whom any rise will do). How far back a velocity
+remembers gradients follows from that: it halves after such a run, and grows while none is.
 """
 
 import math
@@ -33,7 +34,8 @@ _ASTRAY = 0.25  # rise above the turn's best loss, relative to it, after which t
 _GAIN = 0.05  # decrease since rest, relative to the best loss, that is worth going back to
 _WANDERED = 0.25  # sum of the relative rises above the best loss, since it was seen, after which that is done
 _LEAST = 0.01  # share of the first loss that a loss counts as at least, in all of them: losses may cross zero
-_SHORTER, _LONGER = 0.5, 1.02  # factors on the radius after a way taken back, and after any other step
+_SHORTER, _LONGER = 0.5, 1.02  # factors on radius and reach after a way taken back, and after any other step
+_FIRST_REACH, _LEAST_REACH = 0.5, 0.25  # with a momentum of 0.95: of 0.9 at first, and never less than 0.8
 _RARER = 3  # a preconditioner is asked to refresh itself at every third momentum step: they are that much shorter
 
 
@@ -42,7 +44,7 @@ class Glide:
     """The momentum steps of an optimizer, and the turns that they share with its subspaces.
 
     Attributes:
-        momentum: Share of the last step in the next one, from 0 to less than 1.
+        momentum: Largest share of the last step in the next one, from 0 to less than 1.
         pace: Whose turn it is.
         velocity: The last momentum step of this turn, shape ``(n,)``.
         best: The lowest loss of this turn, and the parameters there, shape ``(n,)``.
@@ -50,6 +52,7 @@ class Glide:
         wandered: The rises of the losses above the best one since that was seen, relative to it, added up.
         unit: The size of the loss when it was first seen.
         shrink: Factor on the radius, at most 1.
+        reach: How many gradients a velocity remembers, as a share of the ``1 / (1 - momentum)`` that it may.
         steps: Momentum steps since the preconditioner was last asked to refresh itself.
     """
 
@@ -61,6 +64,7 @@ class Glide:
     wandered: float = 0.0
     unit: float | None = None
     shrink: float = 1.0
+    reach: float = _FIRST_REACH
     steps: int = 0
 
     def copy(self) -> "Glide":
@@ -92,11 +96,13 @@ class Glide:
             if there is not None:
                 known = there
                 self.shrink *= _SHORTER
+                self._remember_less()
                 self.pace.end_momentum()
         elif self._has_wandered(known[0]):
             there = self._back_at_best(parameters, losses, known[0], carried)
             if there is not None:
                 known, self.velocity = there, None
+                self._remember_less()
             else:
                 self.best = None
         if math.isfinite(known[0]) and self.pace.observe(known[0]) == "subspace":
@@ -109,6 +115,9 @@ class Glide:
         assert self.best is not None
         allowed = 0.0 if self.pace.has_harvested else _ASTRAY * self._size
         return loss <= self.best[0] + allowed and bool(torch.isfinite(gradient).all())
+
+    def _remember_less(self) -> None:
+        self.reach = max(_LEAST_REACH, self.reach * _SHORTER)
 
     def _has_wandered(self, loss: float) -> bool:
         """Whether the way has been above its best loss for long, with a gain that is worth going back to."""
@@ -184,7 +193,7 @@ class Glide:
         if self.velocity is None:
             self.rest, self.wandered = loss, 0.0
         self.velocity, taken = _within_bounds(self._next(clip(gradient, descent.max_grad_norm), descent), descent)
-        self.shrink = min(1.0, self.shrink * _LONGER)
+        self.shrink, self.reach = min(1.0, self.shrink * _LONGER), min(1.0, self.reach * _LONGER)
         self.steps = (self.steps + 1) % _RARER
         target = store.agreed_point(origin + taken)  # ranks with other rounding must not drift apart
         parameters.write(target)
@@ -209,26 +218,27 @@ class Glide:
         )
 
     def _next(self, gradient: Tensor, descent: Descent) -> Tensor:
-        """``momentum d - c rate D^2 g``."""
+        """``momentum d - c rate D^2 g``, with as much momentum as the present reach allows."""
         direction = descent.preconditioner.precondition(gradient)
         length = _RATE * math.sqrt(max(float(dot(direction, gradient)), 0.0))
         radius = self.shrink * _RADIUS * math.sqrt(self._size)
         new = direction * (-_RATE * (radius / max(length, radius)))
-        return new if self.velocity is None else self.momentum * self.velocity + new
+        momentum = max(0.0, 1 - (1 - self.momentum) / self.reach)
+        return new if self.velocity is None else momentum * self.velocity + new
 
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and numbers."""
         own = {"velocity": self.velocity, "best": self.best, "unit": self.unit}
-        own |= {"rest": self.rest, "wandered": self.wandered}
+        own |= {"rest": self.rest, "wandered": self.wandered, "reach": self.reach}
         return own | {"shrink": self.shrink, "steps": self.steps, "pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
         self.velocity, self.best = state["velocity"], state["best"]
         self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
-        self.rest, self.wandered = state["rest"], state["wandered"]
+        self.rest, self.wandered, self.reach = state["rest"], state["wandered"], state["reach"]
         self.pace.load_state_dict(state["pace"])
 
 

@@ -12,9 +12,9 @@ __all__ = ["Kind", "Pace"]
 Kind = Literal["subspace", "momentum"]
 
 _PRICE: dict[Kind, float] = {"subspace": 4.0, "momentum": 1.0}  # in gradients, with small parts for products and trials
-_SHORTEST: dict[Kind, float] = {"subspace": 8.0, "momentum": 40.0}  # price of a turn that shows what a kind can do
+_SHORTEST: dict[Kind, float] = {"subspace": 4.0, "momentum": 40.0}  # price of a turn that shows what a kind can do
 _LONGEST: dict[Kind, float] = {"subspace": 320.0, "momentum": 320.0}
-_HARVEST = 8.0  # price of the subspace steps that gather what momentum has gained: it leaves the loss oscillating
+_HARVEST = 4.0  # price of the subspace step that gathers what momentum has gained: it leaves the loss oscillating
 
 
 @dataclass
