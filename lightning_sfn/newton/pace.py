@@ -26,9 +26,9 @@ class Pace:
         spent: Price of this turn so far, in gradients.
         lengths: Price of a turn of each kind, in gradients.
         rates: What each kind's last turn achieved: decrease of the loss for each gradient's price. The first subspace
-            steps after momentum count as momentum's: they end the oscillation that it leaves behind.
+            step after momentum counts as momentum's: it ends the oscillation that momentum leaves behind.
         sown: Loss before the last momentum turn, and the price of that turn.
-        gathered: Loss of this subspace turn after those first steps.
+        gathered: Loss of this subspace turn after that first step.
     """
 
     kind: Kind = "subspace"

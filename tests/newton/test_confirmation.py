@@ -91,11 +91,22 @@ def test_what_a_refuted_step_has_shown_is_remembered(shared: bool) -> None:
     assert found == ([] if shared else [(pytest.approx(-10.0), pytest.approx(-100.0))])
 
 
-@pytest.mark.parametrize("heavy_ball", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("heavy_ball", "turn", "end"),
+    [
+        (0.0, 4.0, 0.0),
+        (0.9, 8.0, 0.0),  # a second step in a subspace
+        (0.9, 4.0, 1 - 0.1 * math.sqrt(5)),  # a momentum step from where the first began, as long as the radius
+    ],
+)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_step_to_where_the_objective_is_not_finite_is_taken_back(bad: float, heavy_ball: float) -> None:
+def test_a_step_to_where_the_objective_is_not_finite_is_taken_back(
+    bad: float, heavy_ball: float, turn: float, end: float
+) -> None:
     steep = Steep()
     optimizer = steep.optimizer(heavy_ball=heavy_ball)
+    if optimizer._glide is not None:
+        optimizer._glide.pace.lengths["subspace"] = turn
     steep.step(optimizer)
 
     def closure() -> Tensor:
@@ -104,7 +115,7 @@ def test_a_step_to_where_the_objective_is_not_finite_is_taken_back(bad: float, h
     optimizer.step(closure, curvature_closure=steep.objective, trial_closure=steep.trial)
     assert optimizer.last_step is not None
     assert optimizer.last_step.taken_back
-    assert steep.at == pytest.approx(0.0, abs=1e-12)
+    assert steep.at == pytest.approx(end, abs=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_refutes_a_step_too() -> None:

@@ -65,24 +65,59 @@ def test_without_momentum_every_step_has_a_subspace() -> None:
     assert set(kinds_of(SaddleFreeNewton([x]), lambda: bowl(x), 30)) == {"subspace"}
 
 
-def test_momentum_steps_are_those_of_the_heavy_ball() -> None:
-    """Identity coordinates, far inside the radius: d <- 0.9 d - 0.3 g, written out."""
-    x = torch.full((3,), 1e-3, dtype=D, requires_grad=True)
-    optimizer = SaddleFreeNewton([x], preconditioner=None, heavy_ball=0.9, trust_region="gradient", lr=1e-9)
-    optimizer.param_groups[0]["lr"] = 1e-9  # subspace steps go nowhere, so that the start is known
-    step_until(optimizer, lambda: bowl(x) + 1.0, lambda glide: glide.pace.kind == "momentum")
+def ball(momentum: float, x: list[float], steps: int) -> tuple[list[list[float]], int]:
+    """The points of a heavy ball on the bowl plus one, whose reach grows and halves, and how often it began anew.
+
+    In plain numbers and from the words of the documentation alone: no subspaces, no way that leads astray.
+    """
+    bend = CURVATURE.tolist()
+    reach, restarts, points, speed = 0.5, 0, [], None
+    rest = wandered = best = math.inf
+    there = x
+    for _ in range(steps):
+        loss = 1 + sum(b * c * c for b, c in zip(bend, x, strict=True)) / 2
+        assert loss <= 1.25 * best
+        wandered = wandered + (loss - best) / best if loss > best else 0.0
+        if wandered > 0.25 and rest - best > 0.05 * best:
+            x, loss, speed, reach, restarts = there, best, None, max(0.25, reach / 2), restarts + 1
+        if speed is None:
+            speed, rest, wandered = [0.0] * len(x), loss, 0.0
+        if loss < best:
+            best, there = loss, x
+        new = [-0.3 * b * c for b, c in zip(bend, x, strict=True)]
+        cut = min(1.0, 0.1 * math.sqrt(best) / math.hypot(*new))
+        kept = max(0.0, 1 - (1 - momentum) / reach)
+        speed = [kept * s + cut * n for s, n in zip(speed, new, strict=True)]
+        x = [c + s for c, s in zip(x, speed, strict=True)]
+        points.append(x)
+        reach = min(1.0, 1.02 * reach)
+    return points, restarts
+
+
+@pytest.mark.parametrize(
+    ("start", "momentum", "restarts"),
+    [
+        (1e-3, 0.9, 0),  # far inside the radius, and of no gain worth going back to
+        (1e-3, 0.95, 0),
+        (1e-3, 0.5, 0),  # none at the start
+        (1e-3, 0.25, 0),  # none until the reach is three quarters
+        (3.0, 0.9, 1),
+        (1.0, 0.95, 1),
+        (1.0, 0.99, 2),
+    ],
+)
+def test_momentum_steps_are_those_of_the_heavy_ball(start: float, momentum: float, restarts: int) -> None:
+    """Identity coordinates: d <- (1 - (1 - momentum) / reach) d - 0.3 c g, written out, for all of the first turn."""
+    x = torch.full((3,), start, dtype=D, requires_grad=True)
+    optimizer = SaddleFreeNewton([x], preconditioner=None, heavy_ball=momentum, trust_region="gradient", lr=1e-9)
+    closure = lambda: bowl(x) + 1.0  # noqa: E731
+    optimizer.step(closure)  # in a subspace; it goes nowhere, so that the start is known
     optimizer.param_groups[0]["lr"] = 1.0
-    ours, start = [], x.detach().clone()
-    for _ in range(12):
-        optimizer.step(lambda: bowl(x) + 1.0)
-        if optimizer.last_step is not None and optimizer.last_step.kind == "momentum":
-            ours.append(x.detach().clone())
-    y, d = start, -0.3 * CURVATURE * start  # the first momentum step was one of those that go nowhere
-    for point in ours:
-        d = 0.9 * d - 0.3 * CURVATURE * y
-        y = y + d
-        torch.testing.assert_close(point, y, rtol=1e-6, atol=1e-12)
-    assert len(ours) >= 10
+    points, found = ball(momentum, x.tolist(), 40)
+    assert found == restarts
+    for point in points:
+        assert kinds_of(optimizer, closure, 1) == ["momentum"]
+        torch.testing.assert_close(x.detach(), torch.tensor(point, dtype=D), rtol=1e-6, atol=1e-12)
 
 
 def network() -> tuple[torch.nn.Module, Tensor, Tensor]:
@@ -141,6 +176,7 @@ def test_a_way_that_leads_astray_is_taken_back_to_its_best_point() -> None:
     assert optimizer.last_step.kind == "subspace"
     assert optimizer.last_step.loss_before == pytest.approx(best_loss)
     assert glide.shrink < 1.0
+    assert glide.reach == pytest.approx(0.5 * 1.02 / 2)  # one momentum step was taken
 
 
 def astray() -> tuple[SaddleFreeNewton, torch.nn.Module, Callable[[], Tensor]]:
@@ -171,9 +207,8 @@ def test_no_cycle_ends_above_the_best_point_of_its_momentum_turn() -> None:
     assert best_loss < float(closure().detach()) < 1.1 * best_loss
     glide.pace.end_momentum()
     optimizer.param_groups[0]["lr"] = 1e-12
-    for _ in range(2):
-        optimizer.step(closure)
-        assert glide.best is not None
+    optimizer.step(closure)
+    assert glide.best is not None
     optimizer.step(closure)
     assert optimizer.last_step is not None
     assert optimizer.last_step.loss_before == pytest.approx(best_loss, abs=1e-12)
@@ -211,6 +246,8 @@ def test_a_retry_for_want_of_memory_starts_where_the_way_back_ended() -> None:
     assert all(torch.equal(start, best) for start in starts)
     assert reference._glide is not None
     assert optimizer._glide.pace == reference._glide.pace
+    assert (optimizer._glide.shrink, optimizer._glide.reach) == (reference._glide.shrink, reference._glide.reach)
+    assert optimizer._glide.reach == pytest.approx(0.5 * 1.02 / 2)  # halved once
 
 
 def test_an_error_gives_back_the_parameters_and_the_way_back() -> None:
@@ -226,7 +263,7 @@ def test_an_error_gives_back_the_parameters_and_the_way_back() -> None:
     assert best is not None
     assert torch.equal(optimizer._glide.best[1], best[1])
     assert optimizer._glide.state_dict()["pace"] == state["pace"]
-    assert optimizer._glide.shrink == state["shrink"]
+    assert (optimizer._glide.shrink, optimizer._glide.reach) == (state["shrink"], state["reach"])
     optimizer.step(closure)
     assert optimizer.last_step is not None
     assert optimizer.last_step.loss_before == pytest.approx(best[0])
@@ -265,6 +302,9 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(before: int) -> None:
         restored.step(lambda: F.cross_entropy(other(x), y))
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    assert optimizer._glide is not None
+    assert restored._glide is not None
+    assert restored._glide.reach == optimizer._glide.reach != 0.5
 
 
 def test_momentum_starts_anew_where_other_parameters_train() -> None:
@@ -278,6 +318,7 @@ def test_momentum_starts_anew_where_other_parameters_train() -> None:
     assert optimizer.last_step.kind == "subspace"
     assert optimizer._glide is not None
     assert (optimizer._glide.momentum, optimizer._glide.velocity, optimizer._glide.best) == (0.95, None, None)
+    assert optimizer._glide.reach == 0.5
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
@@ -361,8 +402,8 @@ class Stage:
 
 
 def under_way(**entries: Any) -> Glide:
-    """Half of each last step in the next one; a first loss of 100, and no step yet."""
-    return Glide(0.5, **{"unit": 100.0, **entries})
+    """Half of each last step in the next one, at full reach; a first loss of 100, and no step yet."""
+    return Glide(0.5, **{"unit": 100.0, "reach": 1.0, **entries})
 
 
 @pytest.mark.parametrize(
@@ -401,6 +442,29 @@ def test_a_gradient_of_zero_leaves_the_last_step() -> None:
     stage = Stage(under_way(velocity=BEFORE), gradient=torch.zeros(3, dtype=D))
     stage.step()
     torch.testing.assert_close(stage.moved, 0.5 * BEFORE)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "reach", "kept"),
+    [
+        (0.95, 0.5, 0.9),  # ten gradients instead of twenty
+        (0.95, 0.25, 0.8),
+        (0.95, 1.0, 0.95),
+        (0.9, 0.8, 0.875),
+        (0.75, 0.5, 0.5),
+        (0.5, 0.5, 0.0),
+        (0.5, 0.25, 0.0),  # one gradient at least: no step is turned round
+        (0.25, 0.5, 0.0),
+    ],
+)
+def test_a_velocity_remembers_as_many_gradients_as_its_reach_allows(momentum: float, reach: float, kept: float) -> None:
+    stage = Stage(Glide(momentum, unit=100.0, reach=reach, velocity=BEFORE), gradient=torch.zeros(3, dtype=D))
+    stage.step()
+    torch.testing.assert_close(stage.moved, kept * BEFORE)
+    assert stage.glide.momentum == momentum  # the largest one
+    stage = Stage(Glide(momentum, unit=100.0, reach=reach, velocity=BEFORE))
+    stage.step()
+    torch.testing.assert_close(stage.moved, kept * BEFORE - 0.3 * GRADIENT)
 
 
 @pytest.mark.parametrize(
@@ -524,12 +588,36 @@ def test_the_best_point_of_a_turn_is_the_start_of_a_step(loss: float, best: floa
     assert torch.equal(stage.glide.best[1], START if loss < 9.0 else there)
 
 
-def test_the_radius_grows_by_a_fiftieth_up_to_one() -> None:
-    glide, found = under_way(shrink=0.97), []
+@pytest.mark.parametrize("share", ["shrink", "reach"])
+def test_radius_and_reach_grow_by_a_fiftieth_up_to_one(share: str) -> None:
+    glide, found = under_way(**{share: 0.97}), []
     for _ in range(3):
         Stage(glide).step()
-        found.append(glide.shrink)
+        found.append(getattr(glide, share))
     assert found == [pytest.approx(0.97 * 1.02), 1.0, 1.0]
+
+
+def test_the_reach_of_a_new_momentum_is_half_and_becomes_whole_in_36_steps() -> None:
+    glide = Glide(0.95, unit=100.0)
+    found = [glide.reach]
+    for _ in range(40):
+        Stage(glide).step()
+        found.append(glide.reach)
+    assert found == [pytest.approx(min(1.0, 0.5 * 1.02**step)) for step in range(41)]
+    assert found.index(1.0) == 36
+    assert max(found) == 1.0
+
+
+@pytest.mark.parametrize("loss", [12.6, 11.0], ids=["astray", "wandered"])
+@pytest.mark.parametrize(("reach", "after"), [(1.0, 0.5), (0.8, 0.4), (0.5, 0.25), (0.4, 0.25), (0.25, 0.25)])
+def test_a_run_that_failed_halves_the_reach_down_to_a_quarter(loss: float, reach: float, after: float) -> None:
+    entries = {"best": (10.0, torch.ones(3, dtype=D)), "rest": 20.0, "wandered": 0.2, "velocity": BEFORE}
+    pace = Pace(kind="momentum", sown=(20.0, 0.0), spent=3.0)
+    stage = Stage(under_way(pace=pace, reach=reach, **entries), loss)
+    stage.settle()
+    assert torch.equal(stage.x.detach(), torch.ones(3, dtype=D))
+    assert stage.glide.reach == after
+    assert stage.glide.pace.kind == ("subspace" if loss == 12.6 else "momentum")
 
 
 def test_every_third_step_asks_for_a_refresh() -> None:
@@ -576,14 +664,14 @@ def test_an_error_closes_the_operator_and_moves_nothing() -> None:
     ],
 )
 def test_a_way_may_rise_so_far(loss: float, best: float, harvested: bool, back: bool) -> None:
-    pace = Pace(sown=(11.0, 40.0), spent=8.0) if harvested else Pace(kind="momentum", sown=(11.0, 40.0), spent=3.0)
-    stage = Stage(under_way(pace=pace, best=(best, torch.ones(3, dtype=D)), shrink=0.75), loss)
+    pace = Pace(sown=(11.0, 40.0), spent=4.0) if harvested else Pace(kind="momentum", sown=(11.0, 40.0), spent=3.0)
+    stage = Stage(under_way(pace=pace, best=(best, torch.ones(3, dtype=D)), shrink=0.75, reach=0.8), loss)
     losses = stage.settle()
     assert losses.known is not None
     assert torch.equal(stage.x.detach(), torch.ones(3, dtype=D) if back else START)
     assert losses.known[0] == (pytest.approx(float(CURVATURE.sum()) / 2) if back else loss)
     torch.testing.assert_close(losses.known[1], CURVATURE if back else GRADIENT)
-    assert stage.glide.shrink == (0.375 if back else 0.75)
+    assert (stage.glide.shrink, stage.glide.reach) == ((0.375, 0.4) if back else (0.75, 0.8))
     assert (stage.glide.best is None) == (back or harvested)
     assert stage.glide.pace.kind == ("subspace" if back or harvested else "momentum")
     stage.carried.memory.complete(GRADIENT)
@@ -610,13 +698,14 @@ def test_a_run_that_wanders_after_a_gain_starts_again_from_its_best_point(
 ) -> None:
     there, pace = torch.ones(3, dtype=D), Pace(kind="momentum", sown=(rest, 0.0), spent=3.0)
     entries = {"pace": pace, "best": (best, there), "rest": rest, "wandered": wandered, "velocity": BEFORE}
-    stage = Stage(under_way(shrink=0.75, **entries), loss)
+    stage = Stage(under_way(shrink=0.75, reach=0.8, **entries), loss)
     losses = stage.settle()
     assert losses.known is not None
     assert losses.known[0] == (pytest.approx(float(CURVATURE.sum()) / 2) if again else loss)
     assert torch.equal(stage.x.detach(), there if again else START)
     assert (stage.glide.velocity is None) == again
     assert stage.glide.wandered == pytest.approx(after)
+    assert stage.glide.reach == (0.4 if again else 0.8)
     assert (stage.glide.best, stage.glide.shrink, stage.glide.pace.kind) == ((best, there), 0.75, "momentum")
     stage.carried.memory.complete(GRADIENT)
     assert len(stage.carried.memory) == (0 if again else 1)
@@ -648,6 +737,7 @@ def test_a_best_loss_of_another_function_leads_nowhere(loss: float, same: bool |
     assert (stage.glide.best is None) == (not back or loss > 1.25 * best)
     assert (stage.glide.velocity is None) == back
     assert stage.glide.shrink == (0.5 if back and loss > 1.25 * best else 1.0)
+    assert stage.glide.reach == (0.5 if back else 1.0)
 
 
 def test_a_best_point_without_a_loss_is_no_place_to_go_back_to() -> None:
@@ -659,6 +749,7 @@ def test_a_best_point_without_a_loss_is_no_place_to_go_back_to() -> None:
     assert losses.known is not None
     assert losses.known[0] == 2.0
     assert torch.equal(stage.x.detach(), START)
+    assert (stage.glide.shrink, stage.glide.reach) == (1.0, 1.0)
 
 
 def test_momentum_on_batches_of_its_own_goes_on() -> None:
@@ -680,7 +771,7 @@ def test_subspaces_do_not_wander() -> None:
     stage = Stage(under_way(pace=pace, best=(10.0, torch.ones(3, dtype=D)), rest=11.0, wandered=0.2), 11.0)
     stage.settle()
     assert torch.equal(stage.x.detach(), START)
-    assert stage.glide.wandered == 0.2
+    assert (stage.glide.wandered, stage.glide.reach) == (0.2, 1.0)
 
 
 @pytest.mark.parametrize(("velocity", "rest", "wandered"), [(None, 9.0, 0.0), (BEFORE, 12.0, 0.2)])
@@ -718,8 +809,8 @@ def test_the_first_loss_is_the_unit(loss: float, unit: float) -> None:
     [
         (Pace("momentum", 3.0), True, True),
         (Pace("momentum", 40.0, sown=(11.0, 0.0)), False, True),  # what momentum has gained is gathered first
-        (Pace("subspace", 4.0, sown=(11.0, 40.0)), False, True),
-        (Pace("subspace", 8.0, sown=(11.0, 40.0)), False, False),
+        (Pace("subspace", 0.0, sown=(11.0, 40.0)), False, True),
+        (Pace("subspace", 4.0, sown=(11.0, 40.0)), False, False),
     ],
 )
 def test_a_turn_of_subspaces_ends_the_velocity_and_its_harvest_the_best_point(
@@ -754,7 +845,8 @@ def test_an_overflow_is_nobodys_fault_where_a_way_leads_back(best: float | None,
 
 
 def test_a_copy_keeps_its_own_turns() -> None:
-    glide = under_way(velocity=BEFORE, best=(9.0, START), shrink=0.5, steps=2, pace=Pace("momentum", 3.0))
+    entries = {"velocity": BEFORE, "best": (9.0, START), "shrink": 0.5, "reach": 0.7, "steps": 2}
+    glide = under_way(pace=Pace("momentum", 3.0), **entries)
     other = glide.copy()
     assert other == glide
     other.pace.observe(1.0)
@@ -762,11 +854,11 @@ def test_a_copy_keeps_its_own_turns() -> None:
 
 
 def test_a_restored_momentum_is_the_same() -> None:
-    run = {"rest": 9.5, "wandered": 0.1}
+    run = {"rest": 9.5, "wandered": 0.1, "reach": 0.1 * 7.3}  # of many digits
     glide = under_way(velocity=BEFORE, best=(9.0, START), shrink=0.5, steps=2, pace=Pace("momentum", 3.0), **run)
     other = Glide(0.5)
     other.load_state_dict(copy.deepcopy(glide.state_dict()))
-    assert (other.rest, other.wandered) == (9.5, 0.1)
+    assert (other.rest, other.wandered, other.reach) == (9.5, 0.1, 0.1 * 7.3)
     assert other.velocity is not None
     assert torch.equal(other.velocity, BEFORE)
     assert other.best is not None

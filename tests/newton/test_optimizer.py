@@ -209,7 +209,7 @@ def test_a_step_is_told_the_options() -> None:
         groups, krylov_dim=2, trust_region="newton", exploration=0.25, graph_bytes=5, seed=7, heavy_ball=0.5, **bounds
     )
     assert optimizer._glide is not None
-    assert optimizer._glide.momentum == 0.5
+    assert (optimizer._glide.momentum, optimizer._glide.reach) == (0.5, 0.5)
     descent = optimizer._descent(FlatParameters.of_groups(optimizer.param_groups))
     assert (descent.krylov_dim, descent.exploration, descent.rule) == (2, 0.25, RULES["newton"])
     assert descent.preconditioner is optimizer.preconditioner
@@ -398,13 +398,18 @@ def test_a_loaded_state_is_saved_again_as_it_was(options: dict[str, Any]) -> Non
     assert _equal(other.state_dict(), state)
 
 
-@pytest.mark.parametrize(("saved", "own", "shrink"), [(0.5, 0.5, 0.25), (0.0, 0.5, 1.0), (0.5, 0.0, None)])
-def test_momentum_is_taken_over_where_it_is_on_both_sides(saved: float, own: float, shrink: float | None) -> None:
+@pytest.mark.parametrize(
+    ("saved", "own", "shrink", "reach"), [(0.5, 0.5, 0.25, 0.375), (0.0, 0.5, 1.0, 0.5), (0.5, 0.0, None, None)]
+)
+def test_momentum_is_taken_over_where_it_is_on_both_sides(
+    saved: float, own: float, shrink: float | None, reach: float | None
+) -> None:
     first, second = (SaddleFreeNewton([torch.ones(2, requires_grad=True)], heavy_ball=b) for b in (saved, own))
     if first._glide is not None:
-        first._glide.shrink = 0.25
+        first._glide.shrink, first._glide.reach = 0.25, 0.375
     second.load_state_dict(first.state_dict())
     assert (None if second._glide is None else second._glide.shrink) == shrink
+    assert (None if second._glide is None else second._glide.reach) == reach
 
 
 @pytest.mark.parametrize(("basis", "shared", "flipped"), [("sharded", True, True), ("replicated", True, False)])
@@ -932,12 +937,12 @@ def test_momentum_begins_anew_where_other_parameters_are_trained() -> None:
     x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
     optimizer = SaddleFreeNewton([x, y], heavy_ball=0.5)
     assert optimizer._glide is not None
-    optimizer._glide.shrink = 0.25
+    optimizer._glide.shrink, optimizer._glide.reach = 0.25, 0.375
     optimizer.step(lambda: (x**4).sum() + (y**2).sum())
-    assert optimizer._glide.shrink == 0.25
+    assert (optimizer._glide.shrink, optimizer._glide.reach) == (0.25, 0.375)  # subspace steps leave both
     y.requires_grad_(False)
     optimizer.step(lambda: (x**4).sum() + (y**2).sum())
-    assert (optimizer._glide.momentum, optimizer._glide.shrink) == (0.5, 1.0)
+    assert (optimizer._glide.momentum, optimizer._glide.shrink, optimizer._glide.reach) == (0.5, 1.0, 0.5)
 
 
 def test_a_driven_optimizer_can_be_pickled_without_its_driver() -> None:

@@ -23,6 +23,13 @@ def test_a_subspace_comes_first_and_both_kinds_get_their_turn() -> None:
     assert set(kinds) == {"subspace", "momentum"}
 
 
+def test_the_shortest_turns_are_one_subspace_step_and_forty_of_momentum() -> None:
+    """The second subspace step after momentum is the turn, the first one the harvest."""
+    kinds = walk(Pace(), {"subspace": 1.0, "momentum": 2.0}, 1 + 40 + 2 + 80 + 2 + 1)
+    cycles = [["subspace"], ["momentum"] * 40, ["subspace"] * 2, ["momentum"] * 80, ["subspace"] * 2, ["momentum"]]
+    assert kinds == [kind for turn in cycles for kind in turn]
+
+
 @pytest.mark.parametrize("better", ["subspace", "momentum"])
 def test_the_kind_that_achieves_more_for_its_price_gets_most_of_it(better: str) -> None:
     rates = {"subspace": 0.1, "momentum": 0.1} | {better: 10.0}
@@ -40,20 +47,20 @@ def test_the_turns_of_the_better_kind_double_up_to_a_limit() -> None:
         if not lengths or lengths[-1] != pace.lengths["momentum"]:
             lengths.append(pace.lengths["momentum"])
     assert lengths == [40.0, 80.0, 160.0, 320.0]
-    assert pace.lengths["subspace"] == 8.0
+    assert pace.lengths["subspace"] == 4.0
 
 
 def test_rates_are_decreases_for_each_gradient() -> None:
-    """The first two subspace steps after momentum (price 8) count as its own, after a turn of price 40."""
+    """The first subspace step after momentum (price 4) counts as its own, after a turn of price 40."""
     pace = Pace()
-    walk(pace, {"subspace": 3.0, "momentum": 2.0}, 2 + 40 + 2 + 2 + 1)
-    assert pace.rates == {"subspace": pytest.approx(3.0), "momentum": pytest.approx((40 * 2.0 + 8 * 3.0) / 48)}
+    walk(pace, {"subspace": 3.0, "momentum": 2.0}, 1 + 40 + 1 + 1 + 1)
+    assert pace.rates == {"subspace": pytest.approx(3.0), "momentum": pytest.approx((40 * 2.0 + 4 * 3.0) / 44)}
 
 
 def test_an_oscillation_that_subspaces_end_is_not_held_against_momentum() -> None:
-    """Momentum leaves the loss where it was; two subspace steps then bring a fall of 48, and others nothing more."""
+    """Momentum leaves the loss where it was; one subspace step then brings a fall of 44, and others nothing more."""
     pace = Pace()
-    losses = [100.0] * (2 + 40 + 2) + [52.0] * 3
+    losses = [100.0] * (1 + 40 + 1) + [56.0] * 2
     for loss in losses:
         pace.observe(loss)
     assert pace.rates == {"subspace": 0.0, "momentum": 1.0}
@@ -75,22 +82,22 @@ def test_a_turn_that_leads_astray_ends_and_is_measured_by_what_it_cost() -> None
     pace.observe(1.0)
     pace.end_momentum()
     assert pace.kind == "subspace"
-    kinds = [pace.observe(1.0 - 0.5 * (step == 2)) for step in range(3)]
-    assert kinds == ["subspace"] * 3
-    assert pace.rates["momentum"] == pytest.approx(0.5 / (2 + 8))
+    kinds = [pace.observe(1.0 - 0.5 * (step == 1)) for step in range(2)]
+    assert kinds == ["subspace"] * 2
+    assert pace.rates["momentum"] == pytest.approx(0.5 / (2 + 4))
 
 
-def test_a_harvest_takes_two_subspace_steps_after_momentum() -> None:
+def test_a_harvest_takes_one_subspace_step_after_momentum() -> None:
     pace, harvested = Pace(), []
-    for _ in range(2 + 40 + 5):
+    for _ in range(1 + 40 + 5):
         harvested.append(pace.has_harvested)
         pace.observe(1.0)
-    assert [index for index, yes in enumerate(harvested) if yes] == [2 + 40 + 2]
+    assert [index for index, yes in enumerate(harvested) if yes] == [1 + 40 + 1]
 
 
 def test_a_turn_of_subspaces_is_not_ended_by_momentum() -> None:
     pace = Pace()
-    walk(pace, {"subspace": 1.0, "momentum": 1.0}, 2 + 40 + 1)
+    walk(pace, {"subspace": 1.0, "momentum": 1.0}, 1 + 40 + 1)
     before = pace.state_dict()
     pace.end_momentum()
     assert pace.kind == "subspace"
