@@ -76,8 +76,8 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
-        heavy_ball: Momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with momentum
-            in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
+        heavy_ball: Largest momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with
+            momentum in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
         preconditioner: ``"kronecker"`` (see `KroneckerFactors`), ``"diagonal"`` (equilibration), ``None``, or a
             `Preconditioner`. The default, ``"auto"``, is Kronecker factors where most parameters belong to layers that
             have them, else the diagonal, and none for the exact method (see `AutoPreconditioner`).
