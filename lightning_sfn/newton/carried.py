@@ -115,18 +115,18 @@ class Carried:
 
 
 def moved_to(device: torch.device, dtype: torch.dtype, value: Any) -> Any:
-    """Moves and converts the tensors inside lists, tuples and dictionaries.
+    """Moves the tensors inside lists, tuples and dictionaries, and converts those of floating-point numbers.
 
     Args:
         device: Where to.
-        dtype: Their new dtype.
+        dtype: The new dtype of floating-point numbers.
         value: What holds the tensors.
 
     Returns:
-        The same with the tensors on the device, in the dtype.
+        The same with the tensors on the device.
     """
     if isinstance(value, Tensor):
-        return value.to(device, dtype)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
         return {key: moved_to(device, dtype, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

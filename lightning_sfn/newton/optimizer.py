@@ -277,6 +277,10 @@ class SaddleFreeNewton(Optimizer):
                 runs out (on a process that works alone), the step is tried again with fewer kept graphs, then with
                 fewer Lanczos vectors.
         """
+        if torch.is_inference_mode_enabled():
+            raise ObjectiveError(
+                "step() was called in torch.inference_mode(), which forbids derivatives: leave it first."
+            )
         parameters = self._current_parameters()
         if not self._carried.checked:
             self._require_same_model(parameters)

@@ -190,7 +190,7 @@ class Search:
             The record with the inner steps added.
         """
         before, origin = record, parameters.read()
-        for inner in range(self.inner_steps):
+        for inner in range(self.inner_steps if model.moves else 0):
             carried.unconfirmed = None
             if inner > 0:
                 loss, gradient = gradient_of(objective, parameters, far=True)

@@ -262,7 +262,7 @@ def hessian_spectrum(
 
     Args:
         closure: Returns the loss with its graph (with another curvature than the Hessian a pair, see there). It is
-            evaluated once or a few times and must not call ``backward``.
+            evaluated a few times, must be one fixed function, and must not call ``backward``.
         params: The parameters, named or not; nothing about them is changed.
         krylov_dim: Number of Lanczos vectors, each one Hessian-vector product; ``"full"`` for as many as there are
             parameters. 64 (or the number of parameters, if smaller) when left out.
@@ -284,7 +284,7 @@ def hessian_spectrum(
     Raises:
         ValueError: ``krylov_dim`` is not between 1 and the number of parameters, another number is out of its range, or
             a name is unknown.
-        ObjectiveError: The loss depends on none of the parameters.
+        ObjectiveError: The loss depends on none of the parameters, or is another one when it is evaluated again.
         CurvatureError: An operation has no second derivative.
 
     Example:
@@ -305,6 +305,8 @@ def hessian_spectrum(
     with without_autocast():
         operator = make_operator(objective, parameters, curvature, hvp)
         spectrum = spectrum_of(operator, settings, seed=seed, progress=progress)
+    if not spectrum.nonfinite:
+        objective.require_repeatable(spectrum.loss)
     if spectrum.gradient_norm == 0 and not spectrum.eigenvalues.any():  # flat, or another model's parameters
         _require_used(objective, parameters)
     return spectrum

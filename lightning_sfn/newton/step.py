@@ -167,6 +167,12 @@ class SubspaceModel:
     max_grad_norm: float | None = None
 
     @property
+    def moves(self) -> bool:
+        """Whether any learning rate lets the parameters move."""
+        rates = self.learning_rates
+        return rates != 0.0 if isinstance(rates, float) else bool(rates.any())
+
+    @property
     def scale(self) -> float:
         """Largest absolute eigenvalue; 1 for a flat model, so that damping keeps a unit."""
         return float(self.space.eigenvalues.abs().max()) or 1.0

@@ -129,8 +129,11 @@ def test_a_state_takes_the_dtype_of_the_parameters() -> None:
 
 def test_moving_reaches_tensors_at_any_depth_and_nothing_else() -> None:
     moved = moved_to(
-        torch.device("meta"), torch.float64, {"a": [torch.ones(2)], "b": (1.5, {"c": torch.ones(1)}), "d": None}
+        torch.device("meta"),
+        torch.float64,
+        {"a": [torch.ones(2)], "b": (1.5, {"c": torch.ones(1)}), "d": None, "e": torch.arange(2)},
     )
+    assert (moved["e"].device.type, moved["e"].dtype) == ("meta", torch.int64)
     for tensor in (moved["a"][0], moved["b"][1]["c"]):
         assert (tensor.device.type, tensor.dtype) == ("meta", torch.float64)
     assert type(moved["b"]) is tuple

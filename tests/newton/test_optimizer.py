@@ -626,7 +626,15 @@ def test_a_learning_rate_of_zero_changes_no_bit() -> None:
     for _ in range(3):
         optimizer.step(case.closure)
         assert record_of(optimizer).step_norm == 0.0
+        assert record_of(optimizer).trials == 0  # and the damping stays where it was
     assert bits(case.parameters) == before
+    assert optimizer.damping.value is None
+
+
+def test_a_step_in_inference_mode_says_what_to_do() -> None:
+    case = make("mlp")
+    with torch.inference_mode(), pytest.raises(ObjectiveError, match=r"inference_mode.*leave it first"):
+        SaddleFreeNewton(case.parameters).step(case.closure)
 
 
 @pytest.mark.parametrize("hvp", ["retain", "recompute", "finite_difference"])

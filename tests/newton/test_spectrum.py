@@ -19,7 +19,7 @@ from lightning_sfn.newton import (
     spectrum,
 )
 from lightning_sfn.newton.dense import dense_matrix
-from lightning_sfn.newton.operators import make_operator
+from lightning_sfn.newton.operators import ProductMethod, make_operator
 from lightning_sfn.newton.processes import ProcessMean
 from lightning_sfn.newton.spectrum import SpectrumSettings, spectrum_of
 
@@ -126,6 +126,13 @@ def test_the_index_counts_values_that_are_negative_beyond_rounding() -> None:
         "rounding": 1e-8,
         "density": None,
     }
+
+
+@pytest.mark.parametrize("hvp", ["auto", "recompute"])
+def test_a_loss_that_changes_is_no_function_to_have_a_spectrum(hvp: ProductMethod) -> None:
+    noise, x = torch.Generator().manual_seed(0), torch.ones(3, requires_grad=True)
+    with pytest.raises(ObjectiveError, match="must be a fixed function"):
+        hessian_spectrum(lambda: (x * x * torch.rand(3, generator=noise)).sum(), [x], hvp=hvp)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
