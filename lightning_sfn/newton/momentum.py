@@ -238,7 +238,7 @@ class Glide:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
         self.velocity, self.best = state["velocity"], state["best"]
         self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
-        self.rest, self.wandered, self.reach = state["rest"], state["wandered"], state["reach"]
+        self.rest, self.wandered, self.reach = state["rest"], state["wandered"], state.get("reach", _FIRST_REACH)
         self.pace.load_state_dict(state["pace"])
 
 

@@ -5,6 +5,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -203,8 +204,8 @@ class SaddleFreeNewton(Optimizer):
         Raises:
             ValueError: The learning rate is no number of at least zero.
         """
-        if isinstance(param_group, dict) and "lr" in param_group:
-            require_at_least("lr", float(param_group["lr"]), 0.0)
+        rate = param_group.get("lr", 0.0) if isinstance(param_group, dict) else 0.0
+        require_at_least("lr", rate.item() if isinstance(rate, Tensor) else rate, 0.0)
         super().add_param_group(param_group)
 
     # ------------------------------------------------------------------------------------------------ stepping
@@ -386,17 +387,22 @@ class SaddleFreeNewton(Optimizer):
 
     def _current_parameters(self) -> FlatParameters:
         """The parameters that require gradients now; what belongs to others, or to another dtype, is forgotten."""
-        parameters, before = FlatParameters.of_groups(self.param_groups), self._parameters
-        kept = [id(p) for p in parameters.tensors] == [id(p) for p in before.tensors]
+        parameters = FlatParameters.of_groups(self.param_groups)
         if parameters.device != self._generator.device:  # the model was moved after the optimizer was made
             self._generator = torch.Generator(parameters.device).manual_seed(self._generator.initial_seed())
-        if not kept or (parameters.dtype, parameters.device) != (before.dtype, before.device):
+        if not self._are_known(parameters):
             self._carried.forget()
             self.preconditioner.reset()
             if self._glide is not None:
                 self._glide = Glide(self._glide.momentum)
         self._parameters = parameters
         return parameters
+
+    def _are_known(self, parameters: FlatParameters) -> bool:
+        """Whether what is carried from step to step belongs to these parameters."""
+        before = self._parameters
+        kept = [id(p) for p in parameters.tensors] == [id(p) for p in before.tensors]
+        return kept and (parameters.dtype, parameters.device) == (before.dtype, before.device)
 
     def _descent(self, parameters: FlatParameters) -> Descent:
         return Descent(
@@ -465,19 +471,25 @@ class SaddleFreeNewton(Optimizer):
         Where the basis is sharded, all processes have to call it: remembered steps are put together, so that they can
         be shared out among another number of processes.
         """
-        state = super().state_dict()
+        state, parameters = super().state_dict(), self._parameters
+        carried, preconditioner, glide = self._carried, self.preconditioner, self._glide
         with suppress(ValueError):  # nothing to train just now: what is known belongs to what was trained before
-            self._current_parameters()
-        store, size = self._store(), self._parameters.size
-        shared_out = self.basis == "sharded" and self._processes is not None
-        whole = self.memory.mapped(lambda part: store.whole(part, size).cpu()) if shared_out else self.memory
-        state["newton"] = replace(self._carried, memory=whole).state_dict() | {
+            parameters = FlatParameters.of_groups(self.param_groups)
+        if not self._are_known(parameters):  # a state of what is trained now, of which nothing is known yet
+            carried, preconditioner = deepcopy((carried, preconditioner))
+            carried.forget()
+            preconditioner.reset()
+            glide = None if glide is None else Glide(glide.momentum)
+        store, size, memory = self._store(), self._parameters.size, carried.memory
+        if self.basis == "sharded" and self._processes is not None:
+            memory = memory.mapped(lambda part: store.whole(part, size).cpu())
+        state["newton"] = replace(carried, memory=memory).state_dict() | {
             "damping": self.damping.state_dict(),
-            "coordinates": type(self.preconditioner).__name__,
-            "preconditioner": self.preconditioner.state_dict(),
-            "glide": None if self._glide is None else self._glide.state_dict(),
+            "coordinates": type(preconditioner).__name__,
+            "preconditioner": preconditioner.state_dict(),
+            "glide": None if glide is None else glide.state_dict(),
             "generator": self._generator.get_state(),
-            "layout": [list(shape) for shape in self._parameters.layout],
+            "layout": [list(shape) for shape in parameters.layout],
         }
         return state
 

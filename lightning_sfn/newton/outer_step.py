@@ -261,7 +261,8 @@ def take_outer_step(
         operator.close()
     space = model.space
     carried.note_curvature(space, model.ends[0])
-    shown = replace(model, space=space.of_products()) if carried.memory.has_secants else model
+    own = space.of_products() if carried.memory.has_secants else space
+    shown = model if own is space else replace(model, space=own)
     lowest, highest = shown.ends
     norms = torch.stack([norm(gradient), norm(lowest), norm(highest)]).cpu()
     record = StepRecord(

@@ -197,6 +197,8 @@ class Spectrum:
             given[name] = torch.as_tensor(given[name], dtype=torch.float64, device="cpu")
         if given["eigenvalues"].shape != given["residuals"].shape:
             raise ValueError("There are not as many residuals as eigenvalues.")
+        if "rounding" not in given and len(given["residuals"]):  # of an earlier version: each residual includes it
+            given["rounding"] = float(given["residuals"].min())
         if given.get("density") is not None:
             given["density"] = SpectralDensity.from_dict(given["density"])
         return cls(**given)

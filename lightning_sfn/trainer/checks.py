@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sfn.newton.options import is_number, is_whole
 
 __all__ = [
     "misconfigured",
@@ -45,7 +46,7 @@ def require_count(name: str, value: Any, least: int = 1, *, of: str = "", otherw
     Raises:
         MisconfigurationException: The value is none of those.
     """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    whole = is_whole(value)
     if not (whole and value >= least) and not _is_one_of(value, otherwise):
         counted = f" of {of}" if of else ""
         wanted = f"a positive number{counted}" if least == 1 else f"a number{counted} of at least {least}"
@@ -64,7 +65,7 @@ def require_number(name: str, value: Any, least: float = 0.0) -> None:
     Raises:
         MisconfigurationException: The value is none of those.
     """
-    if not (_is_number(value) and math.isfinite(value) and value >= least):
+    if not (is_number(value) and math.isfinite(value) and value >= least):
         _refuse(name, value, f"a number of at least {least:g}")
 
 
@@ -78,7 +79,7 @@ def require_share(name: str, value: Any) -> None:
     Raises:
         MisconfigurationException: The value is none.
     """
-    if not (_is_number(value) and 0 < value <= 1):
+    if not (is_number(value) and 0 < value <= 1):
         _refuse(name, value, "a share above 0 and up to 1")
 
 
@@ -125,10 +126,6 @@ def require_factory(optimizer: Any) -> None:
             f"optimizer is an object of class {type(optimizer).__name__}, but something that makes one from "
             "parameters is expected: SaddleFreeNewton itself, or functools.partial(SaddleFreeNewton, ...)."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_one_of(value: Any, choices: Sequence[Any]) -> bool:

@@ -94,12 +94,13 @@ class SaddleFreeNewtonMixin(LightningModule):
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
         with misconfigured():
-            require_positive_or_none("max_grad_norm", max_grad_norm)
-            require_positive_or_none("max_step_norm", max_step_norm)
+            self._bounds = {
+                "max_grad_norm": require_positive_or_none("max_grad_norm", max_grad_norm),
+                "max_step_norm": require_positive_or_none("max_step_norm", max_step_norm),
+            }
         if scheduler_monitor is not None:
             require_name("scheduler_monitor", scheduler_monitor)
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
-        self._bounds = {"max_grad_norm": max_grad_norm, "max_step_norm": max_step_norm}
         self._scheduler_monitor = scheduler_monitor
         self._drivers: list[_ManualNewton] = []
         self._restored: list[dict[str, Any]] = []

@@ -142,7 +142,8 @@ class PlateauWatch(EarlyStopping):
         """Checks where `EarlyStopping` does, unless the metric is one of training, whose mean is not known yet."""
         if self._left_open and not self._should_skip_check(trainer):
             self._see_source(trainer)
-            self._awaited = self.monitor not in trainer.callback_metrics
+            absent = self.monitor not in trainer.callback_metrics  # on some ranks, perhaps; all check at one place
+            self._awaited = trainer.strategy.reduce_boolean_decision(absent, all=False)
             if self._of_training or self._awaited:
                 return
         super().on_validation_end(trainer, pl_module)
@@ -158,7 +159,8 @@ class PlateauWatch(EarlyStopping):
     def _see_source(self, trainer: Trainer) -> None:
         if not self._of_training:
             name = self.monitor
-            self._of_training = is_of_training(trainer, name) and not is_of_validation(trainer, name)
+            found = is_of_training(trainer, name) and not is_of_validation(trainer, name)
+            self._of_training = trainer.strategy.reduce_boolean_decision(found, all=False)
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         """Checks in the place where `EarlyStopping` does, which sees metrics of the same epoch."""

@@ -518,6 +518,20 @@ def test_a_state_is_of_the_parameters_that_there_are_when_it_is_taken(change: st
     assert torch.equal(flat(again.parameters), flat(case.parameters))
 
 
+def test_to_take_a_state_changes_nothing() -> None:
+    """As for a checkpoint while a part of the model is frozen for a moment."""
+    case, again = make("mlp"), make("mlp")
+    optimizers = [SaddleFreeNewton(each.parameters, heavy_ball=0.9) for each in (case, again)]
+    for step in range(8):
+        for optimizer, each in zip(optimizers, (case, again), strict=True):
+            optimizer.step(each.closure)
+        if step == 4:
+            case.parameters[0].requires_grad_(False)
+            optimizers[0].state_dict()
+            case.parameters[0].requires_grad_(True)
+    assert torch.equal(flat(again.parameters), flat(case.parameters))
+
+
 def test_a_state_taken_while_everything_is_frozen_is_that_of_before() -> None:
     case = make("mlp")
     optimizer = SaddleFreeNewton(case.parameters)

@@ -128,6 +128,14 @@ def test_the_index_counts_values_that_are_negative_beyond_rounding() -> None:
     }
 
 
+def test_a_spectrum_that_was_saved_without_its_rounding_claims_no_more_than_before() -> None:
+    values = torch.tensor([-1e-9, 5.0], dtype=torch.float64)
+    saved = Spectrum(values, torch.full((2,), 1e-6, dtype=torch.float64), 0.5, 0.25, 2, rounding=1e-6).to_dict()
+    del saved["rounding"]
+    assert not Spectrum.from_dict(saved).has_negative_curvature
+    assert Spectrum.from_dict(saved).negative_fraction == 0
+
+
 @pytest.mark.parametrize("hvp", ["auto", "recompute"])
 def test_a_loss_that_changes_is_no_function_to_have_a_spectrum(hvp: ProductMethod) -> None:
     noise, x = torch.Generator().manual_seed(0), torch.ones(3, requires_grad=True)

@@ -184,6 +184,15 @@ def test_attention_rounds_otherwise_where_another_kernel_takes_its_place(name: s
     assert not mode.rounds_otherwise
 
 
+@pytest.mark.parametrize("name", ["layer", "function"])
+def test_frozen_attention_is_left_alone(name: str) -> None:
+    build, of = ATTENTION[name]
+    model, x = build().requires_grad_(False), torch.randn(3, 5, 4)
+    with FastSecondDerivatives() as mode:
+        of(model, x)
+    assert not mode.rounds_otherwise
+
+
 def test_attention_under_autocast_and_in_a_chosen_kernel() -> None:
     """A choice that leaves the differentiable kernel out is the user's own, who is told what it costs."""
     x = torch.randn(1, 2, 3, 4, requires_grad=True)
@@ -209,7 +218,7 @@ def test_attention_under_autocast_and_in_a_chosen_kernel() -> None:
 
 def test_masks_of_attention_on_another_device_are_left_to_its_own_kernel() -> None:
     """They would be others than those of an evaluation without a product."""
-    x = torch.randn(1, 2, 3, 4, device="meta")
+    x = torch.randn(1, 2, 3, 4, device="meta", requires_grad=True)
     with FastSecondDerivatives() as mode:
         F.scaled_dot_product_attention(x, x, x, None, 0.5)
         F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)

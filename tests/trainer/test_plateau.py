@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sfn import SwitchToSFN
@@ -206,6 +207,37 @@ def test_what_training_logs_is_checked_at_the_end_of_its_epochs(monitor: str, op
 def test_what_validation_logs_is_checked_after_each_validation() -> None:
     assert [step for step, _ in checks_of("val_loss", val_check_interval=0.5)] == [2, 4, 6, 8]
     assert [step for step, _ in checks_of("val_loss", check_val_every_n_epoch=2, epochs=4)] == [8, 16]
+
+
+class OtherRank(Validated):
+    """Logs nothing."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "both"])
+def test_a_rank_that_logs_nothing_takes_part_where_the_others_do(monitor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decision is a collective: a rank that made one more, or one elsewhere, would leave the others waiting."""
+    calls: list[int] = []
+    answers: list[bool] = []
+
+    def decide(strategy: SingleDeviceStrategy, decision: bool, all: bool = True) -> bool:
+        calls.append(trainer.global_step)
+        if len(calls) > len(answers):
+            answers.append(decision)
+        return answers[len(calls) - 1]
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", decide)
+    seen = []
+    for module in (Validated(), OtherRank()):
+        callback = SwitchToSFN(monitor, patience=99, strict=False)
+        trainer = make_trainer(2, callbacks=[callback], val_check_interval=0.5)
+        trainer.fit(module, regression_loader(), regression_loader())
+        seen.append(list(calls))
+        calls.clear()
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 4
 
 
 @pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {}])

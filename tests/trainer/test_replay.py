@@ -82,6 +82,19 @@ def test_loss_and_gradient_are_lightnings_own_bit_for_bit() -> None:
     assert len(set(replaying.losses)) == 12
 
 
+class OfThatName(Fitting):
+    """Has a method of the name that the mixin gives its replays."""
+
+    def _replay_step(self, batch: Any, batch_idx: int) -> Any:
+        raise AssertionError("this is the module's own")
+
+
+def test_a_replay_is_the_training_step_whatever_else_a_module_has() -> None:
+    replaying = Replaying()
+    make_trainer(1, callbacks=[replaying]).fit(OfThatName(), regression_loader())
+    replaying.assert_faithful(steps=4)
+
+
 def test_replay_without_the_recorded_random_state_is_another_function() -> None:
     """The control of the test above: dropout and noise do change the loss."""
     seen: list[tuple[float, float]] = []

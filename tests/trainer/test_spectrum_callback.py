@@ -592,6 +592,19 @@ class NoCurvature(Replayed):
         return loss + (weight - weight.detach()).abs().pow(1.5).sum()
 
 
+class Ruined(Fitting):
+    """Its weights are no numbers from the second batch on."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.net[0].weight.data.fill_(float("nan"))
+
+
+def test_parameters_that_are_no_numbers_have_not_moved() -> None:
+    spectrum = HessianSpectrum(krylov_dim=4, log=False)
+    make_trainer(2, callbacks=[spectrum]).fit(Ruined(), regression_loader())
+    assert [found.nonfinite > 0 for _, found in spectrum.history] == [True, True]
+
+
 @pytest.mark.parametrize("kind", [NotANumber, NoCurvature])
 @pytest.mark.parametrize("density", [False, True])
 def test_numbers_that_are_not_finite_are_counted_and_never_written(kind: type[Fitting], density: bool) -> None:

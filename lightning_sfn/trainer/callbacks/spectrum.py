@@ -141,7 +141,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         self._saved_batches: list[Any] | None = None
         self._saved_count: int | None = None  # what num_batches was when they were drawn
         self._probed_at = -1
-        self._probed_point: list[float] | None = None  # figures of the parameters at the last spectrum of this fit
+        self._probed_point: Tensor | None = None  # figures of the parameters at the last spectrum of this fit
         self._checked = self._warned = False
         self._missed = False  # whether the last try gave no spectrum
 
@@ -225,7 +225,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             return
         place = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         # A step at the very end of an epoch that was cut short counts as none of its own.
-        moved = self._probed_point is not None and self._probed_point != _figures(pl_module)
+        moved = self._probed_point is not None and not _are_same(self._probed_point, _figures(pl_module))
         if trainer.strategy.reduce_boolean_decision(moved or self._probed_at != trainer.global_step, all=False):
             self._take(trainer, pl_module, place)
         if self._missed or self.last is None:
@@ -367,13 +367,18 @@ def _patterns_of(groups: Any) -> dict[str, list[str]]:
     return {name: list(several) for name, several in patterns.items()}
 
 
-def _figures(module: LightningModule) -> list[float]:
-    """Sums and norms of the parameters: a step that changes parameters changes these."""
+def _figures(module: LightningModule) -> Tensor:
+    """Sums and norms of the parameters, float64, on the CPU: a step that changes parameters changes these."""
     figures = []
     for p in (p.detach() for p in module.parameters() if p.requires_grad):
         dtype = torch.promote_types(p.dtype, torch.float32)
-        figures += [float(p.sum(dtype=dtype)), float(torch.linalg.vector_norm(p, dtype=dtype))]
-    return figures
+        figures += [p.sum(dtype=dtype).double(), torch.linalg.vector_norm(p, dtype=dtype).double()]
+    return torch.stack(figures).cpu() if figures else torch.empty(0, dtype=torch.float64)
+
+
+def _are_same(figures: Tensor, others: Tensor) -> bool:
+    """Whether two lists of figures are equal; parameters that are NaN stay what they are."""
+    return figures.shape == others.shape and torch.allclose(figures, others, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _signed_log(values: Tensor) -> Tensor:
