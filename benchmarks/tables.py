@@ -228,7 +228,7 @@ def _standings(*, tuning: bool | None, name: str = "race") -> tuple[list[Standin
     return standings(runs, {t.name: t.kind for t in tasks.values() if tuning in (t.tuning, None)}), results
 
 
-def race(*, tuning: bool | None, name: str = "race", command: str = "python benchmarks/race.py") -> str:
+def race(*, tuning: bool | None, name: str = "race", command: str = "") -> str:
     """Final losses of all methods on one half of the suite, or on both."""
     rows, results = _standings(tuning=tuning, name=name)
     methods = [m for m in METHODS if any(m in row.losses for row in rows)]
@@ -239,6 +239,7 @@ def race(*, tuning: bool | None, name: str = "race", command: str = "python benc
         for row in rows
     ]
     with_, seconds = results["conditions"], results["runs"][0]["seconds"]
+    command = command or f"python benchmarks/race.py --seconds {seconds:g}"
     note = (
         f"\nFull training loss after {seconds:g} s: median of the seeds (lowest to highest); the best is bold. "
         f"Measured by `{command}` on {with_['cores']} cores, {with_['threads']} thread, torch {with_['torch']}; "
