@@ -391,10 +391,7 @@ class SaddleFreeNewton(Optimizer):
         if parameters.device != self._generator.device:  # the model was moved after the optimizer was made
             self._generator = torch.Generator(parameters.device).manual_seed(self._generator.initial_seed())
         if not self._are_known(parameters):
-            self._carried.forget()
-            self.preconditioner.reset()
-            if self._glide is not None:
-                self._glide = Glide(self._glide.momentum)
+            self._glide = _forgotten(self._carried, self.preconditioner, self._glide)
         self._parameters = parameters
         return parameters
 
@@ -477,9 +474,7 @@ class SaddleFreeNewton(Optimizer):
             parameters = FlatParameters.of_groups(self.param_groups)
         if not self._are_known(parameters):  # a state of what is trained now, of which nothing is known yet
             carried, preconditioner = deepcopy((carried, preconditioner))
-            carried.forget()
-            preconditioner.reset()
-            glide = None if glide is None else Glide(glide.momentum)
+            glide = _forgotten(carried, preconditioner, glide)
         store, size, memory = self._store(), self._parameters.size, carried.memory
         if self.basis == "sharded" and self._processes is not None:
             memory = memory.mapped(lambda part: store.whole(part, size).cpu())
@@ -532,6 +527,13 @@ class SaddleFreeNewton(Optimizer):
         if self._glide is not None and newton.get("glide") is not None:
             self._glide.load_state_dict(moved_to(*own_kind, newton["glide"]))
         _take_over(self._generator, newton["generator"].cpu())
+
+
+def _forgotten(carried: Carried, preconditioner: Preconditioner, glide: Glide | None) -> Glide | None:
+    """Lets steps forget what belongs to other parameters; returns a new glide, if there is one."""
+    carried.forget()
+    preconditioner.reset()
+    return None if glide is None else Glide(glide.momentum)
 
 
 def _take_over(generator: torch.Generator, state: Tensor) -> None:

@@ -117,8 +117,6 @@ def _tanh_layer(
 
 
 def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in (query, *args[:2], *kwargs.values())):
-        return None
     dropout = args[3] if len(args) > 3 else kwargs.get("dropout_p", 0.0)
     return _by_math(F.scaled_dot_product_attention, query, dropout, query, *args, **kwargs)
 
@@ -129,14 +127,17 @@ def _attention_layer(*args: Any, **kwargs: Any) -> Any:
     given = call.arguments
     if given["need_weights"]:
         return None  # written out by PyTorch itself
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in given.values()):
-        return None
     dropout = given["dropout_p"] if given["training"] else 0.0
     return _by_math(F.multi_head_attention_forward, given["query"], dropout, *args, **kwargs)
 
 
 def _by_math(function: Callable[..., Any], query: Tensor, dropout: float, *args: Any, **kwargs: Any) -> Any:
-    """Attention by the one kernel with second derivatives; ``None`` where that is taken anyway, or ruled out."""
+    """Attention by the one kernel with second derivatives; ``None`` where that is taken anyway, or ruled out.
+
+    Frozen attention needs none.
+    """
+    if not any(isinstance(given, Tensor) and given.requires_grad for given in (query, *args, *kwargs.values())):
+        return None
     if not (any(enabled() for enabled in _FUSED) and _BY_MATH()):
         return None
     if dropout > 0 and query.device.type != "cpu":

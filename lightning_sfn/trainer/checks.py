@@ -1,13 +1,12 @@
 """Checks of the options of callbacks, strategies and the mixin, each with one sentence about what is expected."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_sfn.newton.options import is_number, is_whole
+from lightning_sfn.newton.options import is_number, is_whole, require_at_least
 
 __all__ = [
     "misconfigured",
@@ -65,8 +64,8 @@ def require_number(name: str, value: Any, least: float = 0.0) -> None:
     Raises:
         MisconfigurationException: The value is none of those.
     """
-    if not (is_number(value) and math.isfinite(value) and value >= least):
-        _refuse(name, value, f"a number of at least {least:g}")
+    with misconfigured():
+        require_at_least(name, value, least)
 
 
 def require_share(name: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.options import require_positive_or_none
 from lightning_sfn.newton.randomness import RandomState
@@ -147,7 +147,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         """
         if not self._drivers:
             self._prepare()
-        with _full_precision(self.device):
+        with without_autocast():  # Lightning's, around this method: Lanczos amplifies rounding noise
             losses = [driver.record(batch, batch_idx, loss) for driver, loss in self._pairs()]
             if self._drivers[0].ready:
                 self._step_all(losses)
@@ -198,7 +198,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         """Ends the window with the epoch, where a hook cut that short, and steps the schedulers of epochs."""
         super().on_train_epoch_end()
         if self._drivers and self._drivers[0].waiting:
-            with _full_precision(self.device):
+            with without_autocast():
                 self._step_all([None] * len(self._drivers))
         self._step_schedulers("epoch", self.trainer.current_epoch + 1)
 
@@ -340,10 +340,3 @@ def _require_loss(returned: Any, who: str) -> Tensor:
         f"objective(batch) of {who} returned {what}, but the loss as a scalar tensor with its graph is expected, for "
         "every batch: reduce it, for instance by .mean()."
     )
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Leaves the autocast context in which Lightning calls `training_step`: Lanczos amplifies rounding noise."""
-    with torch.autocast(device.type, enabled=False):
-        yield

@@ -23,7 +23,7 @@ from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
-from lightning_sfn.trainer.recording import RecordedStep
+from lightning_sfn.trainer.recording import RecordedStep, own_copies
 from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
 from lightning_sfn.trainer.takeover import resting_groups
@@ -67,7 +67,7 @@ class ProbeBatches:
 
     def hold(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Copies a batch, which the step that follows may change in place, until `keep` or another batch."""
-        self._held = None if self.fixed else _copied(step_arguments(trainer, batch_idx, batch))
+        self._held = None if self.fixed else own_copies(step_arguments(trainer, batch_idx, batch))
 
     def keep(self, trainer: Trainer) -> None:
         """Keeps the batch that is held, if this process' share is not complete yet."""
@@ -132,7 +132,7 @@ class ProbeBatches:
 
         def closure(step: RecordedStep) -> Closure:
             def fresh() -> Any:  # of a copy, since the step may change its batch in place
-                copy = replace(step, args=_copied(step.args))
+                copy = replace(step, args=own_copies(step.args))
                 return replay_closure(trainer, module, copy, with_output=with_output, dtype=dtype)()
 
             return fresh
@@ -284,10 +284,6 @@ def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:
 def step_arguments(trainer: Trainer, batch_idx: int, batch: Any) -> tuple[Any, ...]:
     """What Lightning would call `training_step` with: the batch, and its index if the step takes one."""
     return tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
-
-
-def _copied(value: Any) -> Any:
-    return apply_to_collection(value, Tensor, torch.clone)
 
 
 def _to(value: Any, device: torch.device) -> Any:
