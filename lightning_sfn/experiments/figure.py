@@ -173,12 +173,7 @@ def new_canvas(rows: int, columns: int, *, width: float = 3.4, height: float = 2
 
 
 def save_picture(canvas: Canvas, path: Path) -> None:
-    """Saves a figure as PNG and PDF, and closes it.
-
-    Args:
-        canvas: The figure.
-        path: Path without suffix.
-    """
+    """Saves a figure as PNG and PDF, and closes it."""
     from matplotlib import pyplot as plt
 
     canvas.savefig(path.with_suffix(".png"), dpi=90)

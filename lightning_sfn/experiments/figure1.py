@@ -105,12 +105,6 @@ def points_from_trajectory(*, source: str, seed: int, settings: Settings, device
 def points_from_uniform_weights(*, source: str, seed: int, settings: Settings, device: str) -> Result:
     """Critical points near weights drawn uniformly from the cube [-1, 1]^n.
 
-    Args:
-        source: Where MNIST comes from.
-        seed: Seed of the weights.
-        settings: Sizes.
-        device: Where to compute.
-
     Returns:
         The ends of the searches.
     """
@@ -127,12 +121,6 @@ def points_from_uniform_weights(*, source: str, seed: int, settings: Settings, d
 
 def points_from_sgd(*, source: str, seed: int, settings: Settings, device: str) -> Result:
     """Critical points near deep networks that SGD trained on CIFAR-10 for a random number of epochs.
-
-    Args:
-        source: Where CIFAR-10 comes from.
-        seed: Seed of the networks.
-        settings: Sizes.
-        device: Where to compute.
 
     Returns:
         The ends of the searches.

@@ -108,12 +108,6 @@ def trajectory(surface: str, method: str, settings: Settings) -> Result:
 def step_at(function: Callable[[Tensor], Tensor], point: Tensor, method: str, settings: Settings) -> Tensor:
     """One step of a method at a point, by the rules of `SaddleFreeNewton`, with all eigenvectors.
 
-    Args:
-        function: The function.
-        point: Shape (2,), float64.
-        method: As in `trajectory`.
-        settings: Sizes.
-
     Returns:
         The step, shape (2,).
     """

@@ -72,10 +72,6 @@ class Settings:
 def momentum_schedule(update: int, *, largest: float) -> float:
     """The momentum of an update: ``min(1 - 2^(-1 - log2(floor(t / 250) + 1)), largest)``.
 
-    Args:
-        update: Updates done before, t.
-        largest: Where it ends.
-
     Returns:
         The momentum, Equation 5 of Sutskever et al. (2013).
     """

@@ -217,12 +217,7 @@ def measure(settings: Settings, context: Context) -> Result:
 
 
 def draw(axes: tuple[Axes, Axes], runs: list[Result]) -> None:
-    """Learning curves, and the Krylov eigenvalues of the SGD and of the SFN solution.
-
-    Args:
-        axes: Panels (c) and (d).
-        runs: The seeds' results.
-    """
+    """Learning curves, and the Krylov eigenvalues of the SGD and of the SFN solution."""
     left, right = axes
     labels = {"start": "SGD", "sgd": "SGD continued", "saddle_free": "SGD + SFN", "truncated_newton": "SGD + truncated"}
     colours = COLOURS | {"start": COLOURS["sgd"], "sgd": "tab:cyan"}

@@ -43,11 +43,7 @@ class Problem:
         return FlatParameters(self.model.parameters())
 
     def objective(self, rows: Tensor | None = None) -> Objective:
-        """The mean loss over some cases, all by default, in parts.
-
-        Args:
-            rows: Indices of the cases.
-        """
+        """The mean loss over some cases, all by default, in parts."""
         cases = self.cases if rows is None else self.cases[rows]
         parts = torch.split(cases, self.part)
         return Objective([partial(self.loss, part) for part in parts], [len(part) for part in parts])

@@ -61,9 +61,6 @@ def main(arguments: Sequence[str]) -> None:
 def find_figure(name: str) -> Figure:
     """Look a figure up.
 
-    Args:
-        name: A key of `FIGURES`.
-
     Returns:
         The figure.
 

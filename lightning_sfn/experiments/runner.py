@@ -124,12 +124,7 @@ class Runner:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is there in full or not at all.
-
-    Args:
-        path: The file.
-        text: Its content.
-    """
+    """Writes a file so that it is there in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text)

@@ -66,9 +66,6 @@ def load_split(source: str | Path, split: str, columns: Sequence[str] = ()) -> D
 def is_hub_id(source: str | Path) -> bool:
     """Tell whether a source is looked up on the Hugging Face Hub.
 
-    Args:
-        source: What `load_split` takes.
-
     Returns:
         True if nothing of that name exists on disk and the name has the form ``owner/name``.
     """

@@ -18,7 +18,6 @@ class Autocast:
     """Which kinds of devices compute in mixed precision where this is made, and in which dtype."""
 
     def __init__(self) -> None:
-        """See the class."""
         self._dtypes = {kind: torch.get_autocast_dtype(kind) for kind in _kinds() if torch.is_autocast_enabled(kind)}
 
     @contextmanager

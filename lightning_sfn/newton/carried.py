@@ -98,12 +98,7 @@ class Carried:
         }
 
     def load_state_dict(self, state: dict[str, Any], store: BasisStore) -> None:
-        """Takes over what `state_dict` gave, remembered steps whole.
-
-        Args:
-            state: The state.
-            store: How remembered steps are kept.
-        """
+        """Takes over what `state_dict` gave, remembered steps whole."""
         self.memory.load_state_dict(state["memory"])
         self.memory = self.memory.mapped(lambda vector: store.local(store.working(vector)))
         self.escape = None if state["escape"] is None else store.working(state["escape"])

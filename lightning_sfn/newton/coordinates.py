@@ -30,7 +30,6 @@ class AutoPreconditioner(Preconditioner):
     """
 
     def __init__(self, factors: KroneckerFactors | None = None, diagonal: DiagonalPreconditioner | None = None) -> None:
-        """See the class."""
         self.factors = factors or KroneckerFactors(min_rows=1.0, min_coverage=0.5)
         self.diagonal = diagonal or DiagonalPreconditioner()
         self._has_room = True

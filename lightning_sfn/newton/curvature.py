@@ -38,7 +38,6 @@ class CurvatureOperator(ABC):
     inaccuracy = 0.0
 
     def __init__(self, objective: Objective, parameters: FlatParameters | Iterable[Tensor]) -> None:
-        """See the class."""
         self.objective = objective
         self.parameters = parameters if isinstance(parameters, FlatParameters) else FlatParameters(parameters)
         self.products = 0
@@ -170,7 +169,6 @@ class HessianOperator(CurvatureOperator):
         retention: Retention = "auto",
         budget: GraphBudget | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(objective, parameters)
         self._budget = budget or GraphBudget()
         self._graphs = GraphStore(

@@ -60,7 +60,6 @@ class Damping(ABC):
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self.value: float | None = None
 
     @abstractmethod
@@ -101,7 +100,6 @@ class FixedDamping(Damping):
     """
 
     def __init__(self, value: float) -> None:
-        """See the class."""
         super().__init__()
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"damping is {value}, but a positive number is expected.")
@@ -127,7 +125,6 @@ class GridDamping(Damping):
     """
 
     def __init__(self, values: Sequence[float] = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)) -> None:
-        """See the class."""
         super().__init__()
         if not values or any(not (math.isfinite(v) and v > 0) for v in values):
             raise ValueError(f"The damping grid is {list(values)}, but at least one positive number is expected.")
@@ -150,7 +147,6 @@ class _Decreases:
     """
 
     def __init__(self, trials: TrialLosses, baseline: float) -> None:
-        """See the class."""
         self.trials, self.baseline = trials, baseline
         self.losses: dict[float, float] = {}
 
@@ -184,7 +180,6 @@ class WarmDamping(Damping):
     _INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # times the largest absolute eigenvalue
 
     def __init__(self) -> None:
-        """See the class."""
         super().__init__()
         self._side = 0  # where to look first: -1 for less damping, 1 for more, 0 for both
 

@@ -61,9 +61,6 @@ _KNOWN: tuple[tuple[str, str], ...] = (
 def explain(error: Exception) -> CurvatureError:
     """Turns an autograd error met in a second derivative into one sentence.
 
-    Args:
-        error: What autograd raised.
-
     Returns:
         The error to raise in its place (``raise explain(error) from error``).
     """
@@ -89,9 +86,6 @@ def require_double_backward(loss: Tensor) -> None:
 
     That through a ``once_differentiable`` function is pruned to zero when gradients are asked for by input, that of
     PyTorch's weight normalisation takes norms for constants; curvature would be silently wrong.
-
-    Args:
-        loss: A loss with its graph.
 
     Raises:
         CurvatureError: There is such a function in the graph.

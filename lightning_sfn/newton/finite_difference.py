@@ -34,7 +34,6 @@ class FiniteDifferenceOperator(CurvatureOperator):
     def __init__(
         self, objective: Objective, parameters: FlatParameters | Iterable[Tensor], *, step: float | None = None
     ) -> None:
-        """See the class."""
         super().__init__(objective, parameters)
         if step is not None and step <= 0:
             raise ValueError(f"The finite-difference step is {step}, but a positive length is expected.")

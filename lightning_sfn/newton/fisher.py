@@ -47,7 +47,6 @@ class FisherOperator(CurvatureOperator):
         retention: Retention = "auto",
         budget: GraphBudget | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(objective, parameters)
         # The random numbers of each part are replayed inside the part's own evaluations, so both see one model.
         divergences = [lambda index=index: _divergence(objective, index) for index in range(len(objective))]

@@ -50,7 +50,6 @@ class GaussNewtonOperator(CurvatureOperator):
         retention: Retention = "auto",
         budget: GraphBudget | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(objective, parameters)
         self._checked: set[int] = set()
         self._graphs: GraphStore[_OutputGraph] = GraphStore(

@@ -48,7 +48,6 @@ class GradientCovarianceOperator(CurvatureOperator):
         retention: Retention = "auto",
         budget: GraphBudget | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(objective, parameters)
         self._graphs: GraphStore[OutputJacobian] = GraphStore(
             objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors

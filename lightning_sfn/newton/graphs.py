@@ -50,7 +50,6 @@ class GraphBudget:
     """
 
     def __init__(self, limit: int = 2**30) -> None:
-        """See the class."""
         if limit < 0:
             raise ValueError(f"graph_bytes is {limit}, but a number of bytes of zero or more is expected.")
         self.limit = limit
@@ -110,7 +109,6 @@ class GraphStore(Generic[Graph]):
         excluded: Sequence[Tensor],
         slimmed: Callable[[Graph], Graph] = lambda graph: graph,
     ) -> None:
-        """See the class."""
         self._sizes, self._retention, self._budget, self._excluded = sizes, retention, budget, excluded
         self._slimmed = slimmed
         self._keep: list[bool] | None = None  # which graphs, once the first is asked for

@@ -25,7 +25,6 @@ class OutputJacobian:
     """
 
     def __init__(self, output: Tensor, tensors: Sequence[Tensor]) -> None:
-        """See the class."""
         self.output = output
         self._tensors = tensors
         self._cotangent = torch.zeros_like(output, requires_grad=True)

@@ -101,7 +101,6 @@ class KroneckerFactors(Preconditioner):
         min_coverage: float = 0.0,
         probes: int = 1,
     ) -> None:
-        """See the class."""
         if targets not in ("sampled", "given"):
             raise ValueError(f"targets is {targets!r}, but 'sampled' or 'given' is expected.")
         self.refresh_every = require_whole("refresh_every", refresh_every, 1)

@@ -28,7 +28,6 @@ class StepMemory:
     """
 
     def __init__(self, capacity: int, *, secants: bool) -> None:
-        """See the class."""
         if capacity < 0:
             raise ValueError(f"previous_directions is {capacity}, but a count of zero or more is expected.")
         self._steps: deque[Direction] = deque(maxlen=capacity)

@@ -81,7 +81,6 @@ class Objective:
         self_seeding: bool = False,
         reduce: ProcessMean | None = None,
     ) -> None:
-        """See the class."""
         if not closures:
             raise ObjectiveError("An objective needs at least one closure, but none was given.")
         for closure in closures:

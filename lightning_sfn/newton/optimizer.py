@@ -137,7 +137,6 @@ class SaddleFreeNewton(Optimizer):
         check_ranks: bool = False,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         lr = require_at_least("lr", lr, 0.0)
         self.inner_steps = require_whole("inner_steps", inner_steps, 1)
         self.exploration = require_at_least("exploration", exploration, 0.0)

@@ -20,30 +20,17 @@ __all__ = [
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether something is a number, NumPy's included; a boolean is none.
-
-    Args:
-        value: What was given.
-    """
+    """Whether something is a number, NumPy's included; a boolean is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether something is an integer, NumPy's included; a boolean is none.
-
-    Args:
-        value: What was given.
-    """
+    """Whether something is an integer, NumPy's included; a boolean is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def require_at_least(name: str, value: float, minimum: float) -> float:
     """Refuses what is no finite number, or is below a minimum.
-
-    Args:
-        name: The option.
-        value: What was given for it.
-        minimum: The least value.
 
     Returns:
         The number as Python's own: with one of NumPy's in single precision, everything would be computed in that.
@@ -58,11 +45,6 @@ def require_at_least(name: str, value: float, minimum: float) -> float:
 
 def require_whole(name: str, value: float, minimum: int) -> int:
     """Refuses what is no whole number, or is below a minimum.
-
-    Args:
-        name: The option.
-        value: What was given for it.
-        minimum: The least value.
 
     Returns:
         The number as an integer: ``2e9`` is one too, as configuration files have it.
@@ -79,9 +61,6 @@ def require_whole(name: str, value: float, minimum: int) -> int:
 def require_seed(seed: Any) -> int:
     """Refuses what seeds no random generator.
 
-    Args:
-        seed: What was given for it.
-
     Returns:
         The seed as an integer.
 
@@ -95,10 +74,6 @@ def require_seed(seed: Any) -> int:
 
 def require_positive_or_none(name: str, value: float | None) -> float | None:
     """Refuses a bound that is neither positive nor left out.
-
-    Args:
-        name: The option.
-        value: What was given for it.
 
     Returns:
         The bound as Python's own number.

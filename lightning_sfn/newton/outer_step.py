@@ -92,10 +92,6 @@ class Descent:
     def dimension(self, carried: Carried, size: int) -> int | None:
         """Number of Lanczos vectors of the next subspace.
 
-        Args:
-            carried: What the last step left.
-            size: Number of parameters.
-
         Returns:
             The number; ``None`` for the whole space.
         """

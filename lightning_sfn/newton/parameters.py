@@ -33,7 +33,6 @@ class FlatParameters:
     """
 
     def __init__(self, parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """See the class."""
         if isinstance(parameters, torch.nn.Module):
             raise ValueError(
                 f"The parameters were given as a module ({type(parameters).__name__}), but tensors are expected: pass "

@@ -159,7 +159,6 @@ class DiagonalPreconditioner(Preconditioner):
     """
 
     def __init__(self, decay: float = 0.9, floor: float = 1e-2) -> None:
-        """See the class."""
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}, but a number in [0, 1) is expected.")
         if floor <= 0:

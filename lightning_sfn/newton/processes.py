@@ -45,7 +45,6 @@ class Processes:
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
-        """See the class."""
         if not (dist.is_available() and dist.is_initialized()):
             raise ProcessError(
                 "There is no process group, but processes that share an objective need one: call "
@@ -238,7 +237,6 @@ class ProcessMean:
     """
 
     def __init__(self, processes: Processes, share: float | None = None) -> None:
-        """See the class."""
         self.processes = processes
         self.share = 1 / processes.size if share is None else share
 

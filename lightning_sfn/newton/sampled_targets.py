@@ -25,7 +25,6 @@ class ElementwiseLosses:
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        """See the class."""
         self._generator = generator
         self.elements: list[Tensor] = []
 

@@ -8,11 +8,7 @@ _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # what torch's 
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory ran out.
-
-    Args:
-        error: The error.
-    """
+    """Whether an error, or one that it was raised from, says that memory ran out."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True

@@ -58,7 +58,6 @@ class SpectrumSettings:
     density_probes: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
         least = {"krylov_dim": 1, "smallest": 0, "largest": 0, "max_products": self.krylov_dim, "density_probes": 0}
         for name, bound in least.items():
             number = getattr(self, name)

@@ -380,7 +380,6 @@ class _Candidates:
         origin: Tensor,
         trial: TrialLoss,
     ) -> None:
-        """See the class."""
         self._model, self._coordinates, self._parameters = model, coordinates, parameters
         self._origin, self._trial = origin, trial
         self.best: tuple[float, float, Tensor | None] = (math.inf, 0.0, None)  # loss, predicted decrease, step

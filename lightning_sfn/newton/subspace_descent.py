@@ -46,7 +46,6 @@ class KrylovSubspaceDescent(Optimizer):
     def __init__(
         self, params: Any, krylov_dim: int = 20, *, bfgs_steps: int = 20, curvature: CurvatureName = "hessian"
     ) -> None:
-        """See the class."""
         for name, count in (("krylov_dim", krylov_dim), ("bfgs_steps", bfgs_steps)):
             if count < 1:
                 raise ValueError(f"{name} is {count}, but a positive number is expected.")

@@ -40,13 +40,11 @@ class FastSecondDerivatives(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        """See the class."""
         super().__init__()
         self._hooks = saved_tensor_hooks()
         self.rounds_otherwise = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers one call of a torch function."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         if rule is not None and self._may(func, args[0] if args else kwargs.get("query")):

@@ -22,7 +22,6 @@ class Watch:
     """
 
     def __init__(self, capacity: int, device: torch.device, *, deaf: bool = False) -> None:
-        """See the class."""
         self._device, self._on_cuda = device, device.type == "cuda"
         self._deaf = deaf or device.type not in ("cpu", "cuda")
         self.is_prompt = self._deaf or not self._on_cuda

@@ -72,7 +72,6 @@ class WatchingWeights(TorchFunctionMode):
     """
 
     def __init__(self, parameters: Iterable[Tensor], losses: ElementwiseLosses | None) -> None:
-        """See the class."""
         super().__init__()
         self._ids = {id(p) for p in parameters}
         self._losses = losses
@@ -80,7 +79,6 @@ class WatchingWeights(TorchFunctionMode):
         self.uses: list[Use] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers one call of a torch function."""
         kwargs = kwargs or {}
         if func in _RULES:
             seen = _RULES[func](*args, **kwargs)

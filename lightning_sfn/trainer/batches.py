@@ -54,12 +54,7 @@ class Batches:
     even: bool = True
 
     def collect(self, steps: Sequence[RecordedStep], weights: BatchWeights) -> None:
-        """Adds batches.
-
-        Args:
-            steps: The batches.
-            weights: Their weights.
-        """
+        """Adds batches."""
         self.steps.extend(steps)
         self.weights.extend(weights.own)
         self.totals.extend(weights.totals)
@@ -107,11 +102,7 @@ class Batches:
 
 
 def cases_of(step: RecordedStep) -> float:
-    """Number of cases in a recorded batch; 1 where Lightning cannot tell.
-
-    Args:
-        step: The recorded step.
-    """
+    """Number of cases in a recorded batch; 1 where Lightning cannot tell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

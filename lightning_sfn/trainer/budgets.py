@@ -45,7 +45,6 @@ class DataBudgets:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
         require_count("gradient_batches", self.gradient_batches, otherwise=["epoch"])
         require_share("curvature_fraction", self.curvature_fraction)
         require_share("trial_fraction", self.trial_fraction)

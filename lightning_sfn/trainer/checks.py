@@ -56,11 +56,6 @@ def require_count(name: str, value: Any, least: int = 1, *, of: str = "", otherw
 def require_number(name: str, value: Any, least: float = 0.0) -> None:
     """Refuses what is no finite number, or is below a minimum.
 
-    Args:
-        name: The option.
-        value: What was given for it.
-        least: The least value.
-
     Raises:
         MisconfigurationException: The value is none of those.
     """
@@ -70,10 +65,6 @@ def require_number(name: str, value: Any, least: float = 0.0) -> None:
 
 def require_share(name: str, value: Any) -> None:
     """Refuses what is no share above 0 and up to 1.
-
-    Args:
-        name: The option.
-        value: What was given for it.
 
     Raises:
         MisconfigurationException: The value is none.
@@ -85,11 +76,6 @@ def require_share(name: str, value: Any) -> None:
 def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuses what is none of a few values.
 
-    Args:
-        name: The option.
-        value: What was given for it.
-        choices: The values.
-
     Raises:
         MisconfigurationException: The value is none of them.
     """
@@ -100,10 +86,6 @@ def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def require_name(name: str, value: Any) -> None:
     """Refuses what is no name of a metric.
 
-    Args:
-        name: The option.
-        value: What was given for it.
-
     Raises:
         MisconfigurationException: The value is none.
     """
@@ -113,9 +95,6 @@ def require_name(name: str, value: Any) -> None:
 
 def require_factory(optimizer: Any) -> None:
     """Refuses what cannot make an optimizer.
-
-    Args:
-        optimizer: What was given for ``optimizer``.
 
     Raises:
         MisconfigurationException: It is not callable.

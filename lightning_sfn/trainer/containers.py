@@ -23,11 +23,7 @@ def copy_of(container: Any) -> Any:
 
 
 def items_of(container: Any) -> Any:
-    """What a container holds: the values of a dictionary, the members of the others.
-
-    Args:
-        container: As for `copy_of`.
-    """
+    """What a container holds: the values of a dictionary, the members of the others."""
     if type(container) in _BUILT_IN:
         return container.values() if isinstance(container, dict) else container
     base: Any = _base(container)
@@ -35,12 +31,7 @@ def items_of(container: Any) -> Any:
 
 
 def refill(container: Any, copy: Any) -> None:
-    """Gives a container its old contents back.
-
-    Args:
-        container: As for `copy_of`.
-        copy: What `copy_of` gave.
-    """
+    """Gives a container its old contents back."""
     base: Any = _base(container)
     base.clear(container)
     if base is OrderedDict:  # whose update would call the methods of the derived class

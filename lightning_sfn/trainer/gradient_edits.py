@@ -15,24 +15,15 @@ class GradientEdits:
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self._after_backward: Tensor | None = None
         self.over = False
 
     def note(self, gradient: Tensor) -> None:
-        """Keeps the gradient as `backward` left it.
-
-        Args:
-            gradient: A copy of it.
-        """
+        """Keeps the gradient as `backward` left it."""
         self._after_backward = gradient
 
     def compare(self, gradient: Tensor) -> None:
-        """Warns if the gradient has been changed.
-
-        Args:
-            gradient: What the optimizer gets.
-        """
+        """Warns if the gradient has been changed."""
         before, self._after_backward = self._after_backward, None
         if before is None or self.over:
             return

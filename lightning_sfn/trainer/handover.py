@@ -19,9 +19,6 @@ def at_rest(configs: Sequence[Any]) -> list[Any]:
     """Copies of scheduler configurations whose interval never comes, so that Lightning steps none of them.
 
     They stay in its list for ``self.lr_schedulers()``, which reads that.
-
-    Args:
-        configs: Lightning's configurations.
     """
     return [replace(config, interval="rest") for config in configs]
 
@@ -38,7 +35,6 @@ class Handover:
     """
 
     def __init__(self, trainer: Trainer, schedulers: SchedulerRule) -> None:
-        """See the class."""
         self._trainer, self._rule = trainer, schedulers
         self.base: Optimizer = trainer.optimizers[0]
         self._configs: list[Any] = []

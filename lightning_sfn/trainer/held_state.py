@@ -39,7 +39,6 @@ class HeldState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """See the class."""
         self._modules: list[nn.Module] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []

@@ -25,12 +25,7 @@ _BY_TF32 = (nn.modules.conv._ConvNd, nn.RNNBase)  # what cuDNN computes with Ten
 
 @contextmanager
 def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Runs the body, one evaluation of `training_step`, in an `Isolation` of its own.
-
-    Args:
-        trainer: The module's Trainer.
-        module: The module.
-    """
+    """Runs the body, one evaluation of `training_step`, in an `Isolation` of its own."""
     with Isolation(trainer, module) as isolation:
         isolation.rewind()
         yield
@@ -56,7 +51,6 @@ class Isolation:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        """See the class."""
         self._trainer, self._module = trainer, module
         self._stack = ExitStack()
         self._evaluated = False
@@ -109,12 +103,7 @@ def is_mixed(trainer: Trainer) -> bool:
 
 
 def rounds_otherwise(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether losses of training differ from those of replays by rounding: under autocast, or by cuDNN's TF32.
-
-    Args:
-        trainer: The module's Trainer.
-        module: The module.
-    """
+    """Whether losses of training differ from those of replays by rounding: under autocast, or by cuDNN's TF32."""
     if is_mixed(trainer):
         return True
     if module.device.type != "cuda" or not torch.backends.cudnn.enabled or not _allows_tf32():

@@ -18,9 +18,6 @@ _SCALARS = (bool, int, float, str, bytes, type(None))
 def pack_steps(steps: Sequence[RecordedStep]) -> list[dict[str, Any]] | None:
     """The steps as lists, dictionaries, tensors and numbers.
 
-    Args:
-        steps: The steps.
-
     Returns:
         One dictionary for each step; ``None`` if a batch holds anything but tensors, numbers and strings in Python's
         own containers.

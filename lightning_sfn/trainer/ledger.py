@@ -29,7 +29,6 @@ class Ledger:
     """
 
     def __init__(self, monitor: str, sign: int, checks: int) -> None:
-        """See the class."""
         self.report = SwitchReport(monitor, sign)
         self.progress = Progress(sign, checks)
         self.first_speed = {"second": 0.0, "epoch": 0.0}
@@ -73,21 +72,12 @@ class Ledger:
         self._step_seen = trainer.global_step
 
     def close(self, trainer: Trainer) -> None:
-        """Notes time and metric at the end of a phase.
-
-        Args:
-            trainer: The Trainer.
-        """
+        """Notes time and metric at the end of a phase."""
         self._tick()
         self.phase.after = float(trainer.callback_metrics.get(self.report.monitor, math.nan))
 
     def note(self, trainer: Trainer, value: float) -> None:
-        """Notes a check.
-
-        Args:
-            trainer: The Trainer.
-            value: The metric.
-        """
+        """Notes a check."""
         self._tick()
         if self.phase.newton and self._is_older(trainer):
             # The metric at the switch was collected while the first optimizer moved: this is what it had come to.
@@ -105,11 +95,7 @@ class Ledger:
         self.progress.note(sum(phase.seconds for phase in self.report.phases), epochs, value)
 
     def count_batch(self, trainer: Trainer) -> None:
-        """Counts the steps of the first optimizer.
-
-        Args:
-            trainer: The Trainer, after the batch.
-        """
+        """Counts the steps of the first optimizer."""
         step = trainer.global_step
         self.phase.steps += step - self._step_seen
         self._step_seen = step

@@ -8,22 +8,12 @@ __all__ = ["is_of_training", "is_of_validation"]
 
 
 def is_of_training(trainer: Trainer, name: str) -> bool:
-    """Whether training has logged a metric in this epoch: it sees the parameters as they were at each batch.
-
-    Args:
-        trainer: The Trainer.
-        name: The metric, as in ``trainer.callback_metrics``.
-    """
+    """Whether training has logged a metric in this epoch: it sees the parameters as they were at each batch."""
     return _holds(trainer.fit_loop.epoch_loop._results, name)
 
 
 def is_of_validation(trainer: Trainer, name: str) -> bool:
-    """Whether the last validation has logged a metric.
-
-    Args:
-        trainer: The Trainer.
-        name: The metric, as in ``trainer.callback_metrics``.
-    """
+    """Whether the last validation has logged a metric."""
     return _holds(trainer.fit_loop.epoch_loop.val_loop._results, name.partition("/dataloader_idx_")[0])
 
 

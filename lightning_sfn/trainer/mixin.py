@@ -90,7 +90,6 @@ class SaddleFreeNewtonMixin(LightningModule):
         scheduler_monitor: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """See the class."""
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
         with misconfigured():

@@ -34,7 +34,6 @@ class NewtonPhase:
     """
 
     def __init__(self, newton: SaddleFreeNewton, driver: WindowedNewton) -> None:
-        """See the class."""
         self.newton, self.driver = newton, driver
         self.rates = OwnRates(newton, "SwitchToSFN")
 

@@ -21,7 +21,6 @@ class OwnRates:
     """
 
     def __init__(self, newton: SaddleFreeNewton, who: str) -> None:
-        """See the class."""
         self._newton, self._who, self._warned = newton, who, False
         self.remember()
 

@@ -47,7 +47,6 @@ class UntrainedParameters:
     """
 
     def __init__(self, trainer: Trainer, module: nn.Module, unregistered: Sequence[nn.Module]) -> None:
-        """See the class."""
         self._module = module
         self._known = _CHANGES.setdefault(module, {})
         untrained = list(_untrained(trainer, _named_parameters(module, unregistered)))
@@ -85,11 +84,7 @@ class UntrainedParameters:
 
 
 def moves_a_teacher(module: nn.Module) -> bool:
-    """Whether evaluations of a module's step change parameters that no optimizer trains, as far as is known.
-
-    Args:
-        module: The module.
-    """
+    """Whether evaluations of a module's step change parameters that no optimizer trains, as far as is known."""
     return any(_CHANGES.get(module, {}).values())
 
 
@@ -113,11 +108,7 @@ def foreseen(trainer: Trainer, compute: Callable[[], Result]) -> Result:
 
 @contextmanager
 def noting_writes(trainer: Trainer) -> Iterator[None]:
-    """Notes which untrained parameters Lightning's own step, in the body, changes: its replays will do so as well.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Notes which untrained parameters Lightning's own step, in the body, changes: its replays will do so as well."""
     module = trainer.lightning_module
     versions = _Versions(_untrained(trainer, _named_parameters(module, [])))
     yield
@@ -127,10 +118,6 @@ def noting_writes(trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def refusing_writes(module: LightningModule, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Checks that an evaluation, in the body, leaves the parameters alone that are being trained.
-
-    Args:
-        module: The module.
-        parameters: The parameters.
 
     Raises:
         MisconfigurationException: It does not.
@@ -144,13 +131,7 @@ def refusing_writes(module: LightningModule, parameters: Sequence[Tensor]) -> It
 
 
 def refusal(module: LightningModule, names: Sequence[str], who: str) -> MisconfigurationException:
-    """The error of a step that changes parameters that are being trained.
-
-    Args:
-        module: The module.
-        names: Their names.
-        who: What cannot work with that.
-    """
+    """The error of a step that changes parameters that are being trained."""
     return MisconfigurationException(
         f"{who} needs a training_step that leaves the parameters alone that are being trained, but that of "
         f"{type(module).__name__} changes {_listed(names)} in place: let it use a changed copy (as "
@@ -166,12 +147,10 @@ class ParameterCopies:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """See the class."""
         self._known = _CHANGES.setdefault(module, {})
         self._kept = [_Kept(name, p, True) for name, p in _named_parameters(module, HeldState(module).unregistered)]
 
     def __enter__(self) -> "ParameterCopies":
-        """Begins."""
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -58,7 +58,6 @@ class PlateauWatch(EarlyStopping):
         check_on_train_epoch_end: bool | None,
         check_every_n_steps: int | None,
     ) -> None:
-        """See the class."""
         require_name("monitor", monitor)
         require_count("patience", patience, of="checks")
         require_number("min_delta", min_delta)

@@ -83,9 +83,6 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def widened_stand_ins(module: nn.Module) -> list[Tensor]:
     """Tensors of one element at most that are otherwise what `in_precision` makes of a module's parameters for float64.
 
-    Args:
-        module: The module.
-
     Returns:
         One for each parameter, of its dtype and device, dense or sparse: enough to tell whether curvature can be taken.
     """

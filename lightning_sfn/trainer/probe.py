@@ -44,7 +44,6 @@ class ProbeBatches:
     """
 
     def __init__(self, count: int) -> None:
-        """See the class."""
         self.count = count
         self.fixed = False
         self._own: list[tuple[Any, ...]] = []  # arguments of training_step, on this process' device
@@ -165,7 +164,6 @@ class Probe:
     bits: int = 32
 
     def __post_init__(self) -> None:
-        """Checks the names."""
         require_curvature(self.curvature, "A spectrum")
         try:
             check_curvature(self.curvature, self.hvp)
@@ -251,12 +249,7 @@ class Probe:
 
 
 def trained_names(trainer: Trainer, module: LightningModule) -> list[str]:
-    """The parameters that are trained, by name: those of the optimizers, where there are any.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-    """
+    """The parameters that are trained, by name: those of the optimizers, where there are any."""
     trained = {
         id(p)
         for optimizer in trainer.optimizers

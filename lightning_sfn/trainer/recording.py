@@ -44,7 +44,6 @@ class StepRecorder:
     """
 
     def __init__(self, trainer: Trainer, device: torch.device) -> None:
-        """See the class."""
         self._trainer, self._strategy = trainer, trainer.strategy
         self._device = device
         self._recorded: list[RecordedStep] = []

@@ -32,19 +32,11 @@ class Rehearsal:
     """Does once, on the first batch that gives a loss, what a Newton step does with each."""
 
     def __init__(self) -> None:
-        """See the class."""
         self._step: RecordedStep | None = None
         self._over = False
 
     def note(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps a batch before its training step, as long as none has been rehearsed.
-
-        Args:
-            trainer: The Trainer.
-            module: The module.
-            batch: The batch.
-            batch_idx: Its index.
-        """
+        """Keeps a batch before its training step, as long as none has been rehearsed."""
         if not self._over:
             arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
             state = RandomState.capture(module.device)

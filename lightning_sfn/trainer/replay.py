@@ -21,11 +21,7 @@ __all__ = ["evaluate", "processes_of", "replay_closure"]
 
 
 def processes_of(trainer: Trainer) -> Processes | None:
-    """The Trainer's processes; ``None`` if there is one.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """The Trainer's processes; ``None`` if there is one."""
     return None if trainer.world_size == 1 else Processes()
 
 

@@ -147,11 +147,7 @@ class SwitchReport:
         return sum(self.sign * (phase.after - phase.before) for phase in phases if _is_known(phase))
 
     def speed(self, *, newton: bool) -> float:
-        """Improvement of the metric per second with SFN, or with the first optimizer.
-
-        Args:
-            newton: Which of the two.
-        """
+        """Improvement of the metric per second with SFN, or with the first optimizer."""
         phases = self._of(newton=newton)
         seconds = sum(phase.seconds for phase in phases)
         return self.gain(phases) / seconds if seconds > 0 else 0.0

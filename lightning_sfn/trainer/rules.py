@@ -47,7 +47,6 @@ class SwitchRules:
     schedulers: SchedulerRule = "rest"
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
         require_count("min_epochs", self.min_epochs, 0)
         require_count("min_steps", self.min_steps, 0)
         require_count("switch_at_epoch", self.switch_at_epoch, 0, otherwise=[None])
@@ -87,11 +86,7 @@ class SwitchRules:
         return not self.forces and epochs >= self.min_epochs and trainer.global_step >= self.min_steps
 
     def approves(self, found: Outlook) -> bool:
-        """Whether a probe of the curvature speaks for a switch.
-
-        Args:
-            found: What the probe found.
-        """
+        """Whether a probe of the curvature speaks for a switch."""
         return found.has_negative_curvature or found.predicted_decrease > self.min_predicted_decrease * abs(found.loss)
 
     def reason_to_return(self, newton: Progress, first_speed: dict[str, float], plateau: bool) -> str | None:

@@ -20,7 +20,6 @@ class SilentLogger(DummyLogger):
     """
 
     def __init__(self, logger: Any) -> None:
-        """See the class."""
         super().__init__()
         self._logger = logger
 

@@ -15,15 +15,10 @@ class StepLog:
     """Keeps the record of a step, which is taken where nothing may be logged, until a hook that may comes along."""
 
     def __init__(self) -> None:
-        """See the class."""
         self._waiting: StepRecord | None = None
 
     def note(self, record: StepRecord) -> None:
-        """Keeps a record.
-
-        Args:
-            record: What the step did.
-        """
+        """Keeps a record."""
         self._waiting = record
 
     def flush(self, trainer: Trainer, module: LightningModule) -> None:

@@ -47,7 +47,6 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         reduction: Reduction = "mean",
         **options: Any,
     ) -> None:
-        """See the class."""
         require_factory(optimizer)
         super().__init__(**options)
         self._make_optimizer = optimizer

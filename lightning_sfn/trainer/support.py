@@ -110,10 +110,6 @@ def require_steady_weights(module: LightningModule, who: str) -> None:
 def require_curvature(curvature: str, who: str) -> None:
     """Checks that replays of `training_step` give what a curvature is computed from: a loss, or loss and output.
 
-    Args:
-        curvature: Its name.
-        who: What asks, for the message.
-
     Raises:
         MisconfigurationException: They do not.
     """

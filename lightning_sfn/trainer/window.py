@@ -80,7 +80,6 @@ class WindowedNewton:
         on_step: Callable[[StepRecord], None],
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
-        """See the class."""
         self._trainer, self._module, self._optimizer, self._budgets = trainer, module, optimizer, budgets
         self._decay = [(list(tensors), decay) for tensors, decay in weight_decay if decay]
         self._before_step, self._on_step, self._on_failure = before_step, on_step, on_failure

@@ -105,7 +105,6 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         save_batches: bool = True,
         strict: bool = False,
     ) -> None:
-        """See the class."""
         if every_n_epochs is not None and every_n_steps is not None:
             raise MisconfigurationException(
                 f"every_n_epochs is {every_n_epochs} and every_n_steps is {every_n_steps}, but only one of them can be "

@@ -141,7 +141,6 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         reduction: Reduction = "mean",
         probe_dim: int = 32,
     ) -> None:
-        """See the class."""
         require_count("probe_dim", probe_dim, 0)
         require_factory(optimizer)
         super().__init__(
