@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence
 
-from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator, gradient_of
+from lightning_sfn.newton.curvature import CurvatureOperator, HessianOperator
 from lightning_sfn.newton.graphs import GraphBudget, Retention
 from lightning_sfn.newton.objective import Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
@@ -64,10 +64,6 @@ class FisherOperator(CurvatureOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         return self._divergences.matmat(vectors)
-
-    def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """Loss and gradient of the objective itself."""
-        return gradient_of(self.objective, self.parameters)
 
     def close(self) -> None:
         """Drops the retained graphs."""

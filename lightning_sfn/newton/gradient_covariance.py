@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward, gradient_of
+from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward
 from lightning_sfn.newton.diagnosis import require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.jacobian import OutputJacobian
@@ -82,10 +82,6 @@ class GradientCovarianceOperator(CurvatureOperator):
             product = jacobian.backward(slopes.detach() / slopes.numel())
             total.add_(self.parameters.flatten(product), alpha=weight)
         return total
-
-    def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """Loss and gradient of the objective itself."""
-        return gradient_of(self.objective, self.parameters)
 
     def close(self) -> None:
         """Drops the retained graphs."""
