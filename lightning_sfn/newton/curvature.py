@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_sfn.newton.diagnosis import explain, require_double_backward
+from lightning_sfn.newton.diagnosis import differentiate, require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention, root_of
 from lightning_sfn.newton.objective import Evaluation, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
@@ -182,10 +182,7 @@ class HessianOperator(CurvatureOperator):
         with FastSecondDerivatives() as substitution:
             loss = _with_graph(evaluate_without_backward(self.objective, index, self.parameters).loss)
         require_double_backward(loss)
-        try:
-            gradient = torch.autograd.grad(loss, self.parameters.tensors, create_graph=True, materialize_grads=True)
-        except RuntimeError as error:
-            raise explain(error) from error
+        gradient = differentiate(loss, self.parameters.tensors, create_graph=True, materialize_grads=True)
         return _GradientGraph(
             loss.detach(),
             tuple(map(root_of, gradient)),
@@ -208,12 +205,7 @@ class HessianOperator(CurvatureOperator):
             roots, along = self._graphs.get(index, self._build).towards(directions)
             if not roots:
                 continue
-            try:
-                product = torch.autograd.grad(
-                    roots, self.parameters.tensors, grad_outputs=along, retain_graph=True, allow_unused=True
-                )
-            except RuntimeError as error:
-                raise explain(error) from error
+            product = differentiate(roots, self.parameters.tensors, along, retain_graph=True, allow_unused=True)
             total = self.parameters.accumulate(total, product, weight, self._room)
         return torch.zeros_like(vector) if total is None else total
 
@@ -300,10 +292,7 @@ def gradient_of(objective: Objective, parameters: FlatParameters, *, far: bool =
     def parts() -> Iterable[tuple[float, Tensor, tuple[Tensor | None, ...]]]:
         for index, weight in enumerate(objective.weights):
             loss = _with_graph(evaluate_without_backward(objective, index, parameters).loss)
-            try:
-                gradient = torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
-            except RuntimeError as error:
-                raise explain(error) from error
+            gradient = differentiate(loss, parameters.tensors, allow_unused=True)
             yield weight, loss.detach(), gradient
 
     return _average(objective, parameters, parts(), far=far)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CurvatureError", "explain", "require_double_backward"]
+__all__ = ["CurvatureError", "differentiate", "explain", "require_double_backward"]
 
 
 class CurvatureError(RuntimeError):
@@ -72,6 +72,19 @@ def explain(error: Exception) -> CurvatureError:
             return CurvatureError(sentence.format(names[0].strip("'\"") if names else ""))
     first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return CurvatureError(f"A second derivative failed ({first_line}): replace the operation, or {_FINITE_DIFFERENCE}.")
+
+
+def differentiate(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad` with its arguments, but with errors that say what to do.
+
+    Raises:
+        CurvatureError: An operation has no derivative.
+    """
+    try:
+        results: tuple[Tensor, ...] = torch.autograd.grad(*args, **options)
+    except RuntimeError as error:
+        raise explain(error) from error
+    return results
 
 
 def _undifferentiable_backward(ctx: object) -> None:

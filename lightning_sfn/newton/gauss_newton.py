@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward
-from lightning_sfn.newton.diagnosis import explain, require_double_backward
+from lightning_sfn.newton.diagnosis import differentiate, require_double_backward
 from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.jacobian import OutputJacobian
 from lightning_sfn.newton.objective import Objective, ObjectiveError
@@ -66,10 +66,7 @@ class GaussNewtonOperator(CurvatureOperator):
                 "(loss, output), or use curvature='hessian'."
             )
         require_double_backward(evaluation.loss)
-        try:
-            (output_gradient,) = torch.autograd.grad(evaluation.loss, output, create_graph=True, materialize_grads=True)
-        except RuntimeError as error:
-            raise explain(error) from error
+        (output_gradient,) = differentiate(evaluation.loss, output, create_graph=True, materialize_grads=True)
         if index not in self._checked:
             self._check_chain(evaluation.loss, output, output_gradient)
             self._checked.add(index)
@@ -97,12 +94,7 @@ class GaussNewtonOperator(CurvatureOperator):
             forward = graph.jacobian.forward(directions)
             if forward is None or not graph.output_gradient.requires_grad:
                 continue  # the output does not move, or the loss is linear in it
-            try:
-                (curvature,) = torch.autograd.grad(
-                    graph.output_gradient, graph.jacobian.output, forward, retain_graph=True
-                )
-            except RuntimeError as error:
-                raise explain(error) from error
+            (curvature,) = differentiate(graph.output_gradient, graph.jacobian.output, forward, retain_graph=True)
             total.add_(self.parameters.flatten(graph.jacobian.backward(curvature)), alpha=weight)
         return total
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.diagnosis import explain
+from lightning_sfn.newton.diagnosis import differentiate
 from lightning_sfn.newton.graphs import root_of
 
 __all__ = ["OutputJacobian"]
@@ -28,12 +28,9 @@ class OutputJacobian:
         self.output = output
         self._tensors = tensors
         self._cotangent = torch.zeros_like(output, requires_grad=True)
-        try:
-            pullback = torch.autograd.grad(output, tensors, self._cotangent, create_graph=True, allow_unused=True)
-            # The values are zeros, as many as there are parameters.
-            self._roots = tuple(None if slope is None else root_of(slope) for slope in pullback)
-        except RuntimeError as error:
-            raise explain(error) from error
+        pullback = differentiate(output, tensors, self._cotangent, create_graph=True, allow_unused=True)
+        # The values are zeros, as many as there are parameters.
+        self._roots = tuple(None if slope is None else root_of(slope) for slope in pullback)
 
     def forward(self, directions: Sequence[Tensor]) -> Tensor | None:
         """``J v``, shaped like the output; ``None`` where the output does not move.
@@ -44,12 +41,8 @@ class OutputJacobian:
         curved = [(root, d) for root, d in zip(self._roots, directions, strict=True) if root is not None]
         if not curved:
             return None
-        try:
-            (image,) = torch.autograd.grad(
-                [root for root, _ in curved], self._cotangent, [d for _, d in curved], retain_graph=True
-            )
-        except RuntimeError as error:
-            raise explain(error) from error
+        roots, along = [root for root, _ in curved], [d for _, d in curved]
+        (image,) = differentiate(roots, self._cotangent, along, retain_graph=True)
         return image
 
     def backward(self, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -58,7 +51,4 @@ class OutputJacobian:
         Args:
             cotangent: u, shaped like the output.
         """
-        try:
-            return torch.autograd.grad(self.output, self._tensors, cotangent, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            raise explain(error) from error
+        return differentiate(self.output, self._tensors, cotangent, retain_graph=True, allow_unused=True)
