@@ -5,7 +5,7 @@ retained gradient graphs. `GaussNewtonOperator` and `FiniteDifferenceOperator` s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_sfn.newton.diagnosis import differentiate, require_double_backward
-from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention, root_of
+from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention, root_of, towards
 from lightning_sfn.newton.objective import Evaluation, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.substitution import FastSecondDerivatives
@@ -138,11 +138,6 @@ class _GradientGraph:
         """What is worth keeping."""
         return replace(self, gradient=None)
 
-    def towards(self, directions: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Tensor]]:
-        """The roots with their directions; a loss that is linear in a parameter has none there: its rows are zero."""
-        both = [(root, d) for root, d in zip(self.roots, directions, strict=True) if root is not None]
-        return [root for root, _ in both], [d for _, d in both]
-
 
 class HessianOperator(CurvatureOperator):
     """The exact Hessian of an objective by double backward.
@@ -202,7 +197,7 @@ class HessianOperator(CurvatureOperator):
         total: Tensor | None = None
         directions = self.parameters.directions(vector)
         for index, weight in enumerate(self.objective.weights):
-            roots, along = self._graphs.get(index, self._build).towards(directions)
+            roots, along = towards(self._graphs.get(index, self._build).roots, directions)
             if not roots:
                 continue
             product = differentiate(roots, self.parameters.tensors, along, retain_graph=True, allow_unused=True)
@@ -233,7 +228,7 @@ class HessianOperator(CurvatureOperator):
         directions = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parameters.shapes, strict=True)]
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
-            roots, along = self._graphs.get(index, self._build).towards(directions)
+            roots, along = towards(self._graphs.get(index, self._build).roots, directions)
             if not roots:
                 continue
             product = torch.autograd.grad(

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_sfn.newton.shortage import is_out_of_memory
 
-__all__ = ["GraphBudget", "GraphStore", "Retention", "root_of"]
+__all__ = ["GraphBudget", "GraphStore", "Retention", "root_of", "towards"]
 
 Retention = Literal["auto", "retain", "recompute"]
 """``"retain"`` keeps every graph, ``"recompute"`` none, ``"auto"`` as many as the budget allows."""
@@ -34,6 +34,12 @@ def root_of(tensor: Tensor) -> GradientEdge | None:
         return None
     # Either is good as a root of `torch.autograd.grad`, which has no type for a mixture.
     return get_gradient_edge(tensor) if _EDGES_ARE_SAFE else cast("GradientEdge", tensor)
+
+
+def towards(roots: Sequence[GradientEdge | None], along: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Tensor]]:
+    """The roots that there are, with their directions: what is linear in a parameter has none there."""
+    both = [(root, direction) for root, direction in zip(roots, along, strict=True) if root is not None]
+    return [root for root, _ in both], [direction for _, direction in both]
 
 
 class GraphBudget:

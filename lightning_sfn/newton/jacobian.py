@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.diagnosis import differentiate
-from lightning_sfn.newton.graphs import root_of
+from lightning_sfn.newton.graphs import root_of, towards
 
 __all__ = ["OutputJacobian"]
 
@@ -38,10 +38,9 @@ class OutputJacobian:
         Args:
             directions: v, shaped like the parameters.
         """
-        curved = [(root, d) for root, d in zip(self._roots, directions, strict=True) if root is not None]
-        if not curved:
+        roots, along = towards(self._roots, directions)
+        if not roots:
             return None
-        roots, along = [root for root, _ in curved], [d for _, d in curved]
         (image,) = differentiate(roots, self._cotangent, along, retain_graph=True)
         return image
 
