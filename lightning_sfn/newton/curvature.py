@@ -7,18 +7,19 @@ retained gradient graphs. `GaussNewtonOperator` and `FiniteDifferenceOperator` s
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Generic
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_sfn.newton.diagnosis import differentiate, require_double_backward
-from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention, root_of, towards
+from lightning_sfn.newton.graphs import Graph, GraphBudget, GraphStore, Retention, root_of, towards
 from lightning_sfn.newton.objective import Evaluation, Objective, ObjectiveError
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.substitution import FastSecondDerivatives
 
-__all__ = ["CurvatureOperator", "HessianOperator", "gradient_of"]
+__all__ = ["CurvatureOperator", "GraphOperator", "HessianOperator", "gradient_of"]
 
 _LARGEST_BATCH = 64
 
@@ -118,6 +119,42 @@ class CurvatureOperator(ABC):
         """Gives back what the operator holds; call it before the parameters are changed."""
 
 
+class GraphOperator(CurvatureOperator, Generic[Graph]):
+    """An operator whose products take a graph of each part.
+
+    Args:
+        objective: The loss as one fixed function of the parameters.
+        parameters: The parameters to differentiate by.
+        retention: Whether graphs are kept between products: ``"auto"`` keeps as many as the budget allows.
+        budget: Byte budget for kept graphs; 1 GiB if left out.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: FlatParameters | Iterable[Tensor],
+        *,
+        retention: Retention = "auto",
+        budget: GraphBudget | None = None,
+    ) -> None:
+        super().__init__(objective, parameters)
+        self._budget = budget or GraphBudget()
+        self._graphs = GraphStore(objective.sizes, retention, self._budget, self.parameters.tensors, self._slimmed)
+
+    @abstractmethod
+    def _build(self, index: int) -> Graph:
+        """The graph of one part."""
+
+    @staticmethod
+    def _slimmed(graph: Graph) -> Graph:
+        """What of a new graph is worth keeping; static, since a bound method in the store would make a cycle."""
+        return graph
+
+    def close(self) -> None:
+        """Drops the retained graphs."""
+        self._graphs.clear()
+
+
 @dataclass(frozen=True)
 class _GradientGraph:
     """Loss and gradient of one part.
@@ -134,12 +171,8 @@ class _GradientGraph:
     gradient: tuple[Tensor, ...] | None
     rounds_otherwise: bool
 
-    def slimmed(self) -> "_GradientGraph":
-        """What is worth keeping."""
-        return replace(self, gradient=None)
 
-
-class HessianOperator(CurvatureOperator):
+class HessianOperator(GraphOperator[_GradientGraph]):
     """The exact Hessian of an objective by double backward.
 
     Args:
@@ -156,21 +189,8 @@ class HessianOperator(CurvatureOperator):
         tensor([10., -2.])
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        parameters: FlatParameters | Iterable[Tensor],
-        *,
-        retention: Retention = "auto",
-        budget: GraphBudget | None = None,
-    ) -> None:
-        super().__init__(objective, parameters)
-        self._budget = budget or GraphBudget()
-        self._graphs = GraphStore(
-            objective.sizes, retention, self._budget, self.parameters.tensors, _GradientGraph.slimmed
-        )
-        self._batchable = True
-        self._room: Tensor | None = None  # memory for the next product
+    _batchable = True
+    _room: Tensor | None = None  # memory for the next product
 
     def _build(self, index: int) -> _GradientGraph:
         """Loss and gradient of one part, the gradient with its graph."""
@@ -184,6 +204,10 @@ class HessianOperator(CurvatureOperator):
             tuple(g.detach() for g in gradient),
             substitution.rounds_otherwise,
         )
+
+    @staticmethod
+    def _slimmed(graph: _GradientGraph) -> _GradientGraph:
+        return replace(graph, gradient=None)
 
     def matvec_into(self, vector: Tensor, room: Tensor) -> Tensor:
         """See the base class."""
@@ -263,10 +287,6 @@ class HessianOperator(CurvatureOperator):
                 yield weight, loss, graph.gradient
 
         return _average(self.objective, self.parameters, parts())
-
-    def close(self) -> None:
-        """Drops the retained graphs."""
-        self._graphs.clear()
 
 
 def gradient_of(objective: Objective, parameters: FlatParameters, *, far: bool = False) -> tuple[float, Tensor]:

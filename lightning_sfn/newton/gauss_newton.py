@@ -1,17 +1,14 @@
 """The generalised Gauss-Newton matrix ``J' H_L J``: positive semidefinite wherever the loss is convex in the output."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward
+from lightning_sfn.newton.curvature import GraphOperator, evaluate_without_backward
 from lightning_sfn.newton.diagnosis import differentiate, require_double_backward
-from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.jacobian import OutputJacobian
-from lightning_sfn.newton.objective import Objective, ObjectiveError
-from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.objective import ObjectiveError
 from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 __all__ = ["GaussNewtonOperator"]
@@ -25,7 +22,7 @@ class _OutputGraph:
     jacobian: OutputJacobian
 
 
-class GaussNewtonOperator(CurvatureOperator):
+class GaussNewtonOperator(GraphOperator[_OutputGraph]):
     """The exact generalised Gauss-Newton matrix of an objective (Schraudolph 2002).
 
     The closures return ``(loss, output)``, where the loss depends on the parameters through the output alone. ``J v``
@@ -42,19 +39,7 @@ class GaussNewtonOperator(CurvatureOperator):
             through the output.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        parameters: FlatParameters | Iterable[Tensor],
-        *,
-        retention: Retention = "auto",
-        budget: GraphBudget | None = None,
-    ) -> None:
-        super().__init__(objective, parameters)
-        self._checked: set[int] = set()
-        self._graphs: GraphStore[_OutputGraph] = GraphStore(
-            objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
-        )
+    _checked: frozenset[int] = frozenset()  # parts for which `_check_chain` was done
 
     def _build(self, index: int) -> _OutputGraph:
         with FastSecondDerivatives():
@@ -69,7 +54,7 @@ class GaussNewtonOperator(CurvatureOperator):
         (output_gradient,) = differentiate(evaluation.loss, output, create_graph=True, materialize_grads=True)
         if index not in self._checked:
             self._check_chain(evaluation.loss, output, output_gradient)
-            self._checked.add(index)
+            self._checked |= {index}
         return _OutputGraph(output_gradient, OutputJacobian(output, self.parameters.tensors))
 
     def _check_chain(self, loss: Tensor, output: Tensor, output_gradient: Tensor) -> None:
@@ -97,7 +82,3 @@ class GaussNewtonOperator(CurvatureOperator):
             (curvature,) = differentiate(graph.output_gradient, graph.jacobian.output, forward, retain_graph=True)
             total.add_(self.parameters.flatten(graph.jacobian.backward(curvature)), alpha=weight)
         return total
-
-    def close(self) -> None:
-        """Drops the retained graphs."""
-        self._graphs.clear()

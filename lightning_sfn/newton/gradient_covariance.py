@@ -1,16 +1,12 @@
 """The covariance of the cases' gradients: what TONGA puts in the Hessian's place (Le Roux et al. 2007; Section 4)."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.curvature import CurvatureOperator, evaluate_without_backward
+from lightning_sfn.newton.curvature import GraphOperator, evaluate_without_backward
 from lightning_sfn.newton.diagnosis import require_double_backward
-from lightning_sfn.newton.graphs import GraphBudget, GraphStore, Retention
 from lightning_sfn.newton.jacobian import OutputJacobian
-from lightning_sfn.newton.objective import Objective, ObjectiveError
-from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.objective import ObjectiveError
 from lightning_sfn.newton.substitution import FastSecondDerivatives
 
 __all__ = ["GradientCovarianceOperator"]
@@ -18,7 +14,7 @@ __all__ = ["GradientCovarianceOperator"]
 _SAME_LOSS = 1e-4  # relative difference of the loss and the mean of the cases' losses, rounding included
 
 
-class GradientCovarianceOperator(CurvatureOperator):
+class GradientCovarianceOperator(GraphOperator[OutputJacobian]):
     """The uncentred covariance ``mean of g_i g_i'`` of the gradients of single cases.
 
     The closures return ``(loss, losses)``: the loss, and the losses of the cases (any shape) whose mean it is.
@@ -34,24 +30,12 @@ class GradientCovarianceOperator(CurvatureOperator):
 
     Example:
         >>> import torch
+        >>> from lightning_sfn.newton import Objective
         >>> x, data = torch.ones(1, requires_grad=True), torch.tensor([1.0, 3.0])
         >>> closure = lambda: ((data * x).mean(), data * x)
         >>> GradientCovarianceOperator(Objective([closure]), [x]).matvec(torch.ones(1))  # (1 + 9) / 2
         tensor([5.])
     """
-
-    def __init__(
-        self,
-        objective: Objective,
-        parameters: FlatParameters | Iterable[Tensor],
-        *,
-        retention: Retention = "auto",
-        budget: GraphBudget | None = None,
-    ) -> None:
-        super().__init__(objective, parameters)
-        self._graphs: GraphStore[OutputJacobian] = GraphStore(
-            objective.sizes, retention, budget or GraphBudget(), self.parameters.tensors
-        )
 
     def _build(self, index: int) -> OutputJacobian:
         with FastSecondDerivatives():
@@ -82,7 +66,3 @@ class GradientCovarianceOperator(CurvatureOperator):
             product = jacobian.backward(slopes.detach() / slopes.numel())
             total.add_(self.parameters.flatten(product), alpha=weight)
         return total
-
-    def close(self) -> None:
-        """Drops the retained graphs."""
-        self._graphs.clear()
