@@ -138,29 +138,6 @@ class GridDamping(Damping):
         return Choice(self.value, losses[best], len(losses))
 
 
-class _Decreases:
-    """The decreases of the loss that a search has found, by damping.
-
-    Args:
-        trials: The trial losses.
-        baseline: The trial loss without a step.
-    """
-
-    def __init__(self, trials: TrialLosses, baseline: float) -> None:
-        self.trials, self.baseline = trials, baseline
-        self.losses: dict[float, float] = {}
-
-    @property
-    def found(self) -> dict[float, float]:
-        """All that were found."""
-        return {damping: self.baseline - loss for damping, loss in self.losses.items()}
-
-    def find(self, damping: float) -> float:
-        """Spends a trial loss."""
-        (self.losses[damping],) = self.trials([damping])
-        return self.baseline - self.losses[damping]
-
-
 class WarmDamping(Damping):
     """A few candidates around the last damping, more of them while they improve.
 
@@ -187,30 +164,34 @@ class WarmDamping(Damping):
         """Searches from the last value."""
         low, high = self._LOWEST * scale, self._HIGHEST * scale
         first = min(max(self.value if self.value is not None else self._INITIAL * scale, low), high)
-        decreases = _Decreases(trial_losses, baseline)
-        decreases.find(first)
-        for side in (self._side,) if self._side else (-1, 1):
-            self._follow(first, self._FACTOR**side, (low, high), decreases)
-        while max(decreases.found.values()) <= 0 and max(decreases.found) < high:
-            decreases.find(min(max(decreases.found) * self._RESCUE, high))
-        best = min(decreases.losses, key=decreases.losses.__getitem__)
-        self._settle(decreases.found, first, high)
-        return Choice(best, decreases.losses[best], len(decreases.losses))
+        losses: dict[float, float] = {}
 
-    def _follow(self, value: float, factor: float, bounds: tuple[float, float], decreases: "_Decreases") -> None:
-        """Goes on from a value as long as the next one may lower the loss by enough more, and does."""
-        while True:
-            following = min(max(value * factor, bounds[0]), bounds[1])
-            if following == value:
-                return
-            found = decreases.found[value]
-            if found > 0:
-                promised, here = decreases.trials.predicted([following, value])
-                if promised <= self._WORTHWHILE * max(min(here, found), 0.0):
+        def decrease(damping: float) -> float:
+            """By how much a damping lowers the loss; spends a trial loss on a new one."""
+            if damping not in losses:
+                (losses[damping],) = trial_losses([damping])
+            return baseline - losses[damping]
+
+        def follow(value: float, factor: float) -> None:
+            """Goes on from a value as long as the next one may lower the loss by enough more, and does."""
+            while (following := min(max(value * factor, low), high)) != value:
+                found = decrease(value)
+                if found > 0:
+                    promised, here = trial_losses.predicted([following, value])
+                    if promised <= self._WORTHWHILE * max(min(here, found), 0.0):
+                        return
+                if decrease(following) <= self._WORTHWHILE * max(found, 0.0):
                     return
-            if decreases.find(following) <= self._WORTHWHILE * max(found, 0.0):
-                return
-            value = following
+                value = following
+
+        decrease(first)
+        for side in (self._side,) if self._side else (-1, 1):
+            follow(first, self._FACTOR**side)
+        while max(map(decrease, losses)) <= 0 and max(losses) < high:
+            decrease(min(max(losses) * self._RESCUE, high))
+        best = min(losses, key=losses.__getitem__)
+        self._settle({damping: decrease(damping) for damping in losses}, first, high)
+        return Choice(best, losses[best], len(losses))
 
     def _settle(self, decreases: dict[float, float], middle: float, high: float) -> None:
         """Remembers where the search ended, if anywhere, and where the next one looks first.
