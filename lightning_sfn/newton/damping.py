@@ -266,12 +266,10 @@ def make_damping(damping: "str | float | Damping") -> Damping:
     """
     if isinstance(damping, Damping):
         return damping
-    if isinstance(damping, str):
-        if damping not in _BY_NAME:
-            raise ValueError(
-                f"damping is {damping!r}, but one of {', '.join(map(repr, _BY_NAME))} or a positive number is expected."
-            )
-        return _BY_NAME[damping]()
-    if not is_number(damping):
-        raise ValueError(f"damping is {damping!r}, but a name or a positive number is expected.")
-    return FixedDamping(damping)
+    if is_number(damping):
+        return FixedDamping(damping)
+    if not isinstance(damping, str) or damping not in _BY_NAME:
+        raise ValueError(
+            f"damping is {damping!r}, but one of {', '.join(map(repr, _BY_NAME))} or a positive number is expected."
+        )
+    return _BY_NAME[damping]()

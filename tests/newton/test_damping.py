@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -409,12 +410,8 @@ def test_names_numbers_and_strategies_are_understood() -> None:
     assert all(isinstance(d, Damping) for d in made)
 
 
-def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^damping is 'hot', but one of 'grid', 'warm', .* is expected\.$"):
-        make_damping("hot")
-
-
-@pytest.mark.parametrize("damping", [True, None, [1.0]])
+@pytest.mark.parametrize("damping", ["hot", True, None, [1.0]])
 def test_what_is_neither_name_nor_number_is_refused(damping: object) -> None:
-    with pytest.raises(ValueError, match=r"^damping is .*, but a name or a positive number is expected\.$"):
+    sentence = re.escape(f"damping is {damping!r}, but one of 'grid', 'warm', 'levenberg_marquardt' or a positive ")
+    with pytest.raises(ValueError, match=rf"^{sentence}number is expected\.$"):
         make_damping(damping)  # type: ignore[arg-type]
