@@ -157,7 +157,7 @@ class SaddleFreeNewton(Optimizer):
         if preconditioner == "auto" and krylov_dim == "full":
             preconditioner = None  # nothing to make flat where every direction is known
         self.preconditioner = make_preconditioner(preconditioner)
-        self.damping = make_damping(float(damping) if is_number(damping) else damping)
+        self.damping = make_damping(damping)
         self.trust_region = find_trust_region(trust_region)
         self.curvature: CurvatureName = curvature
         self._processes, self._check_ranks = processes, check_ranks
