@@ -310,42 +310,27 @@ def build_subspace(
     if krylov_dim is None:
         space = replace(full_space(operator, preconditioner), store=BasisStore(store.processes))
     else:
-        space = _krylov_space(operator, gradient, krylov_dim, preconditioner, memory, seed, generator, store)
+        reached = gradient != 0  # in parameter coordinates: the map may spread rounding over all of a layer
+
+        def matvec(vector: Tensor) -> Tensor:
+            image = operator.local_matvec(preconditioner.scale(vector))
+            if not store.is_shared_out:
+                image = operator.objective.reduce(image)
+            reached.logical_or_(image != 0)
+            image = preconditioner.scale(image)  # linear and the same everywhere, so it may come before the mean
+            return operator.objective.reduce_part(image) if store.is_shared_out else store.local(image)
+
+        start = preconditioner.scale(gradient)
+        length = norm(start).to(start.dtype)
+        start = start / length if float(length) > 0 else start
+        start = start if seed is None else start + seed
+        directions = _in_coordinates(memory.directions, preconditioner.on_parts(store, len(gradient)))
+        space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions, store=store)
+        everywhere = store.anywhere(reached)
+        space = space if bool(everywhere.all()) else replace(space, reached=everywhere)
     if not bool(torch.isfinite(space.projected).all()):
         return space
     return replace(space, decomposition=store.agreed_eigen(*torch.linalg.eigh(space.projected)))
-
-
-def _krylov_space(
-    operator: CurvatureOperator,
-    gradient: Tensor,
-    krylov_dim: int,
-    preconditioner: Preconditioner,
-    memory: StepMemory,
-    seed: Tensor | None,
-    generator: torch.Generator,
-    store: BasisStore,
-) -> KrylovSubspace:
-    reached = gradient != 0  # in parameter coordinates: the map may spread rounding over all of a layer
-
-    def matvec(vector: Tensor) -> Tensor:
-        image = operator.local_matvec(preconditioner.scale(vector))
-        if not store.is_shared_out:
-            image = operator.objective.reduce(image)
-        reached.logical_or_(image != 0)
-        image = preconditioner.scale(image)  # linear and the same everywhere, so it may come before the mean
-        return operator.objective.reduce_part(image) if store.is_shared_out else store.local(image)
-
-    start = preconditioner.scale(gradient)
-    length = norm(start).to(start.dtype)
-    start = start / length if float(length) > 0 else start
-    if seed is not None:
-        start = start + seed
-    own = preconditioner.on_parts(store, len(gradient))
-    directions = _in_coordinates(memory.directions, own)
-    space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions, store=store)
-    reached = store.anywhere(reached)
-    return space if bool(reached.all()) else replace(space, reached=reached)
 
 
 def _in_coordinates(directions: Sequence[Direction], coordinates: Preconditioner) -> list[Direction]:
