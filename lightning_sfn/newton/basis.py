@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sfn.newton import reductions
 from lightning_sfn.newton.processes import Processes
 
-__all__ = ["BasisName", "BasisStore", "check_basis"]
+__all__ = ["WHOLE", "BasisName", "BasisStore", "check_basis"]
 
 BasisName = Literal["replicated", "sharded"]
 """``"replicated"`` keeps all of every vector on each process, ``"sharded"`` a part of it."""
@@ -247,3 +247,7 @@ class BasisStore:
     def agreed_point(self, vector: Tensor) -> Tensor:
         """Rank zero's version of a whole vector that every process has computed: the parameters after a step."""
         return vector if self.processes is None else self.processes.from_first(vector)
+
+
+WHOLE = BasisStore()
+"""Rows that are kept as vectors are."""

@@ -7,13 +7,13 @@ With it the tridiagonal matrix of the recurrence equals ``V H V'`` to rounding, 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.basis import WHOLE, BasisStore
 from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.unattended import SECOND_PASS, Steps, is_invariant, unattended_steps
 
@@ -58,7 +58,7 @@ class KrylovSubspace:
     coupling: float
     lanczos_dim: int
     products: int
-    store: BasisStore = field(default_factory=BasisStore)
+    store: BasisStore = WHOLE
     size: int | None = None
     decomposition: tuple[Tensor, Tensor] | None = None
     reached: Tensor | None = None
@@ -136,7 +136,7 @@ def lanczos(
     *,
     generator: torch.Generator,
     directions: Sequence[Direction] = (),
-    store: BasisStore | None = None,
+    store: BasisStore = WHOLE,
 ) -> KrylovSubspace:
     """Builds a Krylov subspace from a start vector, and adds directions to it.
 
@@ -156,7 +156,6 @@ def lanczos(
     Returns:
         The subspace.
     """
-    store = store or BasisStore()
     size = start.numel()
     steps = min(krylov_dim, size)
     basis = store.empty(min(steps + len(directions), size), start)
@@ -197,7 +196,7 @@ def fill_basis(
     steps: int,
     recent: list[Tensor],
     generator: torch.Generator,
-    store: BasisStore | None = None,
+    store: BasisStore = WHOLE,
     like: Tensor | None = None,
     first: int = 0,
 ) -> tuple[int, Tensor, float]:
@@ -223,7 +222,6 @@ def fill_basis(
         The number of rows, fewer than wanted where the next product was not finite; what the last product has outside
         the basis, shape ``(n,)``; and the norm of that (see `lanczos_step`).
     """
-    store = store or BasisStore()
     j, leftover, calm, stretch = first, recent[0], True, steps - first
     coupling = float(projected[first - 1, first]) if first else 0.0
     while j < steps:
@@ -281,7 +279,7 @@ def lanczos_step(
     basis: Tensor,
     projected: Tensor,
     j: int,
-    store: BasisStore | None = None,
+    store: BasisStore = WHOLE,
 ) -> tuple[Tensor, float]:
     """One Lanczos step from basis vector j; fills in its diagonal element of the projected operator.
 
@@ -296,7 +294,6 @@ def lanczos_step(
         What its product has outside the basis, shape ``(n,)``, and the norm of that; the norm is 0 where it is rounding
         error alone, because the basis spans an invariant subspace.
     """
-    store = store or BasisStore()
     vector = store.working(basis[j])
     image = matvec(vector)
     diagonal = store.dot(image, vector)
@@ -319,7 +316,7 @@ def append(
     leftover: Tensor,
     coupling: float,
     generator: torch.Generator,
-    store: BasisStore | None = None,
+    store: BasisStore = WHOLE,
     like: Tensor | None = None,
 ) -> Tensor:
     """Makes the outcome of a Lanczos step the next basis vector, in place.
@@ -337,7 +334,6 @@ def append(
     Returns:
         The new vector in full precision.
     """
-    store = store or BasisStore()
     vector = leftover / coupling if coupling > 0 else random_unit(basis[:j], generator, store, like)
     projected[j - 1, j] = projected[j, j - 1] = coupling
     return store.keep(basis, j, vector)
@@ -407,7 +403,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor, store: BasisStore) -> tuple[Te
 
 
 def random_unit(
-    basis: Tensor, generator: torch.Generator, store: BasisStore | None = None, like: Tensor | None = None
+    basis: Tensor, generator: torch.Generator, store: BasisStore = WHOLE, like: Tensor | None = None
 ) -> Tensor:
     """A random unit vector orthogonal to the rows of a basis.
 
@@ -417,7 +413,7 @@ def random_unit(
         store: How the basis is kept; whole if left out.
         like: A whole vector, where the basis holds parts.
     """
-    store, like = store or BasisStore(), basis.new_empty(basis.shape[1]) if like is None else like
+    like = basis.new_empty(basis.shape[1]) if like is None else like
     vector = store.local(torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator))
     if len(basis):
         vector, _ = _orthogonalise(vector, basis, store)

@@ -12,7 +12,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.basis import BasisStore
+from lightning_sfn.newton.basis import WHOLE, BasisStore
 from lightning_sfn.newton.curvature import CurvatureOperator, gradient_of
 from lightning_sfn.newton.damping import Damping, FixedDamping
 from lightning_sfn.newton.dense import full_space
@@ -288,7 +288,7 @@ def build_subspace(
     memory: StepMemory,
     seed: Tensor | None,
     generator: torch.Generator,
-    store: BasisStore | None = None,
+    store: BasisStore = WHOLE,
 ) -> KrylovSubspace:
     """The subspace of one outer step (Algorithm 2).
 
@@ -306,7 +306,6 @@ def build_subspace(
     Returns:
         The subspace, in the preconditioner's coordinates; its projected operator is NaN where a product is.
     """
-    store = store or BasisStore()
     if krylov_dim is None:
         space = replace(full_space(operator, preconditioner), store=BasisStore(store.processes))
     else:
