@@ -10,6 +10,7 @@ remembers gradients follows from that: it halves after such a run, and grows whi
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,9 +70,7 @@ class Glide:
 
     def copy(self) -> "Glide":
         """The same state apart: what is done with one is not seen in the other."""
-        pace = Pace()
-        pace.load_state_dict(self.pace.state_dict())
-        return replace(self, pace=pace)  # tensors are replaced, never written to
+        return replace(self, pace=deepcopy(self.pace))  # tensors are replaced, never written to
 
     def settle(self, parameters: FlatParameters, losses: Losses, carried: Carried) -> Losses:
         """Looks at the loss, takes a way back that led astray, and decides whose turn it is.

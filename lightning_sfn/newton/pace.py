@@ -4,6 +4,7 @@ Near a saddle a subspace is worth many gradients; on the way down a long valley 
 the two holds is measured: the kinds alternate, and the turns of the better one grow.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,17 +93,8 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """The turns as names and numbers."""
-        return {
-            "kind": self.kind,
-            "spent": self.spent,
-            "lengths": dict(self.lengths),
-            "rates": dict(self.rates),
-            "sown": self.sown,
-            "gathered": self.gathered,
-        }
+        return deepcopy(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        self.kind, self.spent = state["kind"], state["spent"]
-        self.lengths, self.rates = dict(state["lengths"]), dict(state["rates"])
-        self.sown, self.gathered = state["sown"], state["gathered"]
+        vars(self).update(deepcopy(state))
