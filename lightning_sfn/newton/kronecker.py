@@ -72,6 +72,7 @@ class KroneckerFactors(Preconditioner):
 
     Attributes:
         memory: Bytes that factors, eigenvectors and scales take now.
+        unfactored: Names of the parameters that are scaled by one number; known after the first step.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -86,6 +87,9 @@ class KroneckerFactors(Preconditioner):
         >>> optimizer.preconditioner.unfactored
         ()
     """
+
+    name = "kronecker"
+    unfactored: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -133,17 +137,7 @@ class KroneckerFactors(Preconditioner):
         self._shapes: list[torch.Size] = []
         self._caution, self._shortens = 1.0, False
         self._age = 0
-        self._unfactored: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """``kronecker``."""
-        return "kronecker"
-
-    @property
-    def unfactored(self) -> tuple[str, ...]:
-        """Names of the parameters that are scaled by one number; known after the first step."""
-        return self._unfactored
+        self.unfactored = ()
 
     @property
     def memory(self) -> int:
@@ -223,7 +217,7 @@ class KroneckerFactors(Preconditioner):
             self._probe(alone, operator, generator)
         self._allowed = self._allowed_shifts(parameters)
         names = {id(p): name for name, p in self._named}  # made here: copies of model and optimizer have other ids
-        self._unfactored = tuple(
+        self.unfactored = tuple(
             names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
             for block in blocks
             if block.signature[0] == "number"
@@ -366,7 +360,7 @@ class KroneckerFactors(Preconditioner):
         self._adopt(blocks)
         self._allowed, self._caution = list(state["limits"]), state["caution"]
         self._shortens = state["shortens"]
-        self._unfactored = tuple(state["unfactored"])
+        self.unfactored = tuple(state["unfactored"])
 
 
 def _magnitudes(blocks: list[Block]) -> list[float]:

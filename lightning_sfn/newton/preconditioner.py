@@ -128,10 +128,7 @@ class _OnParts(Preconditioner):
 class IdentityPreconditioner(Preconditioner):
     """The parameters' own coordinates."""
 
-    @property
-    def name(self) -> str:
-        """``identity``."""
-        return "identity"
+    name = "identity"
 
     def on_parts(self, store: BasisStore, size: int) -> Preconditioner:
         """The identity."""
@@ -158,6 +155,8 @@ class DiagonalPreconditioner(Preconditioner):
         floor: Added to the row norms, relative to their largest value.
     """
 
+    name = "diagonal"
+
     def __init__(self, decay: float = 0.9, floor: float = 1e-2) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}, but a number in [0, 1) is expected.")
@@ -167,11 +166,6 @@ class DiagonalPreconditioner(Preconditioner):
         self._mean: Tensor | None = None
         self._refreshes = 0
         self._diagonal: Tensor | None = None
-
-    @property
-    def name(self) -> str:
-        """``diagonal``."""
-        return "diagonal"
 
     def refresh(
         self,
