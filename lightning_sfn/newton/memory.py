@@ -23,25 +23,18 @@ class StepMemory:
         capacity: How many steps are remembered; 0 remembers none.
         secants: Whether remembered steps bring gradient differences as products. Without, each costs a product.
 
-    Raises:
-        ValueError: The capacity is negative.
+    Attributes:
+        has_secants: Whether the products of remembered steps are gradient differences.
     """
 
     def __init__(self, capacity: int, *, secants: bool) -> None:
-        if capacity < 0:
-            raise ValueError(f"previous_directions is {capacity}, but a count of zero or more is expected.")
         self._steps: deque[Direction] = deque(maxlen=capacity)
-        self._secants = secants
+        self.has_secants = secants
         self._pending: Direction | None = None  # the last step, with the gradient before it
 
     def __len__(self) -> int:
         """Number of steps that would join a subspace now."""
         return len(self._steps)
-
-    @property
-    def has_secants(self) -> bool:
-        """Whether the products of remembered steps are gradient differences."""
-        return self._secants
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -57,7 +50,7 @@ class StepMemory:
         """
         if self._steps.maxlen == 0:
             return
-        self._pending = Direction(step, gradient if self._secants else None)
+        self._pending = Direction(step, gradient if self.has_secants else None)
 
     def complete(self, gradient: Tensor) -> None:
         """Lets the last step join, with the gradient after it for its secant; older ones make room."""
@@ -68,21 +61,17 @@ class StepMemory:
 
     def abandon(self) -> None:
         """Drops a waiting secant: the next gradient belongs to another function."""
-        if self._secants:
+        if self.has_secants:
             self._pending = None
 
     def refute(self, gradient: Tensor | None) -> None:
         """Lets the last step, which was taken back, join for its secant, with the gradient after it.
 
-        Without secants, or where that gradient is not known or not finite (``None``), it has shown nothing that would
-        be worth a product.
+        Without secants, or where that gradient is not known or not finite (``None``), the step is dropped: it has
+        shown nothing that would be worth a product.
         """
-        if self._secants and gradient is not None:
+        if self.has_secants and gradient is not None:
             self.complete(gradient)
-        self._pending = None
-
-    def retract(self) -> None:
-        """Drops the last step: nothing is known of it."""
         self._pending = None
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StepMemory":
@@ -95,7 +84,7 @@ class StepMemory:
         def apply(d: Direction) -> Direction:
             return Direction(function(d.vector), None if d.product is None else function(d.product))
 
-        other = StepMemory(self._steps.maxlen or 0, secants=self._secants)
+        other = StepMemory(self._steps.maxlen or 0, secants=self.has_secants)
         other._steps.extend(map(apply, self._steps))
         other._pending = None if self._pending is None else apply(self._pending)
         return other

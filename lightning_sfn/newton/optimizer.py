@@ -299,7 +299,7 @@ class SaddleFreeNewton(Optimizer):
                 self._require_same_model(parameters)
         except BaseException:
             parameters.write(origin)
-            self._carried.memory.retract()
+            self._carried.memory.refute(None)
             self._carried.unconfirmed, self._glide = waiting, glide
             raise
         finally:
@@ -336,7 +336,7 @@ class SaddleFreeNewton(Optimizer):
                 if losses.objective.is_shared or not (is_out_of_memory(error) and self._economise(parameters)):
                     raise
             parameters.write(start)
-            self._carried.memory.retract()
+            self._carried.memory.refute(None)
             if parameters.device.type == "cuda":  # only here, where the error no longer holds the failed step's tensors
                 torch.cuda.empty_cache()
 

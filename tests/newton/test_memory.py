@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -61,13 +59,10 @@ def test_a_step_that_was_taken_back_stays_for_its_secant_alone(secants: bool) ->
     assert len(memory) == (2 if secants else 1)
 
 
-@pytest.mark.parametrize("forget", [StepMemory.retract, lambda memory: memory.refute(None)], ids=["retract", "refute"])
 @pytest.mark.parametrize("secants", [True, False])
-def test_a_step_that_was_taken_back_leaves_the_others_as_they_were(
-    secants: bool, forget: Callable[[StepMemory], None]
-) -> None:
+def test_a_step_that_was_taken_back_leaves_the_others_as_they_were(secants: bool) -> None:
     memory, before = with_a_second_step(1, secants)
-    forget(memory)
+    memory.refute(None)
     memory.complete(vector(7))
     assert contents(memory) == before
 
@@ -112,11 +107,6 @@ def test_state_round_trip_includes_the_waiting_step(secants: bool) -> None:
     for memory in (first, second):
         memory.complete(vector(7))
     assert contents(second) == contents(first) == ([(2, 6), (1, 5)] if secants else [(2, None), (1, None)])
-
-
-def test_a_negative_capacity_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^previous_directions is -1, but a count of zero or more is expected\.$"):
-        StepMemory(-1, secants=True)
 
 
 @pytest.mark.parametrize("secants", [True, False])
