@@ -80,10 +80,6 @@ class GraphBudget:
             build()
         self.bytes_per_size = count / size
 
-    def give_up(self) -> None:
-        """Takes graphs for larger than any limit, so that none is kept: for losses whose graphs cannot be measured."""
-        self.bytes_per_size = math.inf
-
     def affordable(self, sizes: Sequence[float]) -> list[bool]:
         """Which parts, in order, may keep their graphs (all, as long as nothing has been measured)."""
         left = float(self.limit)
@@ -136,9 +132,10 @@ class GraphStore(Generic[Graph]):
         unmeasured = self._keep is None and not self._measure(build)
         graph = build(index)  # a loss that cannot be evaluated at all says so itself here
         if unmeasured:
-            self._budget.give_up()
+            self._budget.bytes_per_size = math.inf  # larger than any limit, so that none is kept
         if self._keep is None:
-            self._keep = self._affordable()
+            alike = [self._retention == "retain"] * len(self._sizes)
+            self._keep = self._budget.affordable(self._sizes) if self._retention == "auto" else alike
         if self._keep[index]:
             self._kept[index] = self._slimmed(graph)
         return graph
@@ -159,12 +156,6 @@ class GraphStore(Generic[Graph]):
                 raise
             return False
         return True
-
-    def _affordable(self) -> list[bool]:
-        """Which graphs to keep."""
-        if self._retention != "auto":
-            return [self._retention == "retain"] * len(self._sizes)
-        return self._budget.affordable(self._sizes)
 
     @property
     def retained(self) -> int:
