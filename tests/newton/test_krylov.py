@@ -9,8 +9,7 @@ from torch import Tensor
 from lightning_sfn.newton import Direction, KrylovSubspace, krylov, lanczos, unattended
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.krylov import fill_basis, lanczos_step, random_unit
-from lightning_sfn.newton.unattended import Steps
-from lightning_sfn.newton.watch import Watch
+from lightning_sfn.newton.unattended import Steps, Watch
 
 from .cases import DTYPES, symmetric
 from .ranks import Padded, Reversing

@@ -12,8 +12,7 @@ from lightning_sfn.newton import KrylovSubspace, SaddleFreeNewton, krylov, lancz
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.reductions import SAFE_NORMS
 from lightning_sfn.newton.spectrum import hessian_spectrum
-from lightning_sfn.newton.unattended import Steps, is_invariant, unattended_steps
-from lightning_sfn.newton.watch import Watch
+from lightning_sfn.newton.unattended import Steps, Watch, is_invariant, unattended_steps
 
 from .cases import symmetric
 from .ranks import Alike
