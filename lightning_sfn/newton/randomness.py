@@ -39,14 +39,9 @@ class RandomState:
     @classmethod
     def capture(cls, device: torch.device | None = None) -> "RandomState":
         """Notes the present state; ``device`` adds the generator of that CUDA device."""
-        on_cuda = device is not None and device.type == "cuda"
-        return cls(
-            python=random.getstate(),
-            numpy=np.random.get_state(),
-            cpu=torch.get_rng_state(),
-            device=device if on_cuda else None,
-            accelerator=torch.cuda.get_rng_state(device) if on_cuda and device is not None else None,
-        )
+        device = device if device is not None and device.type == "cuda" else None
+        accelerator = None if device is None else torch.cuda.get_rng_state(device)
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), device, accelerator)
 
     @classmethod
     def seeded(cls, seed: int, device: torch.device | None = None) -> "RandomState":
