@@ -47,15 +47,12 @@ class FiniteDifferenceOperator(CurvatureOperator):
         origin = self.parameters.read()
         step = self._step or self._epsilon ** (1 / 3) * max(1.0, float(norm(origin)) / math.sqrt(origin.numel()))
         displacement = vector * (step / length)
+        own = self.objective.local()  # the product is averaged over processes once, as a whole
         try:
             self.parameters.write(origin + displacement)
-            _, ahead = self._own_gradient()
+            _, ahead = gradient_of(own, self.parameters)
             self.parameters.write(origin - displacement)
-            _, behind = self._own_gradient()
+            _, behind = gradient_of(own, self.parameters)
         finally:
             self.parameters.write(origin)
         return (ahead - behind) * (length / (2 * step))
-
-    def _own_gradient(self) -> tuple[float, Tensor]:
-        """The gradient of this process' parts: the product is averaged over processes once, as a whole."""
-        return gradient_of(self.objective.local(), self.parameters)
