@@ -483,7 +483,7 @@ class SaddleFreeNewton(Optimizer):
             "preconditioner": preconditioner.state_dict(),
             "glide": None if glide is None else glide.state_dict(),
             "generator": self._generator.get_state(),
-            "layout": [list(shape) for shape in parameters.layout],
+            "layout": [list(shape) for shape in parameters.shapes],
         }
         return state
 
@@ -508,8 +508,8 @@ class SaddleFreeNewton(Optimizer):
                 f"The state is not whole (its 'newton' entry has no {', '.join(map(repr, lacking))}): load one as "
                 "state_dict() gave it."
             )
-        layout = FlatParameters.of_groups(self.param_groups).layout
-        if [list(shape) for shape in newton["layout"]] != [list(shape) for shape in layout]:
+        shapes = FlatParameters.of_groups(self.param_groups).shapes
+        if [list(shape) for shape in newton["layout"]] != [list(shape) for shape in shapes]:
             raise ValueError("The state belongs to parameters of other shapes: build the model that it was saved with.")
         own = type(self.preconditioner).__name__
         if newton["coordinates"] != own:

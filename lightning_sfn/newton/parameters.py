@@ -109,15 +109,10 @@ class FlatParameters:
             raise ValueError("A parameter is sparse, but curvature needs dense parameters: use a dense layer instead.")
 
     @property
-    def layout(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the parameters, in order: two views with equal layouts have comparable vectors."""
-        return tuple(tuple(shape) for shape in self.shapes)
-
-    @property
     def description(self) -> str:
         """Number, dtype and shapes of the parameters in words: what has to be the same on all ranks."""
         shapes = ", ".join("x".join(map(str, shape)) or "1" for shape in self.shapes[:8])
-        more = "" if len(self.shapes) <= 8 else f", ... (digest {zlib.crc32(repr(self.layout).encode()):08x})"
+        more = "" if len(self.shapes) <= 8 else f", ... (digest {zlib.crc32(repr(self.shapes).encode()):08x})"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{len(self.shapes)} trainable parameters of {dtype} ({shapes}{more})"
 

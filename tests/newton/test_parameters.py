@@ -207,7 +207,7 @@ def test_the_sum_of_gradients_with_a_graph_has_none() -> None:
 def test_a_few_parameters_are_described_by_number_dtype_and_shapes(shapes: list[tuple[int, ...]], words: str) -> None:
     flat = FlatParameters([nn.Parameter(torch.ones(shape)) for shape in shapes])
     assert flat.description == words
-    assert flat.layout == tuple(shapes)
+    assert flat.shapes == tuple(shapes)
 
 
 def test_many_parameters_are_described_by_the_first_shapes_and_a_digest_of_all() -> None:
