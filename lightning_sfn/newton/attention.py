@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attended"]
+from lightning_sfn.newton.unrolled import Linear
 
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+__all__ = ["attended"]
 
 _UNSUPPORTED = ("bias_k", "bias_v", "static_k", "static_v")
 
