@@ -105,17 +105,10 @@ def _tangent(inputs: Tensor, weight: Tensor | None, directions: tuple[Tensor | N
 def _gradients(
     gradient: Tensor, inputs: Tensor, weight: Tensor | None, needed: tuple[bool, ...], share: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by inputs, weight and bias, as far as they are needed.
+    """From the gradient by the outputs, shape ``(..., O)``, those by inputs, weight and bias, as far as needed.
 
-    Args:
-        gradient: By the outputs, shape ``(..., O)``.
-        inputs: Shape ``(..., I)``.
-        weight: Shape ``(O, I)``; ``None`` where the inputs need no gradient.
-        needed: Which of the three.
-        share: What else the gradient by the weight consists of, shape ``(O, I)``; its memory becomes the sum's.
-
-    Returns:
-        The three.
+    Without the weight, inputs have none. The memory of ``share``, which the gradient by the weight consists of as well,
+    becomes that of the sum.
     """
     by_inputs = by_weight = None
     if weight is not None and needed[0]:

@@ -1,7 +1,8 @@
 """Curvature operators: what answers gradient and matrix-vector questions about an objective.
 
 `HessianOperator` is the exact Hessian by reverse-over-reverse differentiation (Pearlmutter 1994; the paper's L-op) on
-retained gradient graphs. `GaussNewtonOperator` and `FiniteDifferenceOperator` stand in files of their own.
+retained gradient graphs. Its siblings `GaussNewtonOperator`, `FisherOperator`, `GradientCovarianceOperator` and
+`FiniteDifferenceOperator` stand in files of their own.
 """
 
 from abc import ABC, abstractmethod

@@ -123,12 +123,7 @@ def _observed(
 
 
 class _Sums:
-    """The factors of one process, summed up part by part, so that one part's inputs and gradients are kept at a time.
-
-    Args:
-        parameters: The parameters.
-        limits: How large factors may be.
-    """
+    """Factors of one process, summed up part by part, so that inputs and gradients of one part are kept at a time."""
 
     def __init__(self, parameters: FlatParameters, limits: Limits) -> None:
         self._parameters, self._limits = parameters, limits

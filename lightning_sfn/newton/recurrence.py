@@ -100,19 +100,10 @@ class _Adjoint(Function):
 def _adjoint(
     gradient: Tensor, states: Tensor, weight: Tensor, slopes: Tensor | None, *, with_bend: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Back through time: the gradient by the inputs.
+    """Back through time: from the gradient by the states that by the inputs, both of shape ``(T, B, H)``.
 
-    With ``q_t = gradient_t + a_{t+1} W`` it is ``a_t = q_t (1 - s_t^2)``.
-
-    Args:
-        gradient: By the states, shape ``(T, B, H)``.
-        states: Shape ``(T, B, H)``.
-        weight: Shape ``(H, H)``.
-        slopes: ``1 - s_t^2``, shape ``(T, B, H)``, if known.
-        with_bend: Whether ``-2 q_t s_t``, the change of a_t with s_t, is wanted too.
-
-    Returns:
-        ``a``, and the bend (empty where it is not wanted), shape ``(T, B, H)``.
+    With ``q_t = gradient_t + a_{t+1} W`` it is ``a_t = q_t (1 - s_t^2)``, of which the last factor is ``slopes``, if
+    known. The second result is the bend ``-2 q_t s_t``, the change of a_t with s_t; empty where it is not wanted.
     """
     if is_transformed(gradient) or is_batched(states):
         return torch.stack(_adjoint_step_by_step(gradient, states, weight)), states[:0]

@@ -346,14 +346,9 @@ def _in_coordinates(directions: Sequence[Direction], coordinates: Preconditioner
 
 
 class _Candidates:
-    """The steps that dampings give from one point: their trial losses, and the best of those that were tried.
+    """The steps that dampings give from an origin: their trial losses, and the best of those that were tried.
 
-    Args:
-        model: The subspace model.
-        coordinates: The gradient along the Ritz vectors, shape ``(k,)``.
-        parameters: The parameters; left anywhere.
-        origin: The point, shape ``(n,)``.
-        trial: The loss around it.
+    Takes the gradient in the model's coordinates, shape ``(k,)``; leaves the parameters anywhere.
     """
 
     def __init__(

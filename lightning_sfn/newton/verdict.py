@@ -59,8 +59,8 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
     The point counts as critical if a gradient step of the length that the largest eigenvalue allows gains less than a
     hundredth of the loss. The smallest eigenvalue is negative for certain if its estimate is, beyond rounding, since
     that is an upper bound on it; it counts as zero to tolerance if its error bound cannot take it below a thousandth
-    of the largest. Where gradient and curvature are both exactly
-    zero, the kind of point is unknown: second derivatives do not tell.
+    of the largest. Where gradient and curvature are both exactly zero, the kind of point is unknown: second derivatives
+    do not tell.
 
     Args:
         spectrum: The spectrum.
