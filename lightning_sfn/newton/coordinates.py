@@ -51,17 +51,7 @@ class AutoPreconditioner(Preconditioner):
         bent: bool = True,
         whole: Objective | None = None,
     ) -> None:
-        """Estimates the factors anew, every few steps; where there are none, equilibrates.
-
-        Args:
-            operator: The curvature of the coming step.
-            generator: Source of random probes and of sampled targets.
-            bent: Whether the last subspace showed much negative curvature.
-            whole: What is minimized, where the operator sees a part of it.
-
-        Raises:
-            ProcessError: Another process failed.
-        """
+        """Estimates the factors anew, every few steps; where there are none, equilibrates."""
         if self._has_room:
             try:
                 self.factors.renew(operator, generator, bent, whole)

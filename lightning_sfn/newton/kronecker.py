@@ -163,17 +163,7 @@ class KroneckerFactors(Preconditioner):
         bent: bool = True,
         whole: Objective | None = None,
     ) -> None:
-        """Estimates the factors anew, every few steps; warns where they cannot be had.
-
-        Args:
-            operator: The curvature of the coming step; the factors see its objective.
-            generator: Source of the sampled targets and of probes.
-            bent: Whether the last subspace showed much negative curvature.
-            whole: What is minimized, where the operator sees a part of it: a first estimate sees it all.
-
-        Raises:
-            ProcessError: Another process failed.
-        """
+        """Estimates the factors anew, every few steps; warns where they cannot be had."""
         try:
             self.renew(operator, generator, bent, whole)
         except FactorsError as error:
@@ -186,13 +176,9 @@ class KroneckerFactors(Preconditioner):
         bent: bool = True,
         whole: Objective | None = None,
     ) -> None:
-        """Estimates the factors anew, every few steps.
+        """`refresh` for callers that have something else where there are no factors.
 
-        Args:
-            operator: The curvature of the coming step; the factors see its objective.
-            generator: Source of the sampled targets and of probes.
-            bent: Whether the last subspace showed much negative curvature.
-            whole: What is minimized, where the operator sees a part of it: a first estimate sees it all.
+        The factors see the operator's objective; a first estimate sees ``whole``, where that is more.
 
         Raises:
             FactorsError: They cannot be had, on all processes alike; those of an earlier step, if any, stay.

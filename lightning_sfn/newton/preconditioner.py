@@ -40,6 +40,9 @@ class Preconditioner(ABC):
             generator: Source of random probes, on the parameters' device.
             bent: As in `default_krylov_dim`; true before the first subspace.
             whole: What is minimized, where the operator sees a part of it.
+
+        Raises:
+            ProcessError: Another process failed.
         """
 
     def reset(self) -> None:  # noqa: B027
