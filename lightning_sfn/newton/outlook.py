@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.krylov import lanczos
 from lightning_sfn.newton.reductions import norm
@@ -38,6 +39,7 @@ class Outlook:
         return self.lambda_min < -self.rounding
 
 
+@without_autocast()
 def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -> Outlook:
     """Probes a point in a Krylov subspace.
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from lightning_sfn.newton import Objective, SaddleFreeNewton, hessian_spectrum
+from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, hessian_spectrum
 from lightning_sfn.newton.autocast import Autocast, without_autocast
+from lightning_sfn.newton.outlook import outlook_of
 from lightning_sfn.newton.subspace_descent import KrylovSubspaceDescent
 
 
@@ -87,6 +88,17 @@ def test_spectra_inside_of_autocast(curvature: Any) -> None:
     assert torch.equal(spectra[0].eigenvalues, spectra[1].eigenvalues)
     assert spectra[0].lambda_max > 0
     assert spectra[0].to_dict() == spectra[1].to_dict()
+
+
+def test_outlooks_inside_of_autocast() -> None:
+    outlooks = []
+    for inside in (False, True):
+        task = Task(inside=inside)
+        with task.autocast(not inside):
+            operator = HessianOperator(Objective([task.closure]), task.model.parameters())
+            outlooks.append(outlook_of(operator, 8))
+        assert task.dtypes == {torch.bfloat16}
+    assert outlooks[0] == outlooks[1]
 
 
 def test_subspace_descent_inside_of_autocast() -> None:
