@@ -75,5 +75,6 @@ def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -
         values, along = space.eigenvalues, space.coordinates(gradient)
         inverse = 1 / (values.abs() + _DAMPING * values.abs().max())
         decrease = (along.square() * inverse * (1 - values * inverse / 2)).sum()
-    rounding = max(space.rounding, operator.inaccuracy * float(values.abs().max()))
-    return Outlook(loss, float(values[0]), float(space.residuals[0]), float(decrease), rounding)
+    off = operator.inaccuracy * float(values.abs().max())
+    residual, rounding = (math.hypot(error, off) for error in (float(space.residuals[0]), space.rounding))
+    return Outlook(loss, float(values[0]), residual, float(decrease), rounding)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.curvature import HessianOperator
+from lightning_sfn.newton.finite_difference import FiniteDifferenceOperator
 from lightning_sfn.newton.objective import Objective
 from lightning_sfn.newton.outlook import Outlook, outlook_of
 
+from .cases import DTYPES, make, reference
 from .ranks import HalfShare
 
 H = torch.diag(torch.tensor([-0.5, 1.0, 2.0, 10.0], dtype=torch.float64))
@@ -82,6 +84,16 @@ def test_the_residual_is_that_of_the_smallest_value() -> None:
     exact = H.diag()
     assert float((exact - part.lambda_min).abs().min()) <= part.residual
     assert part.residual < 0.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_of_finite_differences_count_their_error(dtype: torch.dtype) -> None:
+    """In the whole space nothing else is left of the residual."""
+    case, exact = make("rnn", dtype), torch.linalg.eigvalsh(reference("rnn").hessian)
+    operator = FiniteDifferenceOperator(Objective([case.closure]), case.parameters)
+    found = outlook_of(operator, operator.parameters.size)
+    assert abs(found.lambda_min - float(exact[0])) <= found.rounding <= found.residual
+    assert found.residual <= 1e-3 * float(exact.abs().max())
 
 
 def test_global_random_numbers_are_left_alone() -> None:
