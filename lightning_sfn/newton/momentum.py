@@ -229,16 +229,13 @@ class Glide:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and numbers."""
-        own = {"velocity": self.velocity, "best": self.best, "unit": self.unit}
-        own |= {"rest": self.rest, "wandered": self.wandered, "reach": self.reach}
-        return own | {"shrink": self.shrink, "steps": self.steps, "pace": self.pace.state_dict()}
+        own = {name: value for name, value in vars(self).items() if name != "momentum"}
+        return own | {"pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
-        self.velocity, self.best = state["velocity"], state["best"]
-        self.unit, self.shrink, self.steps = state["unit"], state["shrink"], state["steps"]
-        self.rest, self.wandered, self.reach = state["rest"], state["wandered"], state.get("reach", _FIRST_REACH)
         self.pace.load_state_dict(state["pace"])
+        vars(self).update({"reach": _FIRST_REACH} | state | {"pace": self.pace})
 
 
 def _within_bounds(step: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
