@@ -23,6 +23,8 @@ __all__ = [
     "make_damping",
 ]
 
+_INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # dampings, times the largest absolute eigenvalue
+
 
 class TrialLosses(Protocol):
     """What a strategy may ask about the steps that damping values give."""
@@ -154,7 +156,6 @@ class WarmDamping(Damping):
     _FACTOR, _RESCUE = 4.0, 8.0
     _WORTHWHILE = 1.05  # growth of the decrease that makes a further trial worth its price
     _AS_GOOD = 0.98  # share of the best decrease at which a larger damping is as good
-    _INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # times the largest absolute eigenvalue
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,8 +163,8 @@ class WarmDamping(Damping):
 
     def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
         """Searches from the last value."""
-        low, high = self._LOWEST * scale, self._HIGHEST * scale
-        first = min(max(self.value if self.value is not None else self._INITIAL * scale, low), high)
+        low, high = _LOWEST * scale, _HIGHEST * scale
+        first = min(max(self.value if self.value is not None else _INITIAL * scale, low), high)
         losses: dict[float, float] = {}
 
         def decrease(damping: float) -> float:
@@ -226,12 +227,10 @@ class LevenbergMarquardt(Damping):
     raises it fourfold. It stays within ``[1e-9, 10]`` times the largest absolute eigenvalue.
     """
 
-    _INITIAL, _LOWEST, _HIGHEST = 1e-2, 1e-9, 10.0  # times the largest absolute eigenvalue
-
     def choose(self, trial_losses: TrialLosses, *, scale: float, baseline: float) -> Choice:
         """Tries the present value."""
-        value = self._INITIAL * scale if self.value is None else self.value
-        self.value = min(max(value, self._LOWEST * scale), self._HIGHEST * scale)
+        value = _INITIAL * scale if self.value is None else self.value
+        self.value = min(max(value, _LOWEST * scale), _HIGHEST * scale)
         return Choice(self.value, trial_losses([self.value])[0], 1)
 
     def feedback(self, *, accepted: bool, reduction_ratio: float) -> None:
