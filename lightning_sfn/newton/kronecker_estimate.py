@@ -5,7 +5,6 @@ A loss is evaluated once while the uses of its weights are watched, and differen
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -193,7 +192,7 @@ def _observe(objective: Objective, parameters: FlatParameters, seed: int, target
     for index, weight in enumerate(objective.weights):
         losses = ElementwiseLosses(generator) if targets == "sampled" else None
         watching = WatchingWeights(parameters.tensors, losses)
-        with watching, _eager():
+        with watching, torch.compiler.set_stance("force_eager"):  # compiled models run as written while watched
             loss = objective.evaluate(index).loss
         heads, seeds = _heads(loss, [] if losses is None else losses.elements, weight)
         with torch.enable_grad():
@@ -232,9 +231,3 @@ def _resolve(signatures: set[Signature], parameters: FlatParameters, limits: Lim
     covered = {index for signature in kept for index in signature[1:]}
     numbers: list[Signature] = [("number", i, -1) for i in range(len(parameters.tensors)) if i not in covered]
     return sorted([*kept, *numbers], key=lambda s: s[1])
-
-
-def _eager() -> Any:
-    """Compiled models run as written while their calls are watched."""
-    set_stance: Callable[[str], Any] = torch.compiler.set_stance
-    return set_stance("force_eager")
