@@ -3,10 +3,10 @@
     python benchmarks/race.py [--seeds 5] [--seconds 12] [--tasks NAME ...] [--methods NAME ...] [--data FOLDER]
 
 Seconds are those of one thread of this process, evaluations of the full training loss left out. A step that ends after
-the budget does not count. The settings of SGD, Adam and K-FAC are searched for each task first, on a seed that does not
-race, with a third of the budget for each setting. Every result is written at once to `benchmarks/results/race.json`
-(searches: `race_search.json`), and what is there is not run again, so the race can be interrupted and continued.
-Tasks whose data set is not there are left out. `--quick` is a rehearsal on tiny tasks.
+the budget does not count. The settings of SGD, Adam, Hessian-free and K-FAC are searched for each task first, on a seed
+that does not race, with a third of the budget for each setting. Every result is written at once to
+`benchmarks/results/race.json` (searches: `race_search.json`), and what is there is not run again, so the race can be
+interrupted and continued. Tasks whose data set is not there are left out. `--quick` is a rehearsal on tiny tasks.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import record
 import torch
-from suite.methods import METHODS, OURS, RIVALS, SEARCHED
+from suite.methods import METHODS, OURS, RIVALS, SEARCHED, at_edge
 from suite.tasks import EVERY, STARTS, TASKS, Problem, Task
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -90,6 +90,7 @@ def race(course: Course, tasks: list[str], methods: list[str], seeds: int, *, ti
     done = {_key(run) for run in course.load(course.name)}
     jobs = [(seed, task, method) for seed in range(seeds) for task in tasks for method in methods]
     absent: dict[str, str] = {}
+    warned: set[tuple[str, str]] = set()
     with tqdm([job for job in jobs if (*job, course.seconds) not in done], desc="race") as bar:
         for seed, name, method in bar:
             bar.set_postfix_str(f"{name}, {method}, seed {seed}")
@@ -98,6 +99,11 @@ def race(course: Course, tasks: list[str], methods: list[str], seeds: int, *, ti
                 continue
             try:
                 settings = search(course, task, method)
+                if (edges := at_edge(method, settings)) and (name, method) not in warned:
+                    warned.add((name, method))
+                    tqdm.write(
+                        f"{name}, {method}: the best {' and '.join(edges)} lies at the edge of what is searched."
+                    )
                 run = measure(course, task, method, seed, settings, course.seconds)
             except FileNotFoundError as error:
                 absent[name] = str(error)

@@ -13,7 +13,7 @@ from suite.hessian_free import HessianFree
 from suite.kfac import KFAC
 from suite.tasks import Problem
 
-__all__ = ["BESIDES", "METHODS", "OURS", "RIVALS", "SEARCHED"]
+__all__ = ["BESIDES", "METHODS", "OURS", "RIVALS", "SEARCHED", "at_edge"]
 
 Method = Callable[..., Iterator[None]]
 
@@ -62,9 +62,9 @@ def lbfgs(problem: Problem) -> Iterator[None]:
         yield
 
 
-def hessian_free(problem: Problem) -> Iterator[None]:
+def hessian_free(problem: Problem, damping: float) -> Iterator[None]:
     """Hessian-free with Gauss-Newton products on a fresh fifth of the data."""
-    optimizer = HessianFree(problem, share=0.2)
+    optimizer = HessianFree(problem, damping=damping, share=0.2)
     while True:
         optimizer.step()
         yield
@@ -179,12 +179,21 @@ BESIDES: dict[str, Method] = {"factors": factors, "factors turns": factors_turns
 METHODS = RIVALS | OURS | BESIDES
 
 SEARCHED: dict[str, list[dict[str, Any]]] = {
-    "sgd": _grid(lr=(0.001, 0.003, 0.01, 0.03, 0.1, 1.0)),
-    "adam": _grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "sgd": _grid(lr=(3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    "adam": _grid(lr=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)),
+    "hessian_free": _grid(damping=(1e-4, 1e-2, 1.0)),
     "kfac": [
-        *_grid(lr=(0.1, 0.3), damping=(1e-4, 1e-3, 1e-2, 1e-1), share=(0.1,), kl_clip=(1e-3,)),
-        *_grid(lr=(0.3,), damping=(1e-4, 1e-3, 1e-2), share=(0.1,), kl_clip=(1e-2,)),
-        *_grid(lr=(0.3,), damping=(1e-4, 1e-3, 1e-2), share=(1.0,), kl_clip=(1e-3, 1e-2)),
+        *_grid(lr=(0.1, 0.3), damping=(1e-2, 0.1, 1.0), share=(0.1,), kl_clip=(1e-3,)),
+        *_grid(lr=(0.3,), damping=(0.1,), share=(0.1,), kl_clip=(1e-2,)),
+        *_grid(lr=(0.3,), damping=(1e-5, 1e-4, 1e-3), share=(1.0,), kl_clip=(1e-3, 1e-2)),
+        *_grid(lr=(0.3,), damping=(3e-6,), share=(1.0,), kl_clip=(1e-2,)),
+        *_grid(lr=(0.3,), damping=(1e-4,), share=(1.0,), kl_clip=(3e-2,)),
     ],
 }
 """Settings that are tried for each task, with a part of the race's seconds, from a start of its own."""
+
+
+def at_edge(method: str, settings: dict[str, Any]) -> list[str]:
+    """The settings that have the smallest or the largest of the values tried, where more than two were."""
+    tried = {name: {candidate[name] for candidate in SEARCHED.get(method, [])} for name in settings}
+    return [name for name, values in tried.items() if len(values) > 2 and settings[name] in (min(values), max(values))]

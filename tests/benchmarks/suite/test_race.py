@@ -79,3 +79,15 @@ def test_tasks_without_data_are_left_out_by_name(tmp_path: Path, capsys: pytest.
     course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
     assert race.race(course, ["cifar escape"], ["lbfgs"], 1) == 1
     assert "cifar escape was left out" in capsys.readouterr().err
+
+
+def test_a_best_setting_at_the_edge_of_a_search_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert methods.at_edge("adam", {"lr": 1e-3}) == []
+    assert methods.at_edge("kfac", {"lr": 0.3, "damping": 1.0, "share": 1.0, "kl_clip": 1e-2}) == ["damping"]
+    assert methods.at_edge("lbfgs", {}) == []
+    monkeypatch.setattr(race, "search", lambda *_: {"lr": 0.1})
+    course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
+    race.race(course, ["mnist escape"], ["adam"], 2, tiny=True)
+    assert capsys.readouterr().out.count("mnist escape, adam: the best lr lies at the edge") == 1
