@@ -60,7 +60,8 @@ class Course:
     def append(self, name: str, run: dict[str, Any]) -> None:
         """Adds a run to a results file, with the date and versions it ran under."""
         where = {key: conditions()[key] for key in ("date", "lightning_sfn", "processor")}
-        record.write(name, {"runs": [*self.load(name), run | where]}, folder=self.results)
+        with record.alone(self.results):
+            record.write(name, {"runs": [*self.load(name), run | where]}, folder=self.results)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Half of each kind was open while settings were chosen (`tuning`); the other half
 are tasks that choices were made on too, and that do not race.
 """
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -167,7 +168,9 @@ class Task:
         else:
             _first_order(problem, self.phase)
             cache.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), path)
+            unfinished = path.with_suffix(f".{os.getpid()}.new")
+            torch.save(model.state_dict(), unfinished)
+            unfinished.replace(path)  # never half of it, for another process too
         return problem
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,19 @@ def test_an_unfinished_write_leaves_the_old_results(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         course.append("race", {"task": "b"})
     assert [run["task"] for run in course.load("race")] == ["a"]
+
+
+def test_races_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    course = race.Course(0.02, tmp_path, tmp_path, tmp_path)
+
+    def append(first: int) -> None:  # a lock holds for every opening of a folder, in one process as in two
+        for seed in range(first, first + 20):
+            course.append("race", {"seed": seed})
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(append, (0, 20)))
+    assert sorted(run["seed"] for run in course.load("race")) == list(range(40))
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_step_that_ends_too_late_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
