@@ -345,8 +345,8 @@ def engine(part: str) -> str:
 _OURS = "turns"  # what the targets are for
 _PEERS = "make bench-peers"
 _PROBES = (
-    'python benchmarks/race.py --name race_probes --seeds 3 --methods factors default "factors turns" turns --tasks '
-    '"lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
+    "python benchmarks/race.py --name race_probes --seeds 3 --seconds 12 --methods factors default "
+    '"factors turns" turns --tasks "lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
 )
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -53,6 +53,24 @@ def test_races_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.new"))
 
 
+def test_a_search_of_other_seconds_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    task, one = TASKS["mnist escape"].tiny(), len(methods.SEARCHED["hessian_free"])
+    for seconds, expected in ((0.02, one), (0.02, one), (0.05, 2 * one)):
+        course = race.Course(seconds, tmp_path, tmp_path, tmp_path)
+        race.search(course, task, "hessian_free")
+        assert len(course.load("race_search")) == expected
+
+
+def test_a_file_that_a_method_lacks_is_no_missing_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(_: Problem) -> Iterator[None]:
+        raise FileNotFoundError("a file of its own")
+        yield
+
+    monkeypatch.setitem(methods.METHODS, "lacking", lacking)
+    with pytest.raises(FileNotFoundError, match="of its own"):
+        race.race(race.Course(0.02, tmp_path, tmp_path, tmp_path), ["mnist escape"], ["lacking"], 1, tiny=True)
+
+
 def test_a_step_that_ends_too_late_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(race.time, "process_time", lambda: clock[0])
