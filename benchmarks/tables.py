@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -219,18 +220,23 @@ def claims(name: str) -> str:
     return _rows(["claim", "measured", "verdict"], rows) + note + _measured(results, results["command"])
 
 
-def _standings(*, tuning: bool | None, name: str = "race") -> tuple[list[Standing], dict[str, Any]]:
-    """The tasks of one half (of both and besides for ``None``), at the budget with most runs."""
-    tasks = EVERY if tuning is None else TASKS
+def _race_of_one_budget(name: str) -> dict[str, Any]:
+    """Results of a race, only the runs of its budget: the one that most runs have."""
     results = _load(name)
-    budgets = [run["seconds"] for run in results["runs"]]
-    runs = [run for run in results["runs"] if run["seconds"] == max(set(budgets), key=budgets.count)]
-    return standings(runs, {t.name: t.kind for t in tasks.values() if tuning in (t.tuning, None)}), results
+    budget = Counter(run["seconds"] for run in results["runs"]).most_common(1)[0][0]
+    return results | {"runs": [run for run in results["runs"] if run["seconds"] == budget]}
+
+
+def _standings(results: dict[str, Any], *, tuning: bool | None) -> list[Standing]:
+    """The tasks of one half (of both and besides for ``None``)."""
+    tasks = EVERY if tuning is None else TASKS
+    return standings(results["runs"], {t.name: t.kind for t in tasks.values() if tuning in (t.tuning, None)})
 
 
 def race(*, tuning: bool | None, name: str = "race", command: str = "") -> str:
     """Final losses of all methods on one half of the suite, or on both."""
-    rows, results = _standings(tuning=tuning, name=name)
+    results = _race_of_one_budget(name)
+    rows = _standings(results, tuning=tuning)
     methods = [m for m in METHODS if any(m in row.losses for row in rows)]
     table = [
         [row.task, row.kind, str(len(next(iter(row.losses.values())))), f"{row.start:.4g}"]
@@ -255,9 +261,8 @@ def _raced(runs: list[dict[str, Any]], task: str) -> str:
 
 def targets(*, tuning: bool | None, name: str = "race") -> str:
     """The recipe against the targets, where all that they speak of has run."""
-    rows, _ = _standings(tuning=tuning, name=name)
     table = []
-    for row in rows:
+    for row in _standings(_race_of_one_budget(name), tuning=tuning):
         if not {_OURS, "kfac", *FIRST_ORDER} <= row.losses.keys():
             continue
         rival, ratio = row.against(_OURS)
@@ -284,7 +289,7 @@ def _yes(met: bool) -> str:
 
 def searched() -> str:
     """The settings that the search chose for each task."""
-    runs = _load("race")["runs"]
+    runs = _race_of_one_budget("race")["runs"]
     names = [m for m in METHODS if any(run["method"] == m and run["settings"] for run in runs)]
     chosen = {(run["task"], run["method"]): run["settings"] for run in runs}
     rows = [
