@@ -18,7 +18,8 @@ class HessianFree:
     """Truncated Newton steps on the Gauss-Newton matrix.
 
     Conjugate gradients start from 0.95 times the last solution, and stop by the relative progress of the quadratic
-    model. Damping follows Levenberg and Marquardt (Section 4.1); the step is shortened until the loss falls.
+    model. Damping follows Levenberg and Marquardt (Section 4.1); the step is shortened until the loss falls. Unlike
+    there, no iterate but the last is tried, and nothing is preconditioned.
 
     Args:
         problem: Network and data; the gradient and the acceptance see all cases.
