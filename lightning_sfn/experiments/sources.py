@@ -29,6 +29,7 @@ SAMPLE = "sample"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIXES = frozenset({".parquet", ".arrow", ".json", ".csv", ".txt", ".npz", ".gz", ".zip"})
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val")
 _PROBE_SECONDS = 4.0
 
@@ -40,7 +41,7 @@ def load_split(source: str | Path, split: str, columns: Sequence[str] = ()) -> D
         source: ``"sample"`` for the embedded MNIST rows; or a path: a parquet file, a folder with ``{split}*.parquet``
             (also one level down, as in a downloaded copy of a Hub dataset), or a folder written by ``save_to_disk``; or
             a Hub id ``owner/name``. An existing path wins over a Hub id of the same spelling. Parquet files are read
-            into memory and leave no cache behind.
+            into memory and leave no cache behind. Of files called ``...-00000-of-00002`` all have to be there.
         split: Name of the split, such as ``"train"`` or ``"test"``. A parquet file stands for the split its name begins
             with (``train`` if its name says nothing); the other splits are looked for beside it.
         columns: Columns that the caller needs.
@@ -100,7 +101,7 @@ def _from_file(path: Path, split: str, source: str) -> Dataset:
     own_split = next((name for name in _SPLIT_NAMES if path.stem.lower().startswith(name)), "train")
     if own_split == split:
         return _from_parquet([path], source)
-    siblings = _parquet_files(path.parent, split)
+    siblings = _parquet_files(path.parent, split, source)
     if siblings:
         return _from_parquet(siblings, source)
     raise MisconfigurationException(
@@ -112,7 +113,7 @@ def _from_file(path: Path, split: str, source: str) -> Dataset:
 def _from_folder(folder: Path, split: str, source: str) -> Dataset:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _from_saved(folder, split, source)
-    files = _parquet_files(folder, split)
+    files = _parquet_files(folder, split, source)
     if files:
         return _from_parquet(files, source)
     present = sorted(file.name for file in [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
@@ -122,9 +123,24 @@ def _from_folder(folder: Path, split: str, source: str) -> Dataset:
     )
 
 
-def _parquet_files(folder: Path, split: str) -> list[Path]:
+def _parquet_files(folder: Path, split: str, source: str) -> list[Path]:
     pattern = f"{split}*.parquet"
-    return sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
+    files = sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
+    _require_all_shards(files, source)
+    return files
+
+
+def _require_all_shards(files: Sequence[Path], source: str) -> None:
+    """Refuse an interrupted download: files that call themselves one of several, without the others."""
+    shards = {(file.parent, found[1], found[3]) for file in files if (found := _SHARD.fullmatch(file.stem))}
+    for folder, name, count in shards:
+        names = [f"{name}-{number:0{len(count)}}-of-{count}.parquet" for number in range(int(count))]
+        missing = [file for file in names if folder / file not in files]
+        if missing:
+            raise MisconfigurationException(
+                f"The data source {source!r} is incomplete: of {count.lstrip('0')} files {name!r} it lacks "
+                f"{len(missing)}, the first {missing[0]!r}; get the rest."
+            )
 
 
 def _from_parquet(files: Sequence[Path], source: str) -> Dataset:

@@ -58,6 +58,18 @@ def test_folder_one_level_down_as_in_a_hub_checkout(parquet_folder: Path, tmp_pa
     assert len(load_split(tmp_path / "checkout", "test")) == 4
 
 
+@pytest.mark.parametrize("place", [".", "data"])
+def test_a_folder_without_all_files_of_a_split_is_refused(parquet_folder: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(parquet_folder, tmp_path / "partial" / place)
+    (tmp_path / "partial" / place / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(MisconfigurationException) as info:
+        load_split(tmp_path / "partial", "train")
+    assert "of 2 files 'train' it lacks 1, the first 'train-00001-of-00002.parquet'" in sentence(info)
+    assert len(load_split(tmp_path / "partial", "test")) == 4
+    with pytest.raises(MisconfigurationException, match="lacks 1"):  # beside a file, too
+        load_split(tmp_path / "partial" / place / "test.parquet", "train")
+
+
 def test_parquet_file_and_its_siblings(parquet_folder: Path) -> None:
     assert len(load_split(parquet_folder / "test.parquet", "test")) == 4
     assert len(load_split(parquet_folder / "test.parquet", "train")) == 5
@@ -215,3 +227,15 @@ def test_downloaded_files_are_used_without_asking(hub: Hub, tmp_path: Path, parq
     (repository / "refs" / "main").write_text("0123abcd")
     assert len(load_split(HUB_ID, "train")) == 5
     assert hub.questions == 0
+
+
+def test_an_incomplete_download_does_not_count_as_cached(hub: Hub, tmp_path: Path, parquet_folder: Path) -> None:
+    repository = tmp_path / "cache" / "hub" / "datasets--somebody--something"
+    shutil.copytree(parquet_folder, repository / "snapshots" / "0123abcd" / "data")
+    (repository / "snapshots" / "0123abcd" / "data" / "train-00000-of-00002.parquet").unlink()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    assert len(load_split(HUB_ID, "test")) == 4
+    with pytest.raises(MisconfigurationException, match="get online once to fill the cache"):
+        load_split(HUB_ID, "train")
+    assert hub.questions == 1
