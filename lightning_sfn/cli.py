@@ -58,6 +58,10 @@ _OWN_COMMANDS = {"reproduce": "lightning_sfn.experiments.reproduce"}  # each mod
 _RUNTIME_ERRORS = (
     MisconfigurationException,
     FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
     ObjectiveError,
     CurvatureError,
     FloatingPointError,
@@ -175,8 +179,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UsageError, OptionError) as error:
         return _fail(str(error), _USAGE_ERROR)
     except _RUNTIME_ERRORS as error:
-        return _fail(" ".join(str(error).split()), _RUNTIME_ERROR)
+        return _fail(_runtime_sentence(error), _RUNTIME_ERROR)
     return 0
+
+
+def _runtime_sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used: {error.strerror}."
+    return " ".join(str(error).split())
 
 
 def _see_working_directory() -> None:

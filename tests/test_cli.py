@@ -167,6 +167,14 @@ def test_missing_data(
     assert said in line
 
 
+def test_a_folder_for_logs_that_cannot_be_one(command: Command) -> None:
+    Path("file").write_text("")
+    logs = ("--trainer.logger.init_args.save_dir", "file/logs")
+    status, line = command.fails("fit", "-c", "autoencoder", *logs, "--trainer.max_epochs", "1")
+    assert status == 1
+    assert line.endswith("file/logs cannot be used: Not a directory.")
+
+
 def test_modules_in_the_working_directory_are_found(command: Command, empty_folder: Path) -> None:
     words = "from pytorch_lightning import LightningModule\n\n\nclass Own(LightningModule):\n    pass\n"
     (empty_folder / "module_beside_the_recipe.py").write_text(words)

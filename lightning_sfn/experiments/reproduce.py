@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -112,6 +113,8 @@ def reproduce(
     count = figure.seeds[scale] if seeds is None else seeds
     if count < 1 or processes < 1:
         raise MisconfigurationException(f"{count} seeds and {processes} processes were asked for, but 1 is the least.")
+    _require_device(device)
+    _require_matplotlib()
     settings = figure.scales[scale] if settings is None else settings
     used = {key: getattr(sources, key) for key in figure.data}
     fingerprint = {"figure": name, "scale": scale, "settings": asdict(settings), "sources": used, "device": device}
@@ -128,6 +131,23 @@ def reproduce(
     if progress:
         _show(figure, whole, folder)
     return whole
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise MisconfigurationException(
+            f"The device {device!r} cannot be used here ({reason}): give another one, such as cpu."
+        ) from error
+
+
+def _require_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise MisconfigurationException(
+            'The pictures need matplotlib, which is not installed: pip install "lightning-sfn[plot]".'
+        )
 
 
 def _whole(figure: Figure, fingerprint: Result, seeds: int, result: Result) -> Result:
@@ -183,8 +203,15 @@ def _sources(options: argparse.Namespace) -> Sources:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse prints its whole usage and exits: not all versions of Python heed ``exit_on_error``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-sfn reproduce",
         description="Repeat a figure of the paper: numbers (JSON, CSV), pictures (PNG, PDF) and verdicts.",
         exit_on_error=False,

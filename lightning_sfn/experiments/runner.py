@@ -65,8 +65,12 @@ class Runner:
         self._claim(settings, overwrite)
 
     def _claim(self, settings: Result, overwrite: bool) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise MisconfigurationException(f"The output {str(self.folder)!r} is a file, but a folder is expected.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"The output {str(self.folder)!r} cannot be a folder ({error.strerror}): give another one."
+            ) from error
         wanted = json.loads(json.dumps(settings))
         found = _read(self.folder / _SETTINGS)
         if found is None and (self.folder / _JOBS).exists() and not overwrite:

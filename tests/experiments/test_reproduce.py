@@ -163,16 +163,33 @@ def test_a_tiny_run_of_each_figure(name: str, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()} == files
 
 
-def test_mistakes_end_in_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_mistakes_end_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(argparse.ArgumentError, match=r"There is no figure 'fig5'.*did you mean"):
         main(["fig5"])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: (_ for _ in ()).throw(AssertionError("no CUDA here")))
     for words, status, said in (
-        (["reproduce", "figg1"], 2, "There is no figure 'figg1'"),
-        (["reproduce", "fig3", "--seeds", "0", "--output", str(tmp_path / "a")], 1, "0 seeds"),
-        (["reproduce", "fig2", "--mnist", "nowhere", "--output", str(tmp_path / "b"), "--no-progress"], 1, "'nowhere'"),
-        (["reproduce", "fig2", "--scale", "huge"], 2, "invalid choice"),
+        (["figg1"], 2, "There is no figure 'figg1'"),
+        ([], 2, "the following arguments are required: figure"),
+        (["fig2", "--colour", "3"], 2, "unrecognized arguments: --colour 3"),
+        (["fig2", "--scale", "huge"], 2, "invalid choice"),
+        (["fig3", "--seeds", "0"], 1, "0 seeds"),
+        (["fig2", "--mnist", "nowhere", "--no-progress"], 1, "'nowhere'"),
+        (["fig2", "--device", "foo"], 1, "The device 'foo' cannot be used here"),
+        (["fig2", "--device", "meta"], 1, "The device 'meta' cannot be used here"),
+        (["fig2", "--device", "cuda"], 1, "The device 'cuda' cannot be used here (no CUDA here)"),
+        (["fig2", "--output", str(tmp_path / "file")], 1, "file' cannot be a folder (File exists)"),
+        (["fig2", "--output", str(tmp_path / "file" / "x")], 1, "x' cannot be a folder (Not a directory)"),
     ):
-        assert cli.main(words) == status
-        error = capsys.readouterr().err
+        assert cli.main(["reproduce", *words]) == status
+        (error,) = capsys.readouterr().err.splitlines()
         assert said in error
-        assert "Traceback" not in error
+
+
+def test_missing_matplotlib_shows_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lightning_sfn.experiments.reproduce.find_spec", lambda name: None)
+    with pytest.raises(MisconfigurationException, match="pictures need matplotlib"):
+        reproduce("fig2", scale="small", output=tmp_path / "new", seeds=1, sources=SAMPLES)
+    assert not (tmp_path / "new").exists()
