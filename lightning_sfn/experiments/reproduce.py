@@ -97,7 +97,7 @@ def reproduce(
         output: Where to write; ``runs/paper/NAME-SCALE`` if None.
         seeds: Number of seeds; the scale's own if None.
         sources: Where the data come from.
-        overwrite: Whether what the folder holds is deleted first.
+        overwrite: Whether what an earlier run left in the folder is deleted first.
         processes: Jobs done at the same time.
         device: Where to compute.
         progress: Whether to show a progress bar.
@@ -118,6 +118,7 @@ def reproduce(
     settings = figure.scales[scale] if settings is None else settings
     used = {key: getattr(sources, key) for key in figure.data}
     fingerprint = {"figure": name, "scale": scale, "settings": asdict(settings), "sources": used, "device": device}
+    fingerprint |= {key: conditions()[key] for key in ("lightning_sfn", "torch")}
     folder = Path("runs") / "paper" / f"{name}-{scale}" if output is None else output
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if scale == "small" else threads)
@@ -227,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", help="source of text: a text file, a folder or a Hub id (default: tiny Shakespeare)")
     parser.add_argument("--processes", type=int, default=1, help="jobs at the same time")
     parser.add_argument("--device", default="cpu", help="torch device, such as cuda")
-    parser.add_argument("--overwrite", action="store_true", help="delete the results in the folder first")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run's results in the folder first")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="show neither bar nor table")
     return parser
 

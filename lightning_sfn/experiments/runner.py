@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +23,8 @@ Result = dict[str, Any]
 
 _SETTINGS = "settings.json"
 _JOBS = "jobs"
+_NOTHING = object()
+_VERSIONS = frozenset({"lightning_sfn", "torch"})
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Runner:
 
     Args:
         folder: Where results go; made if it does not exist.
-        settings: What the numbers depend on. The number of seeds is no part of it: a run can be extended.
-        overwrite: Whether what the folder holds of any run is deleted first.
+        settings: What the numbers depend on; ``figure`` names the results files. The number of seeds is no part of it:
+            a run can be extended.
+        overwrite: Whether what an earlier run left in the folder is deleted first. Foreign files stay.
         processes: Jobs done at the same time.
         progress: Whether to show a progress bar.
 
@@ -73,20 +77,30 @@ class Runner:
             ) from error
         wanted = json.loads(json.dumps(settings))
         found = _read(self.folder / _SETTINGS)
-        if found is None and (self.folder / _JOBS).exists() and not overwrite:
+        # Files with a dot in front are the system's, or what a killed process left of an atomic write.
+        held = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+        if held and not (isinstance(found, dict) and wanted.keys() - _VERSIONS <= found.keys()):
             raise MisconfigurationException(
-                f"The output folder {str(self.folder)!r} has results without their settings: give another folder, or "
-                "--overwrite to delete them."
+                f"The output folder {str(self.folder)!r} holds files without the settings of a run beside them: give "
+                "another folder, or delete them yourself."
             )
-        if found is not None and found != wanted and not overwrite:
+        if held and found != wanted and not overwrite:
             raise MisconfigurationException(
-                f"The output folder {str(self.folder)!r} belongs to a run with other settings "
-                f"({_difference(found, wanted)}): give another folder, or --overwrite to delete its results."
+                f"The output folder {str(self.folder)!r} belongs to a run {_difference(found, wanted)}: give another "
+                "folder, or --overwrite to delete its results."
             )
-        if overwrite:
-            shutil.rmtree(self.folder / _JOBS, ignore_errors=True)
-        (self.folder / _JOBS).mkdir(parents=True, exist_ok=True)
+        if held and overwrite:
+            self._delete([str(run.get("figure")) for run in (found, wanted)])
         write_atomically(self.folder / _SETTINGS, json.dumps(wanted, indent=1))
+        (self.folder / _JOBS).mkdir(exist_ok=True)
+
+    def _delete(self, figures: Sequence[str]) -> None:
+        """Deletes what runs of these figures left, and nothing else."""
+        shutil.rmtree(self.folder / _JOBS, ignore_errors=True)
+        written = re.compile(rf"({'|'.join(map(re.escape, figures))})(_\w+)?\.(json|csv|png|pdf)")
+        for path in list(self.folder.iterdir()):
+            if path.is_file() and written.fullmatch(path.name):
+                path.unlink()
 
     def run(self, jobs: Sequence[Job], title: str) -> dict[str, Result]:
         """Does what has not been done yet.
@@ -144,14 +158,16 @@ def _read(path: Path) -> Any:
 
 
 def _difference(found: Result, wanted: Result) -> str:
-    """The first settings that differ, as ``name: found, not wanted``."""
-    missing = object()
-    names = [n for n in {**found, **wanted} if found.get(n, missing) != wanted.get(n, missing)]
-    name = names[0]
+    """In what the settings of two runs differ first; what they ask for weighs more than the versions."""
+    names = sorted({**found, **wanted}, key=_VERSIONS.__contains__)
+    name = next(n for n in names if found.get(n, _NOTHING) != wanted.get(n, _NOTHING))
     there, here = found.get(name), wanted.get(name)
-    if isinstance(there, dict) and isinstance(here, dict):
-        return _difference(there, here)
-    return f"{name} is {there!r} there and {here!r} here"
+    if name in _VERSIONS:
+        return f"under another version ({name} {there or 'unknown'} there and {here} here)"
+    while isinstance(there, dict) and isinstance(here, dict):
+        inner = next(n for n in {**there, **here} if there.get(n, _NOTHING) != here.get(n, _NOTHING))
+        name, there, here = inner, there.get(inner), here.get(inner)
+    return f"with other settings ({name} is {there!r} there and {here!r} here)"
 
 
 def _use_one_thread() -> None:

@@ -42,33 +42,70 @@ def runner(folder: Path, settings: object = 1, **options: Any) -> Runner:
     return Runner(folder, {"settings": settings}, progress=False, **options)
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(empty_folder: Path) -> None:
     CALLS.clear()
     with pytest.raises(KeyboardInterrupt):
-        runner(tmp_path).run(jobs(1, 2, -1, 3), "")
-    (tmp_path / "jobs" / ".job3.json.7").write_text('{"square": 1')  # half-written by a killed process
-    (tmp_path / "jobs" / "job2.json").write_text('{"squ')  # damaged
-    results = runner(tmp_path).run(jobs(1, 2, 3), "")
+        runner(empty_folder).run(jobs(1, 2, -1, 3), "")
+    (empty_folder / "jobs" / ".job3.json.7").write_text('{"square": 1')  # half-written by a killed process
+    (empty_folder / "jobs" / "job2.json").write_text('{"squ')  # damaged
+    results = runner(empty_folder).run(jobs(1, 2, 3), "")
     assert [r["square"] for r in results.values()] == [1, 4, 9]
     assert CALLS == [1, 2, -1, 2, 3]
 
 
-def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
-    runner(tmp_path, {"k": 1}).run(jobs(1), "")
+def test_another_runs_folder_is_refused(empty_folder: Path) -> None:
+    runner(empty_folder, {"k": 1}).run(jobs(1), "")
     with pytest.raises(MisconfigurationException, match=r"other settings \(k is 1 there and 2 here\).*--overwrite"):
-        runner(tmp_path, {"k": 2})
+        runner(empty_folder, {"k": 2})
     CALLS.clear()
-    runner(tmp_path, {"k": 2}, overwrite=True).run(jobs(1), "")
+    runner(empty_folder, {"k": 2}, overwrite=True).run(jobs(1), "")
     assert CALLS == [1]
-    (tmp_path / "settings.json").unlink()
-    with pytest.raises(MisconfigurationException, match="results without their settings"):
-        runner(tmp_path)
+    runner(empty_folder, {"k": 2}).run(jobs(1), "")
+    assert CALLS == [1]
 
 
-def test_jobs_in_processes_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("settings", [None, "{}", "[1]", "not JSON", '{"editor": 4}'])
+def test_a_folder_of_foreign_files_is_refused_and_left_alone(
+    empty_folder: Path, settings: str | None, overwrite: bool
+) -> None:
+    (empty_folder / "jobs").mkdir()
+    (empty_folder / "jobs" / "mine.json").write_text("{}")
+    if settings is not None:
+        (empty_folder / "settings.json").write_text(settings)
+    before = sorted(path.name for path in empty_folder.rglob("*"))
+    with pytest.raises(MisconfigurationException, match="without the settings of a run"):
+        runner(empty_folder, overwrite=overwrite)
+    assert sorted(path.name for path in empty_folder.rglob("*")) == before
+
+
+def test_overwriting_deletes_what_the_earlier_run_left_and_nothing_else(empty_folder: Path) -> None:
+    old, new = {"figure": "fig2", "settings": 1}, {"figure": "fig3", "settings": 1}
+    Runner(empty_folder, old, progress=False).run(jobs(1), "")
+    for name in ("fig2.json", "fig2_methods.png", "fig2.txt", "fig22.png", "fig1.json", "notes.pdf"):
+        (empty_folder / name).write_text("")
+    Runner(empty_folder, new, overwrite=True, progress=False)
+    left = {path.name for path in empty_folder.iterdir()}
+    assert left == {"settings.json", "jobs", "fig2.txt", "fig22.png", "fig1.json", "notes.pdf"}
+    assert not list((empty_folder / "jobs").iterdir())
+
+
+def test_a_run_of_another_version_is_refused(empty_folder: Path) -> None:
+    folder = empty_folder / "run"
+    Runner(folder, {"settings": 1, "lightning_sfn": "0.1", "torch": "2.6"}, progress=False)
+    with pytest.raises(MisconfigurationException, match=r"under another version \(torch 2.6 there and 2.7 here\)"):
+        Runner(folder, {"settings": 1, "lightning_sfn": "0.1", "torch": "2.7"}, progress=False)
+    with pytest.raises(MisconfigurationException, match=r"settings is 1 there and 2 here"):
+        Runner(folder, {"settings": 2, "lightning_sfn": "0.1", "torch": "2.7"}, progress=False)
+    (folder / "settings.json").write_text('{"settings": 1}')  # as earlier versions wrote it
+    with pytest.raises(MisconfigurationException, match=r"lightning_sfn unknown there and 0.1 here"):
+        Runner(folder, {"settings": 1, "lightning_sfn": "0.1", "torch": "2.7"}, progress=False)
+
+
+def test_jobs_in_processes_of_their_own(empty_folder: Path) -> None:
     arguments = {"surface": "saddle", "settings": Settings(steps=2)}
     work = [Job(m, trajectory, arguments | {"method": m}) for m in ("newton", "sgd")]
-    results = runner(tmp_path, processes=2).run(work, "")
+    results = runner(empty_folder, processes=2).run(work, "")
     assert list(results) == ["newton", "sgd"]
     assert results["newton"] == json.loads(json.dumps(trajectory(method="newton", **arguments)))  # type: ignore[arg-type]
 
@@ -151,24 +188,24 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ["fig1", "fig2", "fig3", "fig4"])
-def test_a_tiny_run_of_each_figure(name: str, tmp_path: Path) -> None:
-    common: dict[str, Any] = {"scale": "small", "output": tmp_path, "sources": SAMPLES, "progress": False}
+def test_a_tiny_run_of_each_figure(name: str, empty_folder: Path) -> None:
+    common: dict[str, Any] = {"scale": "small", "output": empty_folder, "sources": SAMPLES, "progress": False}
     whole = reproduce(name, seeds=2, settings=TINY.get(name), **common)
-    written = {path.name for path in tmp_path.iterdir()}
+    written = {path.name for path in empty_folder.iterdir()}
     assert written >= {f"{name}.{suffix}" for suffix in ("json", "csv", "png", "pdf")}
     assert all(v["verdict"] in ("reproduced", "reproduced in part", "not reproduced") for v in whole["verdicts"])
-    assert json.loads((tmp_path / f"{name}.json").read_text())["seeds"] == 2
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()}
+    assert json.loads((empty_folder / f"{name}.json").read_text())["seeds"] == 2
+    files = {path: path.stat().st_mtime_ns for path in (empty_folder / "jobs").iterdir()}
     reproduce(name, seeds=1, settings=TINY.get(name), **common)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (empty_folder / "jobs").iterdir()} == files
 
 
 def test_mistakes_end_in_one_sentence(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, empty_folder: Path
 ) -> None:
     with pytest.raises(argparse.ArgumentError, match=r"There is no figure 'fig5'.*did you mean"):
         main(["fig5"])
-    (tmp_path / "file").write_text("")
+    (empty_folder / "file").write_text("")
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: (_ for _ in ()).throw(AssertionError("no CUDA here")))
     for words, status, said in (
         (["figg1"], 2, "There is no figure 'figg1'"),
@@ -180,16 +217,16 @@ def test_mistakes_end_in_one_sentence(
         (["fig2", "--device", "foo"], 1, "The device 'foo' cannot be used here"),
         (["fig2", "--device", "meta"], 1, "The device 'meta' cannot be used here"),
         (["fig2", "--device", "cuda"], 1, "The device 'cuda' cannot be used here (no CUDA here)"),
-        (["fig2", "--output", str(tmp_path / "file")], 1, "file' cannot be a folder (File exists)"),
-        (["fig2", "--output", str(tmp_path / "file" / "x")], 1, "x' cannot be a folder (Not a directory)"),
+        (["fig2", "--output", str(empty_folder / "file")], 1, "file' cannot be a folder (File exists)"),
+        (["fig2", "--output", str(empty_folder / "file" / "x")], 1, "x' cannot be a folder (Not a directory)"),
     ):
         assert cli.main(["reproduce", *words]) == status
         (error,) = capsys.readouterr().err.splitlines()
         assert said in error
 
 
-def test_missing_matplotlib_shows_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_matplotlib_shows_before_the_work(monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> None:
     monkeypatch.setattr("lightning_sfn.experiments.reproduce.find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match="pictures need matplotlib"):
-        reproduce("fig2", scale="small", output=tmp_path / "new", seeds=1, sources=SAMPLES)
-    assert not (tmp_path / "new").exists()
+        reproduce("fig2", scale="small", output=empty_folder / "new", seeds=1, sources=SAMPLES)
+    assert not (empty_folder / "new").exists()
