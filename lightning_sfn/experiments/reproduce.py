@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -153,12 +152,16 @@ def _require_matplotlib() -> None:
 
 def _whole(figure: Figure, fingerprint: Result, seeds: int, result: Result) -> Result:
     command = f"lightning-sfn reproduce {figure.name} --scale {fingerprint['scale']} --seeds {seeds}"
-    given = [f"--{key} {value}" for key, value in fingerprint["sources"].items() if value not in (SAMPLE, None)]
+    usual = _usual_sources(fingerprint["scale"])
+    given = {key: value for key, value in fingerprint["sources"].items() if value not in (usual[key], None)}
+    if fingerprint["device"] != "cpu":
+        given["device"] = fingerprint["device"]
     # Folders are this machine's own affair; the name says which data were used.
-    shown = [re.sub(r" .*/([^/]+)$", r" \1", text) for text in given]
+    shown = {key: Path(value).name if Path(value).exists() else value for key, value in given.items()}
     return {
         "conditions": conditions(),
-        "command": " ".join([command, *shown]),
+        "command": " ".join([command, *(f"--{key} {value}" for key, value in shown.items())]),
+        "device": fingerprint["device"],
         "title": figure.title,
         "caption": figure.caption,
         "settings": fingerprint["settings"],
@@ -196,12 +199,13 @@ def _show(figure: Figure, whole: Result, folder: Path) -> None:
 
 def _sources(options: argparse.Namespace) -> Sources:
     """What was given; else the embedded samples, or at the paper's scale the Hub's images."""
-    fallback = HUB_IDS if options.scale == "paper" else {"mnist": SAMPLE}
-    return Sources(
-        mnist=options.mnist or fallback["mnist"],
-        cifar10=options.cifar10 or fallback.get("cifar10"),
-        text=options.text or SAMPLE,
-    )
+    usual = _usual_sources(options.scale)
+    return Sources(**{name: getattr(options, name) or value for name, value in usual.items()})
+
+
+def _usual_sources(scale: str) -> dict[str, Any]:
+    images = HUB_IDS if scale == "paper" else {"mnist": SAMPLE, "cifar10": None}
+    return {**images, "text": SAMPLE}
 
 
 class _Parser(argparse.ArgumentParser):

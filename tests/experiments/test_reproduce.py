@@ -1,6 +1,7 @@
 """The paper's figures: the runner, its refusals, tiny runs of each figure, and the oracles under them."""
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,12 +14,13 @@ from scipy import stats
 
 from lightning_sfn import cli
 from lightning_sfn.experiments import figure1, figure3_runs, figure4, figure4_autoencoder, figure4_recurrent
+from lightning_sfn.experiments.classified import HUB_IDS
 from lightning_sfn.experiments.critical_points import find_critical_point
 from lightning_sfn.experiments.eigendirections import METHODS, closed_form, steps_along_eigenvectors
 from lightning_sfn.experiments.figure import Sources, judge
 from lightning_sfn.experiments.figure2 import Settings, trajectory
 from lightning_sfn.experiments.figure4_autoencoder import momentum_schedule
-from lightning_sfn.experiments.reproduce import main, reproduce
+from lightning_sfn.experiments.reproduce import _whole, find_figure, main, reproduce
 from lightning_sfn.experiments.runner import Job, Runner
 from lightning_sfn.experiments.statistics import mean_interval, rank_correlation
 from lightning_sfn.newton import FlatParameters
@@ -198,6 +200,27 @@ def test_a_tiny_run_of_each_figure(name: str, empty_folder: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in (empty_folder / "jobs").iterdir()}
     reproduce(name, seeds=1, settings=TINY.get(name), **common)
     assert {path: path.stat().st_mtime_ns for path in (empty_folder / "jobs").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("scale", "mnist", "device", "shown"),
+    [
+        ("small", "sample", "cpu", "--scale small --seeds 1"),
+        ("small", "somebody/digits", "cpu", "--scale small --seeds 1 --mnist somebody/digits"),
+        ("small", "folder/of/mnist", "cuda:1", "--scale small --seeds 1 --mnist mnist --device cuda:1"),
+        ("paper", "sample", "cpu", "--scale paper --seeds 1 --mnist sample"),
+        ("paper", HUB_IDS["mnist"], "cpu", "--scale paper --seeds 1"),
+    ],
+)
+def test_the_recorded_command_is_the_one_that_was_given(
+    empty_folder: Path, scale: str, mnist: str, device: str, shown: str
+) -> None:
+    (empty_folder / "folder" / "of" / "mnist").mkdir(parents=True)
+    figure = dataclasses.replace(find_figure("fig2"), verdicts=lambda _: [])
+    fingerprint = {"scale": scale, "settings": {}, "sources": {"mnist": mnist}, "device": device}
+    whole = _whole(figure, fingerprint, 1, {})
+    assert whole["command"] == f"lightning-sfn reproduce fig2 {shown}"
+    assert whole["device"] == device
 
 
 def test_mistakes_end_in_one_sentence(
