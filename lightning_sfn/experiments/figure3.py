@@ -21,7 +21,7 @@ from lightning_sfn.experiments.figure import (
     judge,
     new_canvas,
 )
-from lightning_sfn.experiments.figure3_runs import Settings, newton_run, sgd_run
+from lightning_sfn.experiments.figure3_runs import DIVERGED, Settings, newton_run, sgd_run
 from lightning_sfn.experiments.runner import Job, Result
 from lightning_sfn.experiments.search import draw_number
 from lightning_sfn.experiments.statistics import mean_interval
@@ -58,7 +58,10 @@ def measure(settings: Settings, context: Context) -> Result:
 
 
 def _search(settings: Settings, context: Context) -> dict[str, Result]:
-    """The best draw of SGD's settings for each data set and size, by the smallest loss of a run."""
+    """The best draw of SGD's settings for each data set and size: smallest error of a run, then smallest loss.
+
+    A draw that diverged is out, whatever it had reached before, unless all did.
+    """
     jobs = []
     for dataset, source in context.sources.images.items():
         for hidden in settings.hidden:
@@ -82,9 +85,15 @@ def _search(settings: Settings, context: Context) -> dict[str, Result]:
     for dataset in context.sources.images:
         for hidden in settings.hidden:
             tried = [r for r in results.values() if r["dataset"] == dataset and r["hidden"] == hidden]
-            winner = min(tried, key=lambda r: (min(r["errors"]), min(r["losses"])))
+            winner = best_draw(tried)
             best[f"{dataset}-{hidden}"] = {name: winner[name] for name in ("lr", "momentum", "batch_size")}
     return best
+
+
+def best_draw(tried: Sequence[Result]) -> Result:
+    """The run of the smallest error, then of the smallest loss, among those that did not diverge (if there are any)."""
+    sound = [run for run in tried if run["losses"][-1] < DIVERGED]
+    return min(sound or tried, key=lambda run: (min(run["errors"]), min(run["losses"])))
 
 
 def datasets_of(result: Result) -> list[str]:
@@ -186,30 +195,48 @@ def _deepest_and_last(run: Result) -> tuple[float, float]:
     return min(run["lambda_min"]), run["lambda_min"][-1]
 
 
+def _probed(result: Result, dataset: str, hidden: int) -> list[dict[str, Result]]:
+    """The runs of each seed by method, without seeds of which a run has no spectrum: it diverged before the first."""
+    seeds = zip(*(_runs(result, dataset, hidden, m) for m in METHODS), strict=True)
+    by_method = [dict(zip(METHODS, runs, strict=True)) for runs in seeds]
+    return [runs for runs in by_method if all(run["lambda_min"] for run in runs.values())]
+
+
+def _judge_probed(claim: str, effects: Sequence[float], unit: str, seeds: int) -> Verdict:
+    left_out = seeds - len(effects)
+    if not effects:
+        return Verdict(claim, f"no seed of {seeds} has spectra of all methods", NOT_REPRODUCED)
+    verdict = judge(claim, effects, unit)
+    if left_out == 0:
+        return verdict
+    measured = f"{verdict.measured}; {left_out} of {seeds} left out, where a run diverged before its first spectrum"
+    return Verdict(claim, measured, verdict.verdict)
+
+
 def _shift(result: Result, dataset: str, hidden: int) -> Verdict:
     """The most negative eigenvalue ends nearer to zero than it was at its deepest, for each method."""
-    effects = []
-    for runs in zip(*(_runs(result, dataset, hidden, m) for m in METHODS), strict=True):
-        effects.append(
-            min(1 - last / deepest if deepest < 0 else 0.0 for deepest, last in map(_deepest_and_last, runs))
-        )
-    return judge(
+    effects = [
+        min(1 - last / deepest if deepest < 0 else 0.0 for deepest, last in map(_deepest_and_last, runs.values()))
+        for runs in _probed(result, dataset, hidden)
+    ]
+    return _judge_probed(
         f"{dataset}, {hidden} units: the most negative eigenvalue moves towards zero as the error falls",
         effects,
         "share of the deepest eigenvalue that is gone at the end, the worst of the three methods",
+        len(_runs(result, dataset, hidden, "sgd")),
     )
 
 
 def _more_shift(result: Result, dataset: str, hidden: int) -> Verdict:
-    ends = {m: [abs(r["lambda_min"][-1]) for r in _runs(result, dataset, hidden, m)] for m in METHODS}
-    effects = [
-        math.log10(max(min(sgd, damped), 1e-12) / max(sfn, 1e-12))
-        for sgd, damped, sfn in zip(ends["sgd"], ends["damped_newton"], ends["saddle_free"], strict=True)
-    ]
-    return judge(
+    effects = []
+    for runs in _probed(result, dataset, hidden):
+        sgd, damped, sfn = (max(abs(runs[method]["lambda_min"][-1]), 1e-12) for method in METHODS)
+        effects.append(math.log10(min(sgd, damped) / sfn))
+    return _judge_probed(
         f"{dataset}, {hidden} units: it moves further for SFN",
         effects,
         "log10 of its size at the end, the better of SGD and damped Newton over SFN",
+        len(_runs(result, dataset, hidden, "sgd")),
     )
 
 

@@ -14,9 +14,12 @@ from lightning_sfn.experiments.perceptron import Perceptron
 from lightning_sfn.experiments.runner import Result
 from lightning_sfn.newton import Objective, SaddleFreeNewton, hessian_spectrum
 
-__all__ = ["Settings", "newton_run", "sgd_run"]
+__all__ = ["DIVERGED", "Settings", "newton_run", "sgd_run"]
 
 CLASSES = 10
+DIVERGED = 1e9
+"""What stands for a loss that is not finite; a run ends with it."""
+
 _PROBE_DIM = 80
 
 
@@ -157,8 +160,8 @@ def sgd_run(
         losses.append(float(model.loss(images, labels).detach()))
         errors.append(model.error(images, labels) if math.isfinite(losses[-1]) else 1.0)
         if not math.isfinite(losses[-1]):
-            losses[-1] = 1e9
-            break  # diverged
+            losses[-1] = DIVERGED
+            break
         if epoch in wanted:
             probe_epochs.append(epoch)
             closure, dimension = partial(model.loss, images, labels), min(_PROBE_DIM, sum(p.numel() for p in weights))
