@@ -78,7 +78,8 @@ CAPTION = (
     "0.57. (c, d) Character-level recurrent network, tanh units, orthogonal recurrent weights; bits per character on "
     "the training text. Every window is read from a zero hidden state and nothing is carried over, so neither "
     "truncation nor carrying changes the objective between two evaluations. After the plateau every arm spends the "
-    "same processor time, Krylov subspace, damping 1e0 to 1e-5 by best improvement."
+    "same processor time: SGD ends with its epoch, and a Newton step that ends later does not count. Krylov subspace, "
+    "damping 1e0 to 1e-5 by best improvement. (d) compares the ends of SGD going on and of SFN."
 )
 
 FIGURE = Figure(

@@ -90,9 +90,13 @@ class Curve:
         self.metric: list[float] = []
         self.spectra: list[Result] = []
 
+    def spent(self) -> float:
+        """The seconds spent on training so far."""
+        return self._spent + self._clock() - self._since
+
     def note(self, epoch: float, *, spectrum: bool = False) -> float:
         """Notes the metric, and perhaps a spectrum; returns the seconds spent on training so far."""
-        self._spent += self._clock() - self._since
+        self._spent = self.spent()
         self.seconds.append(self._spent)
         self.epochs.append(epoch)
         self.metric.append(self._problem.metric())
@@ -172,6 +176,8 @@ def newton_arm(
 ) -> Sequence[bool]:
     """Newton steps on the whole training set, with Hessian products on a fresh part of it.
 
+    A step that ends after the budget's seconds does not count: the parameters are those before it.
+
     Args:
         problem: The problem; its parameters are changed.
         curve: Where the run is noted, once a step.
@@ -184,13 +190,17 @@ def newton_arm(
     Returns:
         Which steps were taken.
     """
-    whole = problem.objective()
+    whole, parameters = problem.objective(), problem.parameters
     accepted: list[bool] = []
     spent = curve.note(0.0, spectrum=True)
     while spent < budget.seconds and len(accepted) < budget.epochs:
         part = curvature_cases < len(problem.cases)
         rows = torch.randperm(len(problem.cases), generator=generator)[:curvature_cases]
+        before = parameters.read()
         record = optimizer.step_on(whole, curvature=problem.objective(rows) if part else None, same_function=True)
+        if curve.spent() > budget.seconds:
+            parameters.write(before)
+            break
         accepted.append(record.accepted)
         spent = curve.note(len(accepted), spectrum=len(accepted) % probe_every == 0)
         if not record.accepted and not part:

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from scipy import stats
 
 from lightning_sfn import cli
-from lightning_sfn.experiments import figure1, figure3_runs, figure4, figure4_autoencoder, figure4_recurrent
+from lightning_sfn.experiments import figure1, figure3_runs, figure4, figure4_autoencoder, figure4_recurrent, plateau
 from lightning_sfn.experiments.classified import HUB_IDS
 from lightning_sfn.experiments.critical_points import find_critical_point
 from lightning_sfn.experiments.eigendirections import METHODS, closed_form, steps_along_eigenvectors
@@ -23,7 +23,7 @@ from lightning_sfn.experiments.figure4_autoencoder import momentum_schedule
 from lightning_sfn.experiments.reproduce import _whole, find_figure, main, reproduce
 from lightning_sfn.experiments.runner import Job, Runner
 from lightning_sfn.experiments.statistics import mean_interval, rank_correlation
-from lightning_sfn.newton import FlatParameters
+from lightning_sfn.newton import FlatParameters, SaddleFreeNewton
 
 SAMPLES = Sources("sample", None, "sample")
 CALLS: list[int] = []
@@ -167,6 +167,33 @@ def test_steps_at_a_networks_saddle_are_the_closed_forms() -> None:
 def test_momentum_schedule() -> None:
     assert [momentum_schedule(t, largest=0.99) for t in (0, 250, 750)] == pytest.approx([0.5, 0.75, 0.875])
     assert momentum_schedule(10**6, largest=0.9) == 0.9
+
+
+def test_a_newton_step_that_ends_after_the_budget_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(plateau.time, "process_time", lambda: clock[0])
+    model = torch.nn.Linear(3, 1)
+    cases = torch.randn(8, 3)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return model(rows).square().mean()
+
+    problem = plateau.Problem(model, cases, loss, lambda: float(loss(cases).detach()), 8)
+    optimizer = SaddleFreeNewton.as_in_paper(model.parameters(), krylov_dim=2, inner_steps=1)
+    step_on = optimizer.step_on
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        clock[0] += 0.4
+        return step_on(*arguments, **options)
+
+    monkeypatch.setattr(optimizer, "step_on", slow)
+    curve = plateau.Curve(problem, torch.arange(8), 0)
+    generator = torch.Generator().manual_seed(0)
+    budget = plateau.Budget(seconds=1.0)
+    taken = plateau.newton_arm(problem, curve, optimizer, budget=budget, curvature_cases=8, generator=generator)
+    assert len(taken) == 2
+    assert curve.seconds == pytest.approx([0.0, 0.4, 0.8])
+    assert problem.metric() == curve.metric[-1]
 
 
 TINY: dict[str, Any] = {

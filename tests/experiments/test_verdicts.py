@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from lightning_sfn.experiments import figure1, figure3
+import pytest
+
+from lightning_sfn.experiments import figure1, figure3, figure4
 from lightning_sfn.experiments.figure import Verdict
 from lightning_sfn.experiments.figure3_runs import DIVERGED
 
@@ -145,3 +147,59 @@ def test_a_draw_that_diverged_does_not_win_the_search() -> None:
     gone = {"errors": [0.9, 0.1, 1.0], "losses": [2.0, 0.5, DIVERGED]}
     assert figure3.best_draw([sound, gone, lower]) is lower
     assert figure3.best_draw([gone]) is gone
+
+
+# ------------------------------------------------------------------------------------------------------------ figure 4
+
+
+def spectrum(lowest: float, negative_fraction: float = 0.0) -> dict[str, Any]:
+    return {"lambda_min": lowest, "residuals": [1e-6], "negative_fraction": negative_fraction}
+
+
+def two_experiments(ends: dict[str, float], negative: dict[str, float], *, depths: tuple[float, ...] = ()) -> Any:
+    """Both networks: every arm goes from a plateau of 2 to its end; `depths` are SGD's three, then SFN's two."""
+    depths = depths or (-4.0, -2.0, -1.0, -1.0, -0.01)
+    autoencoder, recurrent = [], []
+    for seed in range(SEEDS):
+        arms: dict[str, Any] = {"start": {"metric": [5.0, 2.0], "spectra": [spectrum(d) for d in depths[:3]]}}
+        arms |= {name: {"metric": [2.0, jitter(end, seed)], "spectra": []} for name, end in ends.items()}
+        arms["saddle_free"]["spectra"] = [spectrum(jitter(d, seed)) for d in depths[3:]]
+        autoencoder.append({"seed": seed, "arms": arms})
+        spectra = {name: spectrum(-1.0, jitter(share, seed)) for name, share in negative.items()}
+        recurrent.append({"seed": seed, "arms": arms, "spectra": spectra})
+    return {"autoencoder": autoencoder, "recurrent": {"runs": recurrent}}
+
+
+ENDS = {"sgd": 1.5, "saddle_free": 1.0, "truncated_newton": 1.2}
+SHARES = {"start": 0.05, "sgd": 0.3, "saddle_free": 0.1, "truncated_newton": 0.1}
+CLAIMS = (
+    "autoencoder: SFN goes lower than SGD going on",
+    "recurrent network: SFN goes lower than SGD going on",
+    "truncated Newton helps less than SFN",
+    "fewer negative eigenvalues",
+)
+
+
+def test_sfn_below_the_plateau_and_below_the_others() -> None:
+    found = figure4.verdicts(two_experiments(ENDS, SHARES))
+    assert all(verdict.verdict == "reproduced" for verdict in found)
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_sfn_behind_the_others(claim: str) -> None:
+    ends = {"sgd": 1.0, "saddle_free": 1.5, "truncated_newton": 1.2}
+    shares = SHARES | {"sgd": 0.1, "saddle_free": 0.3}
+    assert outcome(figure4.verdicts(two_experiments(ends, shares)), claim) == "not reproduced"
+
+
+@pytest.mark.parametrize("network", ["autoencoder", "recurrent network"])
+def test_sfn_that_stays_on_the_plateau(network: str) -> None:
+    found = figure4.verdicts(two_experiments(ENDS | {"saddle_free": 2.1}, SHARES))
+    assert outcome(found, f"{network}: SGD followed by SFN drops below") == "not reproduced"
+
+
+def test_an_eigenvalue_that_moves_away_from_zero() -> None:
+    found = figure4.verdicts(two_experiments(ENDS, SHARES, depths=(-1.0, -2.0, -4.0, -0.01, -1.0)))
+    assert outcome(found, "as SGD's error falls") == "not reproduced"
+    assert outcome(found, "SFN accelerates this shift") == "not reproduced"
