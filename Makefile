@@ -19,8 +19,9 @@ DATA ?= sample
 # Which file of lightning_sfn/newton `make mutation` changes, and what its tests are called
 FILE ?= trust_region
 TESTS ?= test_$(FILE).py
-# What `make bench` runs, in this order
-BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/switch_overhead.py benchmarks/sharded_basis.py benchmarks/engine.py benchmarks/race.py benchmarks/tables.py
+# What `make bench` runs, in this order. Not among them: `make bench-peers`, `make paper`, `lightning-sfn reproduce`, and
+# what needs words of its own: benchmarks/sgd_equal_time.py (a finished fig3) and the race of docs/method.md (race_probes).
+BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/sharded_basis.py benchmarks/engine.py benchmarks/race.py benchmarks/tables.py
 
 .PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers mutation
 
@@ -98,7 +99,10 @@ paper: $(INSTALLED) ## the paper's autoencoder at its own size, piece by piece; 
 	@$(BIN)/python benchmarks/paper_autoencoder.py report
 
 bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
-	@for script in $(BENCHMARKS); do echo "[bench] $$script"; $(BIN)/python "$$script"; done
+	@for script in $(BENCHMARKS); do \
+	    words=(); [[ $$script != */autoencoder_escape.py ]] || words=(--plot docs/escape.png); \
+	    echo "[bench] $$script $${words[*]-}"; $(BIN)/python "$$script" $${words[@]+"$${words[@]}"}; \
+	done
 
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt
 	@echo "[bench-peers] creating $(PEERS) and installing what is compared (minutes on the first run)"
