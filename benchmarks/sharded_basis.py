@@ -34,11 +34,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 # Parameters and devices of the predictions; the network is fully connected, of 32-bit numbers.
 PREDICTED = [(10**8, 500, 8), (10**8, 500, 64), (10**9, 500, 8), (10**9, 500, 64)]
+_PEAK = Path("/proc/self/clear_refs")
 BATCH = 1024  # cases of each device that Hessian-vector products see
 
 
 def main() -> None:
-    """Measures, and writes ``results/sharded_basis.json``."""
+    """Measures, and writes ``results/sharded_basis.json``; says so where the system has not what that takes."""
+    if not _PEAK.exists() or "fork" not in multiprocessing.get_all_start_methods():
+        print(f"The memory of a process is read from {_PEAK.parent}, as Linux has it: nothing is measured here.")
+        return
     torch.set_num_threads(1)
     reference = step_of(subspace(torch.float64, BasisStore()))
     runs = [
@@ -90,7 +94,7 @@ def measure(rank: int, size: int, way: str, reference: tuple[Tensor, Tensor], fo
     processes = Processes()
     store = BasisStore(processes, working_dtype=torch.float32, **WAYS[way])
     processes.sum(torch.zeros(1))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    _PEAK.write_text("5")  # the peak begins here
     before = resident("VmRSS")
     space = subspace(torch.float32, store)
     grown = resident("VmHWM") - before

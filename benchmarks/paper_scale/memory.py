@@ -1,6 +1,6 @@
 """Whether a Krylov basis fits into memory, and how large one that fits can be."""
 
-import os
+from pathlib import Path
 
 import torch
 
@@ -10,14 +10,22 @@ __all__ = ["available_bytes", "basis_bytes", "require_room"]
 
 _VECTORS = 16  # vectors of length n beside the basis: gradient, steps of the damping grid, trial points, images
 _GIB = 2**30
+_MEMINFO = Path("/proc/meminfo")
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, those that torch's allocator holds in reserve included."""
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, those that torch's allocator holds in reserve included.
+
+    ``None`` where the system does not tell: only Linux has a number that counts what its caches would give back.
+    """
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def basis_bytes(size: int, krylov_dim: int, basis_dtype: str | None) -> int:
@@ -42,12 +50,14 @@ def require_room(
         device: Where the basis goes.
         basis_dtype: Its dtype; float32 if None.
         graphs: Bytes for kept graphs. At most half of the memory counts: where it runs short fewer graphs are kept.
-        available: Bytes that are free; asked of the device if None.
+        available: Bytes that are free; asked of the device if None, and nothing is refused if that does not tell.
 
     Raises:
         ValueError: It does not fit; the message says how large k can be.
     """
     available = available_bytes(device) if available is None else available
+    if available is None:
+        return
     room = available - min(graphs, available // 2) - 4 * size * _VECTORS
     needed = basis_bytes(size, krylov_dim, basis_dtype)
     if needed <= room:

@@ -1,9 +1,11 @@
 """Room for the basis: refused before anything is spent, with the largest k that fits."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from paper_scale import memory
 from paper_scale.memory import available_bytes, basis_bytes, require_room
 
 CPU = torch.device("cpu")
@@ -35,5 +37,18 @@ def test_where_no_vector_fits_it_says_so() -> None:
         require_room(N, 10, device=CPU, available=10**8)
 
 
-def test_the_device_is_asked() -> None:
-    assert available_bytes(CPU) > 2**20
+def test_the_system_is_asked_for_what_its_caches_would_give_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:  3 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", told)
+    assert available_bytes(CPU) == 3 * 1024
+    with pytest.raises(ValueError, match="are left for it"):
+        require_room(N, 10, device=CPU)
+
+
+def test_nothing_is_refused_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nowhere")
+    assert available_bytes(CPU) is None
+    require_room(N, 10**6, device=CPU)
