@@ -31,6 +31,7 @@ from lightning_sfn.experiments.mnist import MNISTDataModule
 from lightning_sfn.experiments.perceptron import Perceptron
 from lightning_sfn.experiments.recipes import with_recipe_paths
 from lightning_sfn.experiments.recurrent import CharacterRNN
+from lightning_sfn.experiments.sources import INSTALL
 from lightning_sfn.experiments.text import CharacterText
 from lightning_sfn.newton import CurvatureError, ObjectiveError, Spectrum
 from lightning_sfn.newton.processes import ProcessError
@@ -243,10 +244,7 @@ def run(arguments: list[str] | None) -> SFNCommand:
 def _require_extras() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"The command needs packages that are not installed ({', '.join(missing)}): "
-            'pip install "lightning-sfn[all]".'
-        )
+        raise UsageError(f"The command needs packages that are not installed ({', '.join(missing)}): {INSTALL}.")
 
 
 def _print_hint(folder: Path) -> None:

@@ -188,7 +188,7 @@ def test_missing_packages_are_named(command: Command, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else name)
     status, line = command.fails("fit", "-c", "autoencoder")
     assert status == 2
-    assert line.endswith('(rich): pip install "lightning-sfn[all]".')
+    assert line.endswith('(rich): install the extra "all", by pip install ".[all]" in the repository.')
 
 
 def test_a_short_run_in_a_process_of_its_own(empty_folder: Path) -> None:

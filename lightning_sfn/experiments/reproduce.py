@@ -21,7 +21,7 @@ from lightning_sfn.experiments.classified import HUB_IDS
 from lightning_sfn.experiments.conditions import conditions, rounded
 from lightning_sfn.experiments.figure import Context, Figure, Sources, save_picture
 from lightning_sfn.experiments.runner import Result, Runner, write_atomically
-from lightning_sfn.experiments.sources import SAMPLE
+from lightning_sfn.experiments.sources import INSTALL, SAMPLE, require_packages
 
 __all__ = ["FIGURES", "find_figure", "main", "reproduce"]
 
@@ -114,6 +114,7 @@ def reproduce(
         raise MisconfigurationException(f"{count} seeds and {processes} processes were asked for, but 1 is the least.")
     _require_device(device)
     _require_matplotlib()
+    require_packages()
     settings = figure.scales[scale] if settings is None else settings
     used = {key: getattr(sources, key) for key in figure.data}
     fingerprint = {"figure": name, "scale": scale, "settings": asdict(settings), "sources": used, "device": device}
@@ -145,9 +146,7 @@ def _require_device(device: str) -> None:
 
 def _require_matplotlib() -> None:
     if find_spec("matplotlib") is None:
-        raise MisconfigurationException(
-            'The pictures need matplotlib, which is not installed: pip install "lightning-sfn[plot]".'
-        )
+        raise MisconfigurationException(f"The pictures need matplotlib, which is not installed: {INSTALL}.")
 
 
 def _whole(figure: Figure, fingerprint: Result, seeds: int, result: Result) -> Result:

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 SAMPLE = "sample"
 """The source name of the embedded rows."""
 
+INSTALL = 'install the extra "all", by pip install ".[all]" in the repository'
+"""What to do about a missing package."""
+
+_NEEDED = {"datasets": "datasets", "pillow": "PIL"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIXES = frozenset({".parquet", ".arrow", ".json", ".csv", ".txt", ".npz", ".gz", ".zip"})
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
@@ -53,7 +58,7 @@ def load_split(source: str | Path, split: str, columns: Sequence[str] = ()) -> D
         MisconfigurationException: If the source, the split or a column does not exist, or if a Hub id is neither cached
             nor reachable. One sentence each.
     """
-    _require_datasets()
+    require_packages()
     dataset = _resolve(str(source), split)
     missing = [name for name in columns if name not in dataset.column_names]
     if missing:
@@ -274,13 +279,17 @@ def _unreachable(name: str, why: str) -> str:
     )
 
 
-def _require_datasets() -> None:
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
+def require_packages() -> None:
+    """Refuse to read data without the packages that reading takes.
+
+    Raises:
+        MisconfigurationException: One of them is not installed.
+    """
+    missing = [package for package, module in _NEEDED.items() if find_spec(module) is None]
+    if missing:
         raise MisconfigurationException(
-            f'Reading data needs the package {error.name!r}, which is not installed: pip install "lightning-sfn[all]".'
-        ) from error
+            f"Reading data needs packages that are not installed ({', '.join(missing)}): {INSTALL}."
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -239,3 +239,10 @@ def test_an_incomplete_download_does_not_count_as_cached(hub: Hub, tmp_path: Pat
     with pytest.raises(MisconfigurationException, match="get online once to fill the cache"):
         load_split(HUB_ID, "train")
     assert hub.questions == 1
+
+
+def test_missing_packages_are_named_by_what_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "PIL" else name)
+    with pytest.raises(MisconfigurationException) as info:
+        load_split("sample", "train")
+    assert "not installed (pillow): install the extra" in sentence(info)
