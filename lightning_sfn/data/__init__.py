@@ -6,9 +6,6 @@ that states where it comes from, what was cut and under which licence it may be 
 
 from pathlib import Path
 
-SAMPLE_SPLITS = ("train", "test")
-"""Splits of the embedded MNIST sample."""
-
 
 def sample_folder() -> Path:
     """Locate the embedded MNIST sample.

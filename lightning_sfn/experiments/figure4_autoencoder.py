@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "momentum_schedule", "run_seed"]
 
+_MAX_MOMENTUM = 0.9  # where SGD's schedule ends
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -34,8 +36,6 @@ class Settings:
         cases: Training images from the front of the data set; all if None.
         batch_size: Images in SGD's mini-batches.
         lr: SGD's learning rate.
-        max_momentum: Where SGD's momentum schedule ends.
-        tail: Last epochs of SGD, with a momentum of at most 0.9.
         patience: Epochs without a relative gain of `min_gain` after which SGD has stalled.
         min_gain: That gain.
         max_epochs: Epochs of SGD at most.
@@ -54,8 +54,6 @@ class Settings:
     cases: int | None = None
     batch_size: int = 200
     lr: float = 0.01
-    max_momentum: float = 0.9
-    tail: int = 0
     patience: int = 100
     min_gain: float = 0.01
     max_epochs: int = 2500
@@ -108,13 +106,8 @@ def run_seed(*, source: str, seed: int, settings: Settings, device: str) -> Resu
         return Curve(problem, rows, settings.probe_dim)
 
     def sgd(curve: Curve, budget: Budget, first_epoch: int, patience: int) -> None:
-        first, tail = first_epoch * updates, (settings.max_epochs - settings.tail) * updates
-
         def schedule(update: int) -> tuple[float, float]:
-            late = first + update >= tail
-            return settings.lr, momentum_schedule(
-                first + update, largest=min(settings.max_momentum, 0.9 if late else 1)
-            )
+            return settings.lr, momentum_schedule(first_epoch * updates + update, largest=_MAX_MOMENTUM)
 
         sgd_arm(
             problem,

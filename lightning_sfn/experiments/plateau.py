@@ -119,7 +119,6 @@ def sgd_arm(
     batch_size: int,
     schedule: Callable[[int], tuple[float, float]],
     generator: torch.Generator,
-    nesterov: bool = False,
     max_grad_norm: float = math.inf,
     patience: int = 0,
     min_gain: float = 0.0,
@@ -134,20 +133,18 @@ def sgd_arm(
         batch_size: Cases in a mini-batch.
         schedule: Learning rate and momentum of an update, counted from 0.
         generator: Order of the cases.
-        nesterov: Nesterov's momentum instead of the classical one.
         max_grad_norm: Gradients are clipped to this norm.
         patience: Epochs without a relative gain of `min_gain` after which learning has stalled; 0 goes on regardless.
         min_gain: Relative gain of the metric that counts.
         probe_every: Epochs between spectra.
     """
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=1.0, momentum=0.5, nesterov=nesterov)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=1.0, momentum=0.5)
     best, waited, update, epoch = math.inf, 0, 0, 0
     spent = curve.note(0.0, spectrum=True)
     while spent < budget.seconds and epoch < budget.epochs:
         for rows in torch.split(torch.randperm(len(problem.cases), generator=generator), batch_size):
             group = optimizer.param_groups[0]
             group["lr"], group["momentum"] = schedule(update)
-            group["nesterov"] = nesterov and group["momentum"] > 0
             optimizer.zero_grad()
             problem.loss(problem.cases[rows]).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(problem.model.parameters(), max_grad_norm)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Image
 
-from lightning_sfn.data import SAMPLE_SPLITS, sample_folder
+from lightning_sfn.data import sample_folder
 from lightning_sfn.experiments.sources import load_split
 
 ROWS = {"train": 5000, "test": 1000}
 FULL_MNIST = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mnist"
 
 
-@pytest.mark.parametrize("split", SAMPLE_SPLITS)
+@pytest.mark.parametrize("split", ROWS)
 def test_row_counts_and_features(split: str) -> None:
     rows = load_split("sample", split)
     assert len(rows) == ROWS[split]
@@ -32,7 +32,7 @@ def test_labels_begin_as_in_the_published_files() -> None:
     assert load_split("sample", "test")[:10]["label"] == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
 
 
-@pytest.mark.parametrize("split", SAMPLE_SPLITS)
+@pytest.mark.parametrize("split", ROWS)
 def test_images_equal_the_full_dataset(split: str) -> None:
     if not FULL_MNIST.is_dir():
         pytest.skip("the full MNIST files are not beside the checkout")
