@@ -88,6 +88,11 @@ class Perceptron(pl.LightningModule):
         """Log loss and error of held-out images."""
         self._step("val", self.val_accuracy, *batch)
 
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the means of loss and error of test images as ``test_loss`` and ``test_error``."""
+        self.log("test_loss", self.loss(*batch), sync_dist=True)
+        self.log("test_error", self.error(*batch), sync_dist=True)
+
     def _step(self, stage: str, accuracy: MulticlassAccuracy, images: Tensor, labels: Tensor) -> Tensor:
         logits = self(images)
         loss = F.cross_entropy(logits, labels)

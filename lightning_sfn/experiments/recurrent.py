@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sfn.experiments.metrics import BitsPerCharacter
+from lightning_sfn.experiments.text import Vocabulary
 from lightning_sfn.newton.recurrence import tanh_recurrence
 
 __all__ = ["CharacterRNN"]
@@ -77,17 +78,25 @@ class CharacterRNN(pl.LightningModule):
 
         Args:
             windows: int64 of shape (batch, time + 1).
-
-        Raises:
-            MisconfigurationException: If a character is not in the vocabulary.
         """
-        if windows.device.type == "cpu" and int(windows.max()) >= self.vocabulary_size:
-            raise MisconfigurationException(
-                f"CharacterRNN has vocabulary_size={self.vocabulary_size}, but the text has at least "
-                f"{int(windows.max()) + 1} different characters: set model.vocabulary_size to their number."
-            )
         logits = self(windows[:, :-1]).transpose(0, 1)  # as they lie in memory
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].T.flatten())
+
+    def setup(self, stage: str) -> None:
+        """Compare the vocabulary with that of the data module, if that is a `CharacterText`.
+
+        Args:
+            stage: Ignored.
+
+        Raises:
+            MisconfigurationException: If the text has more different characters than the model.
+        """
+        vocabulary = getattr(self.trainer.datamodule, "vocabulary", None)  # type: ignore[attr-defined]
+        if isinstance(vocabulary, Vocabulary) and len(vocabulary) > self.vocabulary_size:
+            raise MisconfigurationException(
+                f"CharacterRNN has vocabulary_size={self.vocabulary_size}, but the text has {len(vocabulary)} "
+                "different characters: set model.vocabulary_size to their number."
+            )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of a batch; log its epoch mean in nats and in bits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def read_text(source: str | Path, split: str) -> str:
 
     Args:
         source: ``"sample"`` (tiny Shakespeare), a text file, a folder with ``*{split}*.txt`` (such as Penn Treebank's
-            ``ptb.train.txt``) or with parquet files, or a Hub id whose rows have a ``sentence`` or ``text`` column. Of
-            a single text the first nine tenths are the ``train`` split and the rest every other one. Lines and
-            sentences are stripped and end in one line feed.
+            ``ptb.train.txt``; ``valid`` and ``val`` will do as well) or with parquet files, or a Hub id whose rows have
+            a ``sentence`` or ``text`` column. Of a single text the first nine tenths are the ``train`` split and the
+            rest every other one. Lines and sentences are stripped and end in one line feed.
         split: ``"train"``, ``"validation"`` or ``"test"``.
 
     Returns:
@@ -88,13 +89,30 @@ def read_text(source: str | Path, split: str) -> str:
         text = _from_file(path)
         cut = int(_TRAINING_SHARE * len(text))
         text = text[:cut] if split == "train" else text[cut:]
-    elif path.is_dir() and (files := sorted(path.glob(f"*{split[:5]}*.txt"))):
+    elif path.is_dir() and (files := _text_files(path, split)):
         text = _from_file(files[0])
+    elif path.is_dir() and (files := sorted(path.glob("*.txt"))) and not _has_rows(path):
+        raise MisconfigurationException(
+            f"The text source {str(source)!r} has no split {split!r}: a file '{split}.txt' was expected, and the text "
+            f"files found are {', '.join(repr(file.name) for file in files)}."
+        )
     else:
         text = _from_rows(str(source), split)
     if not text.strip():
         raise MisconfigurationException(f"The text source {str(source)!r} is empty in its split {split!r}.")
     return text
+
+
+def _text_files(folder: Path, split: str) -> list[Path]:
+    """The files that call themselves a split; ``val`` counts as a word of its own alone, not as in "interval"."""
+    names = r"valid|(?<![a-z])val(?![a-z])" if split == "validation" else re.escape(split)
+    return sorted(file for file in folder.glob("*.txt") if re.search(names, file.stem.lower()))
+
+
+def _has_rows(folder: Path) -> bool:
+    return any(
+        next(folder.glob(name), None) for name in ("*.parquet", "*/*.parquet", "dataset_dict.json", "state.json")
+    )
 
 
 def _from_file(path: Path) -> str:

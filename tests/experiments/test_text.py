@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -42,6 +43,16 @@ def test_a_folder_of_split_files(tmp_path: Path) -> None:
         CharacterText(tmp_path, sequence_length=3).setup("fit")
 
 
+@pytest.mark.parametrize("name", ["val.txt", "ptb.val.txt", "valid.txt", "validation.txt", "my_val.txt"])
+def test_the_held_out_text_has_one_of_several_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train.txt").write_text("abc\n")
+    (tmp_path / "intervals.txt").write_text("no\n")
+    with pytest.raises(MisconfigurationException, match=r"no split 'validation'.*'intervals.txt', 'train.txt'\.$"):
+        read_text(tmp_path, "validation")
+    (tmp_path / name).write_text("cab\n")
+    assert read_text(tmp_path, "validation") == "cab\n"
+
+
 @pytest.mark.parametrize(
     ("content", "said"), [("", "is empty"), (" \n\n", "is empty"), (b"\xff\xfe\x00", "cannot be read as UTF-8")]
 )
@@ -75,8 +86,6 @@ def test_the_network_is_pytorchs_and_its_loss_is_fixed() -> None:
     model.loss(torch.randint(5, (4, 8)))
     assert torch.equal(model.loss(windows), first)
     torch.testing.assert_close(model.loss(windows[[2, 0, 1]]), first)
-    with pytest.raises(MisconfigurationException, match="vocabulary_size=5"):
-        model.loss(windows + 4)
 
 
 def test_metrics_add_up_over_uneven_batches() -> None:
@@ -100,3 +109,21 @@ def test_labelled_images() -> None:
         ClassifiedImages(image_size=40)
     with pytest.raises(MisconfigurationException, match="3 pixels"):
         Perceptron((4, 3, 10)).loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_text_with_more_characters_than_the_model_is_refused_before_the_first_batch() -> None:
+    data = CharacterText(sequence_length=20, batch_size=7, limit=1000)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, fast_dev_run=True)
+    with pytest.raises(MisconfigurationException, match=r"vocabulary_size=5, but the text has 65 different"):
+        trainer.fit(CharacterRNN(5, 6), data)
+    trainer.fit(CharacterRNN(65, 6), data)
+
+
+def test_a_perceptron_is_tested_on_the_test_images() -> None:
+    torch.manual_seed(0)
+    model, data = Perceptron((25, 3, 10)), ClassifiedImages(image_size=5, batch_size=300)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (found,) = trainer.test(model, data, verbose=False)
+    images, labels = labelled_images("mnist", "sample", "test", image_size=5)
+    assert found["test_error"] == pytest.approx(model.error(images, labels), abs=1e-6)
+    assert found["test_loss"] == pytest.approx(float(model.loss(images, labels).detach()), rel=1e-5)
