@@ -102,6 +102,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         self._budgets = DataBudgets(gradient_batches, curvature_fraction, trial_fraction, adaptive, hold, reduction)
         self._scheduler_monitor = scheduler_monitor
         self._drivers: list[_ManualNewton] = []
+        self._ended: list[dict[str, Any]] = []  # their states when the last fit was over
         self._restored: list[dict[str, Any]] = []
         self._newton_steps = 0
 
@@ -202,23 +203,25 @@ class SaddleFreeNewtonMixin(LightningModule):
         self._step_schedulers("epoch", self.trainer.current_epoch + 1)
 
     def teardown(self, stage: str) -> None:
-        """Gives back the memory that held the window."""
+        """Gives back the memory that held the window; what else decides stays, for checkpoints saved afterwards."""
         super().teardown(stage)
         for driver in self._drivers:
             driver.release()
-        self._drivers = []
+        self._ended, self._drivers = self._states(), []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores what decides about later windows, and on one process the batches that wait."""
         super().on_save_checkpoint(checkpoint)
-        windows = [driver.state_dict() for driver in self._drivers]
-        checkpoint["sfn_windows"] = {"windows": windows, "newton_steps": self._newton_steps}
+        checkpoint["sfn_windows"] = {"windows": self._states(), "newton_steps": self._newton_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what was stored."""
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint.get("sfn_windows", {"windows": [], "newton_steps": 0})
         self._restored, self._newton_steps = stored["windows"], stored["newton_steps"]
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [driver.state_dict() for driver in self._drivers] or self._ended
 
     def _prepare(self) -> None:
         trainer, who = self.trainer, type(self).__name__

@@ -1,5 +1,6 @@
 """Manual optimization: `SaddleFreeNewtonMixin` on one device."""
 
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_resuming_is_going_on(tmp_path: Any) -> None:
     trainer.fit(resumed, factorised_loader(shuffle=False), ckpt_path=tmp_path / "1.ckpt")
     assert torch.equal(flat(through), flat(resumed))
     assert trainer.global_step == 4
+
+
+def test_a_checkpoint_saved_after_the_fit_goes_on() -> None:
+    through, resumed = Net(), Net()
+    make_trainer(4).fit(through, factorised_loader(shuffle=False))
+    ended, module = make_trainer(2), Net()
+    ended.fit(module, factorised_loader(shuffle=False))
+    ended.save_checkpoint("ended.ckpt")
+    assert torch.equal(flat(pickle.loads(pickle.dumps(module))), flat(module))  # nothing of the fit hangs on it
+    make_trainer(4).fit(resumed, factorised_loader(shuffle=False), ckpt_path="ended.ckpt")
+    assert torch.equal(flat(through), flat(resumed))
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
