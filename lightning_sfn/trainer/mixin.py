@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -103,7 +104,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         self._scheduler_monitor = scheduler_monitor
         self._drivers: list[_ManualNewton] = []
         self._ended: list[dict[str, Any]] = []  # their states when the last fit was over
-        self._restored: list[dict[str, Any]] = []
+        self._restored: dict[str, Any] = {}
         self._newton_steps = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -215,10 +216,10 @@ class SaddleFreeNewtonMixin(LightningModule):
         checkpoint["sfn_windows"] = {"windows": self._states(), "newton_steps": self._newton_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over what was stored."""
+        """Takes over what was stored, where a fit resumes; `load_from_checkpoint` calls this too, for the weights."""
         super().on_load_checkpoint(checkpoint)
-        stored = checkpoint.get("sfn_windows", {"windows": [], "newton_steps": 0})
-        self._restored, self._newton_steps = stored["windows"], stored["newton_steps"]
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._restored = checkpoint.get("sfn_windows", {})
 
     def _states(self) -> list[dict[str, Any]]:
         return [driver.state_dict() for driver in self._drivers] or self._ended
@@ -257,9 +258,10 @@ class SaddleFreeNewtonMixin(LightningModule):
                 "return one loss for each optimizer."
             )
         self._drivers = [self._driver(trainer, index, optimizer) for index, optimizer in enumerate(optimizers)]  # type: ignore[arg-type]
-        for driver, state in zip(self._drivers, self._restored, strict=False):
+        restored, self._restored = self._restored, {}
+        self._newton_steps = restored.get("newton_steps", 0)
+        for driver, state in zip(self._drivers, restored.get("windows", []), strict=False):
             driver.load_state_dict(state)
-        self._restored = []
 
     def _driver(self, trainer: Trainer, index: int, optimizer: SaddleFreeNewton) -> "_ManualNewton":
         for name, bound in self._bounds.items():

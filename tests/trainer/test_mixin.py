@@ -148,6 +148,38 @@ def test_a_checkpoint_saved_after_the_fit_goes_on() -> None:
     assert torch.equal(flat(through), flat(resumed))
 
 
+@pytest.mark.parametrize("options", [{}, {"hold": True}])
+@pytest.mark.parametrize("looks", [False, True])
+def test_weights_of_a_checkpoint_alone_are_no_resume(options: dict[str, Any], looks: bool) -> None:
+    """Neither a window of the run that wrote it, nor its counts: not by load_from_checkpoint, and not by a look."""
+
+    class Saving(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_idx == 6:
+                trainer.save_checkpoint("window.ckpt")
+
+    class Tested(Net):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    options = options | {"gradient_batches": 5}
+    trained(Net(**options), 1, callbacks=[Saving()])
+    stored = torch.load("window.ckpt")
+    (window,) = stored["sfn_windows"]["windows"]
+    assert window["holds"] or window["waiting"] == 2
+    loaded = Tested.load_from_checkpoint("window.ckpt", **options)
+    if looks:
+        make_trainer().test(loaded, factorised_loader(shuffle=False), ckpt_path="window.ckpt")
+    plain = Net(**options)
+    plain.load_state_dict(stored["state_dict"])
+    ends = []
+    for module in (loaded, plain):
+        trainer = make_trainer(1)
+        trainer.fit(module, factorised_loader(shuffle=False))
+        ends.append((flat(module).tolist(), trainer.global_step, module._newton_steps))
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 def test_checkpoints_of_steps_are_written() -> None:
     trained(
