@@ -331,6 +331,7 @@ def test_spectrum_keeps_files_unless_told_otherwise(command: Command, trained: T
         (("--trainer.limit_train_batches", "0"), 1, "The training data loader is empty"),
         (("--curvature", "fisher"), 2, "curvature"),
         (("--precision", "16"), 2, "precision"),
+        (("--curvature", "gauss_newton", "--hvp", "finite_difference"), 2, "hvp='finite_difference'"),
         (("--foo", "1"), 2, "foo"),
     ],
 )

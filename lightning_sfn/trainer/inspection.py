@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
-from lightning_sfn.trainer.checks import require_choice, require_count
+from lightning_sfn.trainer.checks import require_count
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, require_replayable
 
@@ -89,16 +89,15 @@ class InspectingTrainer(Trainer):
             MisconfigurationException: A file exists, or the checkpoint is not the model's.
         """
         try:
-            require_count("num_batches", num_batches)
             require_count("density_probes", density_probes)
-            require_choice("precision", precision, (32, 64))
             settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes * density)
+            probe, batches = Probe(settings, curvature, hvp, precision), ProbeBatches(num_batches)
         except (ValueError, MisconfigurationException) as error:
             raise OptionError(str(error)) from error
         for path in (output, plot):
             _require_writable(path, overwrite)
         _require_drawable(plot)
-        inspection = _Inspection(Probe(settings, curvature, hvp, precision), num_batches, ckpt_path, output, plot)
+        inspection = _Inspection(probe, batches, ckpt_path, output, plot)
         with self._only_starting(inspection):
             self.fit(model, train_dataloaders, datamodule=datamodule)
         self.verdict = inspection.verdict
@@ -127,9 +126,9 @@ class _Inspection(Callback):
     """Takes one spectrum where training would start, and stops there."""
 
     def __init__(
-        self, probe: Probe, num_batches: int, ckpt_path: str | None, output: str | None, plot: str | None
+        self, probe: Probe, batches: ProbeBatches, ckpt_path: str | None, output: str | None, plot: str | None
     ) -> None:
-        self._probe, self._num_batches, self._ckpt_path = probe, num_batches, ckpt_path
+        self._probe, self._batches, self._ckpt_path = probe, batches, ckpt_path
         self._output, self._plot = output, plot
         self.spectrum: Spectrum | None = None
         self.verdict = ""
@@ -145,13 +144,12 @@ class _Inspection(Callback):
             rank_zero_info("No checkpoint is given (--ckpt_path), so this is the spectrum of the module as made.")
         else:
             _load_parameters(trainer, pl_module, self._ckpt_path)
-        batches = _draw(trainer, pl_module, self._num_batches)
-        if batches.total < self._num_batches:
+        batches = self._batches
+        _draw(trainer, pl_module, batches)
+        if batches.total < batches.count:
             rank_zero_info(
-                f"num_batches is {self._num_batches}, but the data loader gives {batches.total}: the spectrum is of "
-                "those."
+                f"num_batches is {batches.count}, but the data loader gives {batches.total}: the spectrum is of those."
             )
-        self._num_batches = batches.total
         trained = map(pl_module.get_parameter, trained_names(trainer, pl_module))
         at_most = self._probe.settings.most_products(sum(p.numel() for p in trained))
         with tqdm(
@@ -179,7 +177,7 @@ class _Inspection(Callback):
                 verdict=self.verdict,
                 curvature=self._probe.curvature,
                 checkpoint=self._ckpt_path,
-                num_batches=self._num_batches,
+                num_batches=self._batches.total,
                 **decrease,
             )
         if self._plot is not None:
@@ -235,9 +233,8 @@ def _load_parameters(trainer: Trainer, module: LightningModule, path: str) -> No
     trainer.fit_loop.epoch_progress.current.completed = checkpoint.get("epoch", 0)
 
 
-def _draw(trainer: Trainer, module: LightningModule, count: int) -> ProbeBatches:
-    """The first training batches, on the device."""
-    batches = ProbeBatches(count)
+def _draw(trainer: Trainer, module: LightningModule, batches: ProbeBatches) -> None:
+    """Collects the first training batches, on the device."""
     loader = trainer.fit_loop._combined_loader
     assert loader is not None
     for batch, number, dataloader_idx in loader:
@@ -245,8 +242,7 @@ def _draw(trainer: Trainer, module: LightningModule, count: int) -> ProbeBatches
         batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
         batches.offer(trainer, trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx), number)
         if batches.fixed:
-            return batches
+            return
     if not len(batches):
         raise MisconfigurationException("The training data loader is empty, so there is nothing to look at.")
     batches.fix(trainer)
-    return batches

@@ -21,6 +21,7 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
+from lightning_sfn.trainer.checks import require_choice, require_count
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.recording import RecordedStep, own_copies
@@ -41,9 +42,13 @@ class ProbeBatches:
 
     Args:
         count: Batches wanted, over all processes.
+
+    Raises:
+        MisconfigurationException: The count is no positive number.
     """
 
     def __init__(self, count: int) -> None:
+        require_count("num_batches", count)
         self.count = count
         self.fixed = False
         self._own: list[tuple[Any, ...]] = []  # arguments of training_step, on this process' device
@@ -155,7 +160,7 @@ class Probe:
         bits: 32 or 64: the least precision of the computation.
 
     Raises:
-        MisconfigurationException: The curvature is another one, or ``hvp`` does not go with it.
+        MisconfigurationException: The curvature or the precision is another one, or ``hvp`` does not go with it.
     """
 
     settings: SpectrumSettings
@@ -164,6 +169,7 @@ class Probe:
     bits: int = 32
 
     def __post_init__(self) -> None:
+        require_choice("precision", self.bits, (32, 64))
         require_curvature(self.curvature, "A spectrum")
         try:
             check_curvature(self.curvature, self.hvp)

@@ -18,7 +18,7 @@ from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
-from lightning_sfn.trainer.checks import misconfigured, require_choice, require_count
+from lightning_sfn.trainer.checks import misconfigured, require_count
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
@@ -114,10 +114,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             every_n_epochs = 1
         require_count("every_n_epochs", every_n_epochs, otherwise=[None])
         require_count("every_n_steps", every_n_steps, otherwise=[None])
-        require_count("num_batches", num_batches)
         require_count("density_probes", density_probes)
         require_count("pictures_every", pictures_every, 0)
-        require_choice("precision", precision, (32, 64))
         _require_batches(batches)
         with misconfigured():
             settings = SpectrumSettings(
