@@ -13,8 +13,8 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.trainer.handover import Handover
+from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.own_rates import OwnRates
-from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["NewtonPhase"]

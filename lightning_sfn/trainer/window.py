@@ -27,10 +27,10 @@ from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
 from lightning_sfn.trainer.gradient_edits import GradientEdits
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
+from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.own_writes import moves_a_teacher, refusing_writes
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
 from lightning_sfn.trainer.replay import evaluate, processes_of
-from lightning_sfn.trainer.report import say
 
 __all__ = ["WindowedNewton"]
 

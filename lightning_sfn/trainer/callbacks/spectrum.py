@@ -19,11 +19,11 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.checks import misconfigured, require_count
+from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments, trained_names
-from lightning_sfn.trainer.report import say
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]

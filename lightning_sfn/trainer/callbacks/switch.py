@@ -18,12 +18,13 @@ from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.checks import require_count, require_factory
 from lightning_sfn.trainer.handover import Handover, SchedulerRule
 from lightning_sfn.trainer.ledger import Ledger
+from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.namespaces import join_namespace
 from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.plateau import PlateauWatch
 from lightning_sfn.trainer.rehearsal import Rehearsal
-from lightning_sfn.trainer.report import SwitchReport, say
+from lightning_sfn.trainer.report import SwitchReport
 from lightning_sfn.trainer.reshuffle import reshuffle
 from lightning_sfn.trainer.rules import MomentumRule, ReturnRule, SwitchRules
 from lightning_sfn.trainer.step_log import StepLog, log_metrics
