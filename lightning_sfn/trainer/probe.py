@@ -22,12 +22,12 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_o
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.checks import require_choice, require_count
+from lightning_sfn.trainer.handover import resting_groups
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.recording import RecordedStep, own_copies
 from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
-from lightning_sfn.trainer.takeover import resting_groups
 
 __all__ = ["Probe", "ProbeBatches", "step_arguments", "trained_names"]
 

@@ -15,7 +15,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.checks import require_factory
-from lightning_sfn.trainer.handover import at_rest
+from lightning_sfn.trainer.handover import Handover, OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.own_rates import OwnRates
@@ -26,7 +26,6 @@ from lightning_sfn.trainer.support import (
     require_replayable,
     require_steady_weights,
 )
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton, resting_groups
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SFNDDPStrategy", "SFNStrategy"]
@@ -74,11 +73,8 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         else:
             newton = make_newton(self._make_optimizer, base, who)
             self._base, self._rates = base, OwnRates(newton, who)
-            if resting := sum(resting_groups(base)):
-                rank_zero_info(f"{who}: {resting} parameter group(s) with learning rate 0 stay as they are.")
-            if self.lr_scheduler_configs:
-                rank_zero_info(f"{who}: {len(self.lr_scheduler_configs)} learning rate scheduler(s) rest.")
-            self.lr_scheduler_configs = at_rest(self.lr_scheduler_configs)
+            if others := Handover(trainer, "rest").to(newton):
+                rank_zero_info(f"{who}:{others}")
         if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
             newton.max_grad_norm = float(trainer.gradient_clip_val)
         self._hooks = _Hooks()
@@ -92,7 +88,6 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             on_step=self._hooks.steps.note,
         )
         newton.attach(self._driver)
-        self.optimizers = [newton]
         _callbacks(trainer).insert(0, self._hooks)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.checks import require_count, require_factory
-from lightning_sfn.trainer.handover import Handover, SchedulerRule
+from lightning_sfn.trainer.handover import Handover, OptimizerFactory, SchedulerRule, coupled_decay, make_newton
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
@@ -35,7 +35,6 @@ from lightning_sfn.trainer.support import (
     require_replayable,
     require_steady_weights,
 )
-from lightning_sfn.trainer.takeover import OptimizerFactory, coupled_decay, make_newton
 from lightning_sfn.trainer.window import WindowedNewton
 
 __all__ = ["SwitchToSFN"]
