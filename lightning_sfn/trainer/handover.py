@@ -11,9 +11,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.support import require_curvature
 
-__all__ = ["Handover", "OptimizerFactory", "SchedulerRule", "coupled_decay", "make_newton", "resting_groups"]
+__all__ = [
+    "Handover",
+    "OptimizerFactory",
+    "SchedulerRule",
+    "coupled_decay",
+    "make_newton",
+    "resting_groups",
+    "take_clipping",
+]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """Makes an optimizer from parameter groups: `SaddleFreeNewton` itself, or a `functools.partial` of it."""
@@ -157,6 +166,22 @@ def _keep_entries(newton: SaddleFreeNewton, base: Optimizer) -> None:
             group.setdefault(name, value)
         if "param_names" in other:  # one for each parameter
             group["param_names"] = list(other["param_names"]) if group["params"] else []
+
+
+def take_clipping(trainer: Trainer, newton: SaddleFreeNewton, who: str) -> None:
+    """Lets an optimizer that has no bound of its own clip gradients as the Trainer does, or says that it cannot.
+
+    Args:
+        trainer: The Trainer.
+        newton: The optimizer.
+        who: Name of what asks, for the message.
+    """
+    if not trainer.gradient_clip_val or newton.max_grad_norm is not None:
+        return
+    if trainer.gradient_clip_algorithm == "value":
+        say(trainer, f"{who}: clipping by value does not apply to Newton steps; max_grad_norm would.")
+    else:
+        newton.max_grad_norm = float(trainer.gradient_clip_val)
 
 
 def resting_groups(optimizer: Optimizer) -> list[bool]:

@@ -12,8 +12,7 @@ from lightning_sfn.newton.outlook import Outlook, outlook_of
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
-from lightning_sfn.trainer.handover import Handover
-from lightning_sfn.trainer.messages import say
+from lightning_sfn.trainer.handover import Handover, take_clipping
 from lightning_sfn.trainer.own_rates import OwnRates
 from lightning_sfn.trainer.window import WindowedNewton
 
@@ -65,11 +64,7 @@ class NewtonPhase:
         Returns:
             What became of parameter groups and schedulers, as sentences to append; empty if there is nothing to say.
         """
-        if trainer.gradient_clip_val and self.newton.max_grad_norm is None:
-            if trainer.gradient_clip_algorithm == "value":
-                say(trainer, "SwitchToSFN: clipping by value does not apply to Newton steps; max_grad_norm would.")
-            else:
-                self.newton.max_grad_norm = float(trainer.gradient_clip_val)
+        take_clipping(trainer, self.newton, "SwitchToSFN")
         self.newton.attach(self.driver)
         return handover.to(self.newton)
 

@@ -15,7 +15,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.processes import ProcessError, Processes
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.checks import require_factory
-from lightning_sfn.trainer.handover import Handover, OptimizerFactory, coupled_decay, make_newton
+from lightning_sfn.trainer.handover import Handover, OptimizerFactory, coupled_decay, make_newton, take_clipping
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.mixin import SaddleFreeNewtonMixin
 from lightning_sfn.trainer.own_rates import OwnRates
@@ -75,8 +75,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             self._base, self._rates = base, OwnRates(newton, who)
             if others := Handover(trainer, "rest").to(newton):
                 rank_zero_info(f"{who}:{others}")
-        if trainer.gradient_clip_val and newton.max_grad_norm is None and trainer.gradient_clip_algorithm != "value":
-            newton.max_grad_norm = float(trainer.gradient_clip_val)
+        take_clipping(trainer, newton, who)
         self._hooks = _Hooks()
         self._driver = self._hooks.driver = WindowedNewton(
             trainer,

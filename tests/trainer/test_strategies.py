@@ -1,5 +1,6 @@
 """The strategies on one device: names, options, what they refuse, and checkpoints."""
 
+import logging
 import subprocess
 import sys
 from datetime import timedelta
@@ -91,6 +92,19 @@ def test_options_reach_the_optimizer_and_its_windows() -> None:
     assert len(logger.values("sfn/products")) == 4
     assert trainer.optimizers[0].krylov_dim == 3
     assert trainer.optimizers[0].max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize("strategy", ["sfn", "auto"])
+def test_clipping_by_value_is_said_to_have_no_effect(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+    callbacks = [forced(switch_at_epoch=1)] if strategy == "auto" else []
+    options: dict[str, Any] = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
+    trainer = make_trainer(2, strategy=strategy, callbacks=callbacks, **options)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(Factorised(), factorised_loader())
+    assert trainer.optimizers[0].max_grad_norm is None
+    who = "SFNStrategy" if strategy == "sfn" else "SwitchToSFN"
+    said = f"{who}: clipping by value does not apply to Newton steps; max_grad_norm would."
+    assert caplog.text.count(said) == 1
 
 
 def test_a_newton_optimizer_of_the_module_is_kept_with_its_schedulers() -> None:
