@@ -198,7 +198,7 @@ class SaddleFreeNewtonMixin(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Ends the window with the epoch, where a hook cut that short, and steps the schedulers of epochs."""
         super().on_train_epoch_end()
-        if self._drivers and self._drivers[0].waiting:
+        if self._drivers and not self._drivers[0].idle:
             with without_autocast():
                 self._step_all([None] * len(self._drivers))
         self._step_schedulers("epoch", self.trainer.current_epoch + 1)
@@ -207,7 +207,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         """Gives back the memory that held the window; what else decides stays, for checkpoints saved afterwards."""
         super().teardown(stage)
         for driver in self._drivers:
-            driver.release()
+            driver.detach()
         self._ended, self._drivers = self._states(), []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -295,11 +295,6 @@ class _ManualNewton(WindowedNewton):
         self.last_record: StepRecord | None = None
 
     @property
-    def waiting(self) -> bool:
-        """Whether batches wait for a step."""
-        return bool(self._window.steps)
-
-    @property
     def ready(self) -> bool:
         """Whether it is time for a step."""
         return self._held is not None or self._complete()
@@ -329,11 +324,6 @@ class _ManualNewton(WindowedNewton):
 
     def _loss_and_gradient(self, window: Any) -> None:
         """Nobody has taken the gradient yet."""
-
-    def release(self) -> None:
-        """Gives back the optimizer, and the memory that held the window."""
-        self._optimizer.attach(None)
-        self.detach()
 
 
 def _require_loss(returned: Any, who: str) -> Tensor:

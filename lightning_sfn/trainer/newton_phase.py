@@ -103,14 +103,5 @@ class NewtonPhase:
                 raise
             return None  # the report does without it; the step itself has ways to save memory
 
-    def release(self, *, keep: bool = False) -> None:
-        """Takes our hands off the Trainer, and gives up the memory of the window; the optimizer's state stays.
-
-        Args:
-            keep: Whether the window's batches stay as well, for a checkpoint of an interrupted run.
-        """
-        self.driver.detach(keep=keep)
-        self.newton.attach(None)
-
     def _operator(self, objective: Objective) -> CurvatureOperator:
         return self.newton.operator(objective, FlatParameters.of_groups(self.newton.param_groups))

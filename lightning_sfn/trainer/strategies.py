@@ -127,9 +127,6 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
         if self._driver is not None:
             self._driver.detach()
-            for optimizer in self.optimizers:
-                if isinstance(optimizer, SaddleFreeNewton):
-                    optimizer.attach(None)
         module = self.lightning_module
         if self._hooks is not None and isinstance(module, LightningModule):
             _callbacks(module.trainer).remove(self._hooks)

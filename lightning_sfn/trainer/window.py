@@ -169,12 +169,13 @@ class WindowedNewton:
         self._newton_step(window, self._loss_and_gradient(window))
 
     def detach(self, *, keep: bool = False) -> None:
-        """Gives Lightning's `training_step` back, and the memory that held the window.
+        """Gives Lightning's `training_step` and the optimizer's `step` back, and the memory that held the window.
 
         Args:
             keep: Whether the batches that wait stay, for a checkpoint of an interrupted run.
         """
         self._recorder.detach()
+        self._optimizer.attach(None)
         self.last_curvature = None
         if not keep:
             self._window, self._held = Batches(), None

@@ -298,7 +298,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
         if self._phase is not None:
-            self._phase.release()
+            self._phase.driver.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes our hands off the Trainer, which calls no teardown after an exception.
@@ -306,7 +306,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         The window stays until the next fit: checkpoint callbacks come last, and save it only now.
         """
         if self._phase is not None:
-            self._phase.release(keep=True)
+            self._phase.driver.detach(keep=True)
 
     # ------------------------------------------------------------------------------------------------ the decisions
 
@@ -399,7 +399,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def _release(self) -> None:
         """Gives up the Newton optimizer with the memory that it and its window hold."""
         if self._phase is not None:
-            self._phase.release()
+            self._phase.driver.detach()
         self._phase, self._failures = None, 0
 
     # ------------------------------------------------------------------------------------------------ Newton's steps
