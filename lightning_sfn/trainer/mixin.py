@@ -1,6 +1,5 @@
 """`SaddleFreeNewtonMixin`: manual optimization with saddle-free Newton, for modules written for it."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
@@ -177,7 +175,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         for config in self.trainer.strategy.lr_scheduler_configs:
             if config.interval != interval or count % config.frequency:
                 continue
-            if not isinstance(config.scheduler, ReduceLROnPlateau):
+            if not isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 config.scheduler.step()
                 continue
             known = self.trainer.callback_metrics
@@ -304,12 +302,7 @@ class _ManualNewton(WindowedNewton):
         kept, state = own_copies((batch, batch_idx)), RandomState.capture(self._module.device)
         value = _require_loss(loss(batch), type(self._module).__name__).detach()
         if self._held is None:
-            steps = [RecordedStep(kept, {"replayed": self._index}, state, value)]
-            weights = self._weigh(steps, finite=bool(torch.isfinite(value)))
-            if math.isnan(weights.mean):
-                self._leave_out(steps)
-            else:
-                self._window.collect(steps, weights)
+            self._collect([RecordedStep(kept, {"replayed": self._index}, state, value)])
         return value
 
     def step(self, closure: Callable[[], Any] | None) -> Any:
@@ -319,7 +312,7 @@ class _ManualNewton(WindowedNewton):
         if self._held is not None:
             self._newton_step(self._held, None)
         else:
-            self._step_on_window()
+            self.end_window()
         return result
 
     def _loss_and_gradient(self, window: Any) -> None:

@@ -158,7 +158,7 @@ class _Hooks(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.driver is not None:
-            self.driver.end_epoch()
+            self.driver.end_window()
         self.steps.flush(trainer, pl_module)
 
 

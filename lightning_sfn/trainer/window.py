@@ -121,9 +121,9 @@ class WindowedNewton:
             self._newton_step(self._held, None)
         else:
             if recorded:
-                self._collect(recorded)
+                self._add(recorded)
             if self._complete():
-                self._step_on_window()
+                self.end_window()
         return result
 
     def watch(self) -> Objective | None:
@@ -134,12 +134,7 @@ class WindowedNewton:
         """
         recorded = [step for step in self._recorder.take() if step.loss is not None]
         if recorded:
-            finite = all(step.loss is None or bool(torch.isfinite(step.loss).all()) for step in recorded)
-            weights = self._weigh(recorded, finite=finite)
-            if math.isnan(weights.mean):
-                self._leave_out(recorded)
-            else:
-                self._window.collect(recorded, weights)
+            self._collect(recorded)
         if not self._window.steps or not self._complete():
             return None
         window, self._window = self._window, Batches()
@@ -156,11 +151,8 @@ class WindowedNewton:
         """Keeps the gradient that Lightning is about to clip: secants and trial losses need the objective's own."""
         self._unclipped = self._parameters().gradients()
 
-    def end_epoch(self) -> None:
-        """Takes the step of a window that the end of the epoch cut short unannounced (a hook that ended the epoch)."""
-        self._step_on_window()
-
-    def _step_on_window(self) -> None:
+    def end_window(self) -> None:
+        """Takes the step of a window, if there is one: it is complete, or a hook has ended its epoch unannounced."""
         window, self._window = self._window, Batches()
         if not window.steps:
             return
@@ -180,7 +172,14 @@ class WindowedNewton:
         if not keep:
             self._window, self._held = Batches(), None
 
-    def _collect(self, recorded: list[RecordedStep]) -> None:
+    def _collect(self, recorded: Sequence[RecordedStep]) -> None:
+        """Adds batches without their gradients to the window."""
+        finite = all(bool(torch.isfinite(step.loss).all()) for step in recorded if step.loss is not None)
+        weights = self._admit(recorded, finite=finite)
+        if weights is not None:
+            self._window.collect(recorded, weights)
+
+    def _add(self, recorded: Sequence[RecordedStep]) -> None:
         """Adds the batches of one optimizer step, whose mean gradient lies in ``.grad``, to the window."""
         # Lightning's mean over accumulated batches is unweighted, whatever their sizes: the objective must be the same.
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
@@ -191,16 +190,19 @@ class WindowedNewton:
         gradient = given * (self._trainer.accumulate_grad_batches / len(recorded))
         loss = sum(float(step.loss) for step in recorded if step.loss is not None) / len(recorded)
         finite = math.isfinite(loss) and bool(torch.isfinite(gradient).all())
-        weights = self._weigh(recorded, finite=finite)
-        if math.isnan(weights.mean):
-            self._leave_out(recorded)
+        weights = self._admit(recorded, finite=finite)
+        if weights is None:
             return
         self._edits.compare(given)
         if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
             self._window = Batches()  # layers were frozen or freed: the gradients so far are of another function
         self._window.add(recorded, weights, loss, gradient)
 
-    def _leave_out(self, recorded: Sequence[RecordedStep]) -> None:
+    def _admit(self, recorded: Sequence[RecordedStep], *, finite: bool) -> BatchWeights | None:
+        """Weights of some batches; none, and a warning once, where a process saw a number that is not finite."""
+        weights = self._weigh(recorded, finite=finite)
+        if not math.isnan(weights.mean):
+            return weights
         if not self._warned:
             rank_zero_warn(
                 f"Loss or gradient of batch {self._trainer.fit_loop.epoch_loop.batch_idx} is not finite (loss "
@@ -208,8 +210,9 @@ class WindowedNewton:
                 "Newton steps from now on. Look for what causes it."
             )
             self._warned = True
+        return None
 
-    def _weigh(self, recorded: Sequence[RecordedStep], *, finite: bool = True) -> BatchWeights:
+    def _weigh(self, recorded: Sequence[RecordedStep], *, finite: bool) -> BatchWeights:
         """Weights of some batches. A process that saw a number that is not finite tells all others by a NaN."""
         cases = [cases_of(step) if finite else math.nan for step in recorded]
         totals, squares = self._sum([*cases, *(size**2 for size in cases)]).view(2, -1)

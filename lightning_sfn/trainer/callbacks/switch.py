@@ -277,7 +277,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
         if self.switched and self._phase is not None:
-            self._phase.driver.end_epoch()
+            self._phase.driver.end_window()
             self._steps.flush(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
