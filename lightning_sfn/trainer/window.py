@@ -25,7 +25,7 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
-from lightning_sfn.trainer.gradient_edits import GradientEdits
+from lightning_sfn.trainer.gradient_edits import warn_if_edited
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
 from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.own_writes import moves_a_teacher, refusing_writes
@@ -93,7 +93,8 @@ class WindowedNewton:
         self.growth = 1.0
         self._replays_all = False  # whether replays have shown another loss than the one that was recorded
         self._unclipped: Tensor | None = None
-        self._edits = GradientEdits()
+        self._after_backward: Tensor | None = None
+        self._compared = False  # whether it has been seen, once, if hooks change it
         self._warned = False
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
@@ -144,8 +145,8 @@ class WindowedNewton:
         """Keeps the gradient that `backward` has just made, to see once whether hooks change it."""
         # A gradient scaler divides it by its scale afterwards; a held window asks for no more gradients.
         scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
-        if not (self._edits.over or scaled or self._held is not None):
-            self._edits.note(self._parameters().gradients())
+        if not (self._compared or scaled or self._held is not None):
+            self._after_backward = self._parameters().gradients()
 
     def note_gradient(self) -> None:
         """Keeps the gradient that Lightning is about to clip: secants and trial losses need the objective's own."""
@@ -193,7 +194,9 @@ class WindowedNewton:
         weights = self._admit(recorded, finite=finite)
         if weights is None:
             return
-        self._edits.compare(given)
+        if self._after_backward is not None:
+            warn_if_edited(self._after_backward, given)
+            self._after_backward, self._compared = None, True
         if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
             self._window = Batches()  # layers were frozen or freed: the gradients so far are of another function
         self._window.add(recorded, weights, loss, gradient)
