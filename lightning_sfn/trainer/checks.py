@@ -53,14 +53,14 @@ def require_count(name: str, value: Any, least: int = 1, *, of: str = "", otherw
         _refuse(name, value, " or ".join([wanted, *map(repr, otherwise)]), where)
 
 
-def require_number(name: str, value: Any, least: float = 0.0) -> None:
-    """Refuses what is no finite number, or is below a minimum.
+def require_number(name: str, value: Any) -> None:
+    """Refuses what is no finite number, or is negative.
 
     Raises:
         MisconfigurationException: The value is none of those.
     """
     with misconfigured():
-        require_at_least(name, value, least)
+        require_at_least(name, value, 0.0)
 
 
 def require_share(name: str, value: Any) -> None:

@@ -1,6 +1,6 @@
 """`SaddleFreeNewtonMixin`: manual optimization with saddle-free Newton, for modules written for it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -147,7 +147,8 @@ class SaddleFreeNewtonMixin(LightningModule):
         if not self._drivers:
             self._prepare()
         with without_autocast():  # Lightning's, around this method: Lanczos amplifies rounding noise
-            losses = [driver.record(batch, batch_idx, loss) for driver, loss in self._pairs()]
+            pairs = zip(self._drivers, self.objectives(), strict=True)
+            losses = [driver.record(batch, batch_idx, loss) for driver, loss in pairs]
             if self._drivers[0].ready:
                 self._step_all(losses)
         return losses[0]
@@ -155,9 +156,6 @@ class SaddleFreeNewtonMixin(LightningModule):
     def _replay_step(self, batch: Any, batch_idx: int, replayed: int) -> Tensor:
         """What a replay evaluates in place of `training_step`: one of the losses."""
         return self.objectives()[replayed](batch)
-
-    def _pairs(self) -> Iterator[tuple["_ManualNewton", BatchLoss]]:
-        return zip(self._drivers, self.objectives(), strict=True)
 
     def _step_all(self, losses: Sequence[Tensor | None]) -> None:
         """Steps every optimizer through Lightning, so that ``global_step``, checkpoints and progress bars count."""

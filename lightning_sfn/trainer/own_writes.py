@@ -204,12 +204,8 @@ class _Versions:
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
         self._noted += [(name, p, _mark(p)) for name, p in named]
 
-    def changed_parameters(self) -> list[Tensor]:
-        return [p for _, p, mark in self._noted if _mark(p) != mark]
-
     def changed(self) -> list[str]:
-        ids = {id(p) for p in self.changed_parameters()}
-        return [name for name, p, _ in self._noted if id(p) in ids]
+        return [name for name, p, mark in self._noted if _mark(p) != mark]
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
