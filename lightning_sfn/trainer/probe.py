@@ -1,7 +1,6 @@
 """The probe: the batches on which every spectrum of a run is taken, and spectra taken on them."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,11 +24,11 @@ from lightning_sfn.trainer.checks import require_choice, require_count
 from lightning_sfn.trainer.handover import resting_groups
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
-from lightning_sfn.trainer.recording import RecordedStep, own_copies
+from lightning_sfn.trainer.recording import RecordedStep, own_copies, step_arguments
 from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
 
-__all__ = ["Probe", "ProbeBatches", "step_arguments", "trained_names"]
+__all__ = ["Probe", "ProbeBatches", "trained_names"]
 
 _PLAIN = (Tensor, str, bytes, int, float, bool, type(None))
 
@@ -71,7 +70,7 @@ class ProbeBatches:
 
     def hold(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Copies a batch, which the step that follows may change in place, until `keep` or another batch."""
-        self._held = None if self.fixed else own_copies(step_arguments(trainer, batch_idx, batch))
+        self._held = None if self.fixed else own_copies(step_arguments(trainer, batch, batch_idx))
 
     def keep(self, trainer: Trainer) -> None:
         """Keeps the batch that is held, if this process' share is not complete yet."""
@@ -278,11 +277,6 @@ def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:
     if processes is None:
         return None
     return ProcessMean(processes, cases / float(processes.sum(torch.tensor(cases, dtype=torch.float64))))
-
-
-def step_arguments(trainer: Trainer, batch_idx: int, batch: Any) -> tuple[Any, ...]:
-    """What Lightning would call `training_step` with: the batch, and its index if the step takes one."""
-    return tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,5 +1,6 @@
 """Recording: every `training_step` that Lightning runs, as it was called, so that it can be replayed."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_map
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.own_writes import noting_writes
 
-__all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers", "own_copies"]
+__all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers", "own_copies", "step_arguments"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class RecordedStep:
     kwargs: dict[str, Any]
     random_state: RandomState
     loss: Tensor | None
+
+
+def step_arguments(trainer: Trainer, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What Lightning would call `training_step` with: the batch, and its index if the step takes one."""
+    return tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
 
 
 class StepRecorder:

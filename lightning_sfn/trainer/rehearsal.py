@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
@@ -22,7 +21,7 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.trainer.isolation import Isolation
 from lightning_sfn.trainer.own_writes import ParameterCopies, UnforeseenWriteError, foreseen, refusal
-from lightning_sfn.trainer.recording import RecordedStep, own_containers
+from lightning_sfn.trainer.recording import RecordedStep, own_containers, step_arguments
 from lightning_sfn.trainer.replay import evaluate
 
 __all__ = ["Rehearsal"]
@@ -38,9 +37,8 @@ class Rehearsal:
     def note(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps a batch before its training step, as long as none has been rehearsed."""
         if not self._over:
-            arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
-            state = RandomState.capture(module.device)
-            self._step = RecordedStep(own_containers(tuple(arguments.values())), {}, state, None)
+            arguments = own_containers(step_arguments(trainer, batch, batch_idx))
+            self._step = RecordedStep(arguments, {}, RandomState.capture(module.device), None)
 
     def hold(
         self, trainer: Trainer, module: LightningModule, make_newton: Callable[[], SaddleFreeNewton], who: str

@@ -23,7 +23,8 @@ from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
-from lightning_sfn.trainer.probe import Probe, ProbeBatches, step_arguments, trained_names
+from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
+from lightning_sfn.trainer.recording import step_arguments
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]
@@ -165,7 +166,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             self._names(trainer, pl_module, name, patterns)
         if self._given is not None:
             with RandomState.seeded(0, pl_module.device).replayed():  # a loader draws, and would change the run
-                given = [step_arguments(trainer, number, batch) for number, batch in enumerate(self._given)]
+                given = [step_arguments(trainer, batch, number) for number, batch in enumerate(self._given)]
             self._batches.share_out(trainer, given)
         elif self._saved_batches is not None:
             self._batches.share_out(trainer, [tuple(arguments) for arguments in self._saved_batches])
