@@ -10,9 +10,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unf
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.recording import RecordedStep
 
-__all__ = ["pack_steps", "unpack_steps"]
+__all__ = ["is_plain", "pack_steps", "unpack_steps"]
 
-_SCALARS = (bool, int, float, str, bytes, type(None))
+_PLAIN = (Tensor, bool, int, float, str, bytes, type(None))
 
 
 def pack_steps(steps: Sequence[RecordedStep]) -> list[dict[str, Any]] | None:
@@ -26,9 +26,7 @@ def pack_steps(steps: Sequence[RecordedStep]) -> list[dict[str, Any]] | None:
     for step in steps:
         leaves, structure = tree_flatten((step.args, step.kwargs))
         named = _name(structure)
-        if named is None:  # a container of somebody's own
-            return None
-        if not all(type(leaf) in (Tensor, *_SCALARS) for leaf in leaves):
+        if named is None or not all(map(is_plain, leaves)):  # a container or a leaf of somebody's own class
             return None
         packed.append(
             {
@@ -53,7 +51,9 @@ def unpack_steps(packed: Sequence[dict[str, Any]], device: torch.device) -> list
     for state in packed:
         pairs = zip(state["leaves"], state["on_accelerator"], strict=True)
         leaves = [leaf.to(device) if moved else leaf for leaf, moved in pairs]
-        args, kwargs = tree_unflatten(leaves, _structure_of(state["structure"]))
+        named = state["structure"]
+        structure = treespec_loads(named) if isinstance(named, str) else tree_structure(named)
+        args, kwargs = tree_unflatten(leaves, structure)
         steps.append(RecordedStep(args, kwargs, RandomState.from_state(state["random_state"]), None))
     return steps
 
@@ -70,18 +70,13 @@ def _name(structure: TreeSpec) -> Any:
     except TypeError:  # a key that JSON has made a list
         pass
     filled = tree_unflatten(range(structure.num_leaves), structure)
-    return filled if _is_plain(filled) else None
+    return filled if is_plain(filled) else None
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value consists of Python's own containers, keys and numbers."""
-    if type(value) is dict:
-        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold the value so that ``torch.load(weights_only=True)`` reads it."""
     if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    return type(value) in _SCALARS
-
-
-def _structure_of(named: Any) -> TreeSpec:
-    """The structure that `_name` gave."""
-    return treespec_loads(named) if isinstance(named, str) else tree_structure(named)
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(map(is_plain, (*value, *value.values())))
+    return type(value) in _PLAIN  # a subclass is a type of its own

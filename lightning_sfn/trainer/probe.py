@@ -22,6 +22,7 @@ from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.checks import require_choice, require_count
 from lightning_sfn.trainer.handover import resting_groups
+from lightning_sfn.trainer.kept_steps import is_plain
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.recording import RecordedStep, own_copies, step_arguments
@@ -29,8 +30,6 @@ from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
 
 __all__ = ["Probe", "ProbeBatches", "trained_names"]
-
-_PLAIN = (Tensor, str, bytes, int, float, bool, type(None))
 
 
 class ProbeBatches:
@@ -111,7 +110,7 @@ class ProbeBatches:
 
     def state(self) -> list[Any] | None:
         """All batches; ``None`` if they are not known yet, or are of types that a checkpoint cannot hold."""
-        return self._all if self.fixed and _is_plain(self._all) else None
+        return self._all if self.fixed and is_plain(self._all) else None
 
     def objective(
         self, trainer: Trainer, module: LightningModule, dtype: torch.dtype, *, with_output: bool = False
@@ -281,12 +280,3 @@ def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:
 
 def _to(value: Any, device: torch.device) -> Any:
     return apply_to_collection(value, Tensor, lambda tensor: tensor.to(device))
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold the value so that ``torch.load(weights_only=True)`` reads it."""
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(map(_is_plain, (*value, *value.values())))
-    return type(value) in _PLAIN  # a subclass is a type of its own
