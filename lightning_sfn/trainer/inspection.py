@@ -240,7 +240,8 @@ def _draw(trainer: Trainer, module: LightningModule, batches: ProbeBatches) -> N
     for batch, number, dataloader_idx in loader:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-        batches.offer(trainer, trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx), number)
+        batches.hold(trainer, trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx), number)
+        batches.keep(trainer)
         if batches.fixed:
             return
     if not len(batches):

@@ -1,12 +1,12 @@
 """The probe: the batches on which every spectrum of a run is taken, and spectra taken on them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -20,7 +20,7 @@ from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_of
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
-from lightning_sfn.trainer.checks import require_choice, require_count
+from lightning_sfn.trainer.checks import misconfigured, require_choice, require_count
 from lightning_sfn.trainer.handover import resting_groups
 from lightning_sfn.trainer.kept_steps import is_plain
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
@@ -62,13 +62,8 @@ class ProbeBatches:
         """Batches that all processes hold, once they are fixed."""
         return len(self._all)
 
-    def offer(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Keeps a batch, already on the device, if this process' share is not complete yet."""
-        self.hold(trainer, batch, batch_idx)
-        self.keep(trainer)
-
     def hold(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Copies a batch, which the step that follows may change in place, until `keep` or another batch."""
+        """Copies a batch on the device, which the step that follows may change in place, until `keep` or another."""
         self._held = None if self.fixed else own_copies(step_arguments(trainer, batch, batch_idx))
 
     def keep(self, trainer: Trainer) -> None:
@@ -84,11 +79,9 @@ class ProbeBatches:
         """Ends the collection; every process has to call it at the same batch."""
         self.fixed = True
         held = _to(self._own, torch.device("cpu"))
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, held)
-            held = [arguments for share in shares for arguments in share]
-        self._all = held
+        processes = processes_of(trainer)
+        shares = [held] if processes is None else processes.collect(held)
+        self._all = [arguments for share in shares for arguments in share]
 
     def share_out(self, trainer: Trainer, batches: Sequence[tuple[Any, ...]]) -> None:
         """Takes batches that every process has, of which each keeps its share.
@@ -169,10 +162,8 @@ class Probe:
     def __post_init__(self) -> None:
         require_choice("precision", self.bits, (32, 64))
         require_curvature(self.curvature, "A spectrum")
-        try:
+        with misconfigured():
             check_curvature(self.curvature, self.hvp)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
 
     def spectrum(
         self,
@@ -197,28 +188,16 @@ class Probe:
         Returns:
             The spectrum.
         """
-        return foreseen(trainer, lambda: self._spectrum(trainer, module, batches, names, check, progress))
 
-    def _spectrum(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        batches: ProbeBatches,
-        names: Sequence[str] | None,
-        check: bool,
-        progress: Callable[[int, int], None] | None,
-    ) -> Spectrum:
-        dtype = curvature_dtype(module, self.bits)
-        names = trained_names(trainer, module) if names is None else names  # of the parameters, not of their copies
-        with ParameterCopies(module), in_precision(module, dtype):
-            parameters = _parameters(module, names)
-            with_output = self.curvature != "hessian"
-            objective = batches.objective(trainer, module, dtype, with_output=with_output)
-            value = objective.value() if check else math.nan
-            if math.isfinite(value):  # else the spectrum counts what is not
-                objective.require_repeatable(value)
-            operator = make_operator(objective, parameters, self.curvature, self.hvp)
-            return spectrum_of(operator, self.settings, progress=progress)
+        def take() -> Spectrum:
+            with self._posed(trainer, module, batches, names) as (objective, parameters):
+                value = objective.value() if check else math.nan
+                if math.isfinite(value):  # else the spectrum counts what is not
+                    objective.require_repeatable(value)
+                operator = make_operator(objective, parameters, self.curvature, self.hvp)
+                return spectrum_of(operator, self.settings, progress=progress)
+
+        return foreseen(trainer, take)
 
     def verdict(
         self, trainer: Trainer, module: LightningModule, batches: ProbeBatches, spectrum: Spectrum
@@ -241,15 +220,24 @@ class Probe:
             )
         if spectrum.nonfinite:
             return verdict(spectrum), None
-        trial = foreseen(trainer, lambda: self._trial(trainer, module, batches))
+
+        def attempt() -> NewtonTrial:
+            with self._posed(trainer, module, batches) as (objective, parameters):
+                return try_newton_step(objective, parameters)
+
+        trial = foreseen(trainer, attempt)
         return verdict(spectrum, trial), trial
 
-    def _trial(self, trainer: Trainer, module: LightningModule, batches: ProbeBatches) -> NewtonTrial:
-        """One SFN step tried on the probe batches."""
-        dtype, names = curvature_dtype(module, self.bits), trained_names(trainer, module)
+    @contextmanager
+    def _posed(
+        self, trainer: Trainer, module: LightningModule, batches: ProbeBatches, names: Sequence[str] | None = None
+    ) -> Iterator[tuple[Objective, FlatParameters]]:
+        """The mean loss over the probe batches, and the parameters, in the precision of the computation."""
+        dtype = curvature_dtype(module, self.bits)
+        wanted = set(trained_names(trainer, module) if names is None else names)  # not of copies in another precision
         with ParameterCopies(module), in_precision(module, dtype):
-            objective = batches.objective(trainer, module, dtype)
-            return try_newton_step(objective, _parameters(module, names))
+            parameters = FlatParameters(p for name, p in module.named_parameters() if name in wanted)
+            yield batches.objective(trainer, module, dtype, with_output=self.curvature != "hessian"), parameters
 
 
 def trained_names(trainer: Trainer, module: LightningModule) -> list[str]:
@@ -263,11 +251,6 @@ def trained_names(trainer: Trainer, module: LightningModule) -> list[str]:
     }
     trainable = {name: id(p) for name, p in module.named_parameters() if p.requires_grad}
     return [name for name, key in trainable.items() if key in trained] or list(trainable)
-
-
-def _parameters(module: LightningModule, names: Sequence[str]) -> FlatParameters:
-    wanted = set(names)
-    return FlatParameters(p for name, p in module.named_parameters() if name in wanted)
 
 
 def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:
