@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pytorch_lightning import Trainer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sfn.newton.outlook import Outlook
 from lightning_sfn.trainer.checks import require_choice, require_count, require_number
@@ -54,12 +53,7 @@ class SwitchRules:
         require_number("min_predicted_decrease", self.min_predicted_decrease)
         require_choice("momentum", self.momentum, get_args(MomentumRule))
         require_choice("schedulers", self.schedulers, get_args(SchedulerRule))
-        count = isinstance(self.return_when, int) and not isinstance(self.return_when, bool) and self.return_when > 0
-        if not (self.return_when is None or count or self.return_when in get_args(ReturnRule)):
-            raise MisconfigurationException(
-                f"return_when is {self.return_when!r}, but 'slower_per_second', 'slower_per_epoch', a positive number "
-                "of Newton steps, or None is expected."
-            )
+        require_count("return_when", self.return_when, of="Newton steps", otherwise=[*get_args(ReturnRule), None])
 
     @property
     def forces(self) -> bool:

@@ -133,7 +133,7 @@ def test_a_run_without_a_switch_says_how_far_it_was(caplog: pytest.LogCaptureFix
         ({"min_epochs": -1}, "min_epochs is -1, "),
         ({"min_steps": -2}, "min_steps is -2, "),
         ({"switch_at_step": -2}, "switch_at_step is -2, "),
-        ({"return_when": "slow"}, "return_when is 'slow', but 'slower_per_second'"),
+        ({"return_when": "slow"}, "return_when is 'slow', but a positive number of Newton steps or "),
         ({"return_when": 0}, "return_when is 0, "),
         ({"return_when": True}, "return_when is True, "),
         ({"momentum": "drop"}, "momentum is 'drop', "),

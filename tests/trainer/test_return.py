@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -96,7 +97,7 @@ def test_the_first_optimizer_comes_back_as_it_was(
 
 @pytest.mark.parametrize(("momentum", "kept"), [("keep", True), ("reset", False)])
 def test_momentum_is_kept_or_reset(momentum: Any, kept: bool) -> None:
-    _, seen = run(Scheduled([1.0] * 5), 5, patience=1, return_when=2, momentum=momentum, cooldown=9)
+    _, seen = run(Scheduled([1.0] * 5), 5, patience=1, return_when=np.int64(2), momentum=momentum, cooldown=9)
     assert seen.names[4] == "SGD"
     assert (seen.momenta[4] > 0) == kept
 

@@ -10,6 +10,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.optimizer import Optimizer
 
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
+from lightning_sfn.newton.options import is_whole
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.spectrum import Spectrum
@@ -417,7 +418,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         assert self._trainer is not None
         self._ledger.count_step(self._trainer, record, self._phase.driver.batch_gradients)
         steps = self._ledger.phase.steps
-        if isinstance(self.rules.return_when, int) and steps >= self.rules.return_when:
+        if is_whole(self.rules.return_when) and steps >= self.rules.return_when:
             self._return_reason = f"{steps} Newton steps were asked for"
 
     def _after_failure(self, error: Exception) -> None:
