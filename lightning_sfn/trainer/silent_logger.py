@@ -10,6 +10,11 @@ __all__ = ["SilentLogger"]
 _READ = (type(None), bool, int, float, str, PurePath)
 
 
+def _passed(name: str) -> Any:
+    """A property that is the logger's, or ``None`` where it has none of that name."""
+    return property(lambda silent: getattr(silent._logger, name, None))
+
+
 class SilentLogger(DummyLogger):
     """Passes through what a step reads of a logger (paths, name, version), and swallows what it would write.
 
@@ -28,40 +33,11 @@ class SilentLogger(DummyLogger):
         """The logger's class."""
         return type(self._logger)
 
-    @property
-    def name(self) -> Any:
-        """The logger's name."""
-        return self._logger.name
-
-    @property
-    def version(self) -> Any:
-        """The logger's version."""
-        return self._logger.version
-
-    @property
-    def root_dir(self) -> Any:
-        """The logger's root directory, if it has one."""
-        return self._read("root_dir")
-
-    @property
-    def log_dir(self) -> Any:
-        """The logger's directory of this run, if it has one."""
-        return self._read("log_dir")
-
-    @property
-    def save_dir(self) -> Any:
-        """The logger's directory of all runs, if it has one."""
-        return self._read("save_dir")
-
-    @property
-    def group_separator(self) -> Any:
-        """What separates parts of names."""
-        return self._logger.group_separator
+    name, version = _passed("name"), _passed("version")
+    root_dir, log_dir, save_dir = _passed("root_dir"), _passed("log_dir"), _passed("save_dir")
+    group_separator = _passed("group_separator")
 
     def __getattr__(self, name: str) -> Any:
         """Numbers, names and paths of the logger; anything else is a method that does nothing."""
         value = getattr(self._logger, name, self) if not name.startswith("__") else self
         return value if isinstance(value, _READ) else super().__getattr__(name)
-
-    def _read(self, name: str) -> Any:
-        return getattr(self._logger, name, None)
