@@ -10,11 +10,7 @@ _BUILT_IN = frozenset((*CONTAINERS, OrderedDict))
 
 
 def copy_of(container: Any) -> Any:
-    """What `refill` puts back later.
-
-    Args:
-        container: A list, dictionary, set or deque, or one of a class derived from these.
-    """
+    """What `refill` puts back later into a list, dictionary, set or deque, or one of a class derived from these."""
     if type(container) in _BUILT_IN:
         return container.copy()
     # A class of its own may forbid its methods, or let them do something else, as model outputs do: ask its base.

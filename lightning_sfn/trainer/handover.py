@@ -100,11 +100,7 @@ class Handover:
         return f" {len(self._configs)} learning rate scheduler(s) go on where they are{dropped}."
 
     def store(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the first optimizer and its schedulers into Lightning's places, where any Trainer finds them.
-
-        Args:
-            checkpoint: The checkpoint, while Newton's optimizer trains.
-        """
+        """Writes the first optimizer and its schedulers into Lightning's places, where any Trainer finds them."""
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [self.base.state_dict()]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._configs]
@@ -169,13 +165,7 @@ def _keep_entries(newton: SaddleFreeNewton, base: Optimizer) -> None:
 
 
 def take_clipping(trainer: Trainer, newton: SaddleFreeNewton, who: str) -> None:
-    """Lets an optimizer that has no bound of its own clip gradients as the Trainer does, or says that it cannot.
-
-    Args:
-        trainer: The Trainer.
-        newton: The optimizer.
-        who: Name of what asks, for the message.
-    """
+    """Lets an optimizer that has no bound of its own clip gradients as the Trainer does, or says that it cannot."""
     if not trainer.gradient_clip_val or newton.max_grad_norm is not None:
         return
     if trainer.gradient_clip_algorithm == "value":
@@ -189,9 +179,6 @@ def resting_groups(optimizer: Optimizer) -> list[bool]:
 
     A rate that a scheduler has led to zero says nothing about what shall train, and nor does a zero for all groups,
     which a warm-up may begin with.
-
-    Args:
-        optimizer: The optimizer whose place Newton's takes.
     """
 
     def rests(group: dict[str, Any]) -> bool:
@@ -207,9 +194,6 @@ def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:
     """Pairs of parameters and weight decay that is part of the objective, by parameter group.
 
     AdamW's is not: it shrinks weights beside the gradient step.
-
-    Args:
-        optimizer: The optimizer whose place Newton's takes.
     """
 
     def decay(group: dict[str, Any]) -> float:

@@ -10,12 +10,7 @@ __all__ = ["say"]
 
 @rank_zero_only
 def say(trainer: Trainer, text: str) -> None:
-    """Shows a message above the progress bar, where there is one; a plain log line would be drawn over.
-
-    Args:
-        trainer: The Trainer whose bar it is.
-        text: The message.
-    """
+    """Shows a message above the progress bar, where there is one; a plain log line would be drawn over."""
     bar = trainer.progress_bar_callback
     if bar is not None and getattr(bar, "is_enabled", False) and _is_open(bar):
         bar.print(text)

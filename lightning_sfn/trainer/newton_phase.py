@@ -71,9 +71,6 @@ class NewtonPhase:
     def outlook(self, krylov_dim: int) -> Outlook | None:
         """Collects the batches of a step of the first optimizer; probes the curvature where they complete a window.
 
-        Args:
-            krylov_dim: Lanczos vectors of the probe.
-
         Returns:
             What a Newton step promises on that window; ``None`` while it fills.
         """
@@ -85,9 +82,6 @@ class NewtonPhase:
 
     def spectrum(self, krylov_dim: int) -> Spectrum | None:
         """The spectrum on the curvature batches of the last Newton step, at the present parameters.
-
-        Args:
-            krylov_dim: Lanczos vectors.
 
         Returns:
             The spectrum; ``None`` before the first step, and where memory does not suffice.

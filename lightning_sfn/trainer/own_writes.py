@@ -39,11 +39,6 @@ class UntrainedParameters:
     Copies of all of them for each evaluation would be too many, where a large network is frozen and a small one is
     trained. So the first evaluation, with copies in host memory, tells which ones the step changes; from then on only
     the submodules of these are copied.
-
-    Args:
-        trainer: The module's Trainer.
-        module: The module.
-        unregistered: Modules that it holds without having registered them.
     """
 
     def __init__(self, trainer: Trainer, module: nn.Module, unregistered: Sequence[nn.Module]) -> None:
@@ -140,11 +135,7 @@ def refusal(module: LightningModule, names: Sequence[str], who: str) -> Misconfi
 
 
 class ParameterCopies:
-    """Copies of all parameters of a module, in host memory; puts these back at the end of its context.
-
-    Args:
-        module: The module.
-    """
+    """Copies of all parameters of a module, in host memory; puts these back at the end of its context."""
 
     def __init__(self, module: nn.Module) -> None:
         self._known = _CHANGES.setdefault(module, {})
@@ -165,13 +156,7 @@ class ParameterCopies:
 
 
 class _Kept:
-    """A parameter, and a copy of its values.
-
-    Args:
-        name: Its name.
-        parameter: The parameter.
-        on_host: Whether the copy goes to host memory.
-    """
+    """A parameter, and a copy of its values."""
 
     def __init__(self, name: str, parameter: nn.Parameter, on_host: bool) -> None:
         self.name, self.parameter = name, parameter

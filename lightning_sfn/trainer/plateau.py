@@ -25,20 +25,7 @@ class PlateauWatch(EarlyStopping):
     a metric logged there is seen in the same epoch. As there, the check that brings the best value does not count:
     ``patience`` checks without improvement come after it (`ReduceLROnPlateau` would wait for one more).
 
-    Args:
-        monitor: Metric to watch.
-        mode: ``"min"`` or ``"max"``: which way the metric improves.
-        patience: Checks without improvement that make a plateau.
-        min_delta: Smallest change that counts as an improvement.
-        min_delta_mode: ``"abs"`` for a ``min_delta`` in the metric's unit, ``"rel"`` for a share of its best value.
-        cooldown: Checks after `restart` that do not count.
-        check_finite: Whether checks that see NaN or infinity are passed over (with a warning). Otherwise they count as
-            checks without improvement.
-        strict: Whether a missing metric is an error.
-        check_on_train_epoch_end: Whether to check at the end of training epochs or of validation. If left out, as in
-            `EarlyStopping`, but what training logs is always checked at the end of its epochs.
-        check_every_n_steps: Check after every n-th optimizer step instead, on the mean of the values logged since the
-            last check (the metric must be logged with ``on_step=True``, or by validation).
+    Its arguments are those of `SwitchToSFN`.
 
     Raises:
         MisconfigurationException: An argument is out of its range.
@@ -109,11 +96,7 @@ class PlateauWatch(EarlyStopping):
         """
 
     def restart(self, cooldown: int = 0) -> None:
-        """Forgets the best value and the count.
-
-        Args:
-            cooldown: Checks that do not count from now on.
-        """
+        """Forgets the best value and the count; the next ``cooldown`` checks do not count."""
         self.wait_count = 0
         self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self._cooling = cooldown

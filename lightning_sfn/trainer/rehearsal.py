@@ -64,19 +64,7 @@ class Rehearsal:
 def _rehearse(
     trainer: Trainer, module: LightningModule, newton: SaddleFreeNewton, recorded: RecordedStep, who: str
 ) -> None:
-    """Takes a Hessian-vector product of one recorded step, evaluates it again, and estimates coordinates from it.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        newton: The optimizer that a switch would use.
-        recorded: The step of one batch.
-        who: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: A replay gives another loss each time or changes what is trained, an operation has
-            no second derivative, or the optimizer's coordinates cannot be estimated.
-    """
+    """Takes a Hessian-vector product of one recorded step, evaluates it again, and estimates coordinates from it."""
     parameters = FlatParameters.of_groups(newton.param_groups)
     with Isolation(trainer, module) as isolation, torch.no_grad():
 
@@ -113,17 +101,7 @@ def _require_untouched(parameters: FlatParameters, changed: list[str], module: L
 def _require_coordinates(
     coordinates: Preconditioner, operator: CurvatureOperator, module: LightningModule, who: str
 ) -> None:
-    """Estimates an optimizer's coordinates once, on a copy: the factory may give the same object to the switch.
-
-    Args:
-        coordinates: The optimizer's preconditioner.
-        operator: The curvature of one recorded step.
-        module: The module.
-        who: Name of the callback that asks, for the message.
-
-    Raises:
-        MisconfigurationException: They cannot be estimated.
-    """
+    """Estimates an optimizer's coordinates once, on a copy: the factory may give the same object to the switch."""
     shared = {id(part): part for part in (*module.modules(), *module.parameters())}  # what is not copied along
     copy = deepcopy(coordinates, shared)
     generator = torch.Generator(operator.parameters.device).manual_seed(0)

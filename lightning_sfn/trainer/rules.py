@@ -61,20 +61,12 @@ class SwitchRules:
         return self.switch_at_epoch is not None or self.switch_at_step is not None
 
     def is_forced(self, trainer: Trainer) -> bool:
-        """Whether it is due.
-
-        Args:
-            trainer: The Trainer, before a training batch.
-        """
+        """Whether it is due, before a training batch."""
         at_epoch = self.switch_at_epoch is not None and trainer.current_epoch >= self.switch_at_epoch
         return at_epoch or (self.switch_at_step is not None and trainer.global_step >= self.switch_at_step)
 
     def allows_first(self, trainer: Trainer) -> bool:
-        """Whether a plateau may make the first switch by now.
-
-        Args:
-            trainer: The Trainer, after a training batch.
-        """
+        """Whether a plateau may make the first switch by now, after a training batch."""
         batches = trainer.fit_loop.epoch_loop.batch_progress
         epochs = trainer.current_epoch + batches.is_last_batch  # counted only after the hooks at its end
         return not self.forces and epochs >= self.min_epochs and trainer.global_step >= self.min_steps

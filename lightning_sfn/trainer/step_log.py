@@ -22,12 +22,7 @@ class StepLog:
         self._waiting = record
 
     def flush(self, trainer: Trainer, module: LightningModule) -> None:
-        """Logs the record that waits, if one does.
-
-        Args:
-            trainer: The Trainer.
-            module: The module that logs; it must be in a hook that may.
-        """
+        """Logs the record that waits, if one does; the module must be in a hook that may."""
         record, self._waiting = self._waiting, None
         if record is not None:
             log_step(trainer, module, record)
@@ -45,19 +40,12 @@ def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, pref
     if trainer.barebones:
         return
     known = {f"{prefix}/{name}": float(getattr(record, name)) for name in _LOGGED}
-    metrics = {
-        name: value for name, value in known.items() if not math.isnan(value)
-    }  # momentum steps know no curvature
+    metrics = {name: value for name, value in known.items() if not math.isnan(value)}  # momentum knows no curvature
     log_metrics(trainer, metrics)
     module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
 
 def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Writes numbers to all loggers at the present step.
-
-    Args:
-        trainer: The Trainer.
-        metrics: The numbers by name.
-    """
+    """Writes numbers to all loggers at the present step."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

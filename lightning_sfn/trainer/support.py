@@ -1,4 +1,4 @@
-"""What `SwitchToSFN` and `HessianSpectrum` cannot work with, said before training starts."""
+"""What callbacks, strategies and the mixin cannot work with, said before training starts."""
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -28,13 +28,7 @@ def require_replayable(
     who: str,
     instead: str = "lightning_sfn.SaddleFreeNewtonMixin, or SaddleFreeNewton as its optimizer",
 ) -> None:
-    """Checks that the module's `training_step` can be replayed.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        who: Name of the callback that asks, for the message.
-        instead: What a module with manual optimization uses instead.
+    """Checks that the module's `training_step` can be replayed; ``instead`` is for those that optimize by hand.
 
     Raises:
         MisconfigurationException: It cannot, with the reason and the alternative.
@@ -54,11 +48,6 @@ def require_replayable(
 
 def require_differentiable(trainer: Trainer, module: LightningModule, who: str) -> None:
     """Checks that losses of the module can be differentiated twice, and averaged over processes, where it trains.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        who: Name of what asks, for the message.
 
     Raises:
         MisconfigurationException: They cannot, with the reason and the alternative.
@@ -91,10 +80,6 @@ def require_differentiable(trainer: Trainer, module: LightningModule, who: str) 
 def require_steady_weights(module: LightningModule, who: str) -> None:
     """Checks that no layer renormalises the weights that are trained whenever it is evaluated.
 
-    Args:
-        module: The module.
-        who: Name of what asks, for the message.
-
     Raises:
         MisconfigurationException: One does. Trial losses would move the point at which they are taken.
     """
@@ -123,10 +108,6 @@ def require_curvature(curvature: str, who: str) -> None:
 def require_metrics(trainer: Trainer, who: str) -> None:
     """Checks that the Trainer keeps logged metrics.
 
-    Args:
-        trainer: The Trainer.
-        who: Name of the callback that asks, for the message.
-
     Raises:
         MisconfigurationException: It does not, with the reason and the alternative.
     """
@@ -143,11 +124,7 @@ def is_dry_run(trainer: Trainer) -> bool:
 
 
 def require_one_optimizer(trainer: Trainer, who: str) -> None:
-    """Checks that there is exactly one optimizer to replace.
-
-    Args:
-        trainer: The Trainer, after `configure_optimizers`.
-        who: Name of the callback that asks, for the message.
+    """Checks, after `configure_optimizers`, that there is exactly one optimizer to replace.
 
     Raises:
         MisconfigurationException: There is none, or there are several.
