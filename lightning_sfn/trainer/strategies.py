@@ -58,7 +58,7 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Lets the module make its optimizer, and puts Newton's in its place (unless it is one already)."""
         super().setup_optimizers(trainer)
-        self._base = self._rates = None  # of another fit
+        self._driver = self._base = self._rates = None  # of another fit
         module, who = self.lightning_module, type(self).__name__
         assert isinstance(module, LightningModule)
         if isinstance(module, SaddleFreeNewtonMixin):
@@ -76,16 +76,17 @@ class _NewtonStrategy(NamesMisplacedOptions, Strategy):
             if others := Handover(trainer, "rest").to(newton):
                 rank_zero_info(f"{who}:{others}")
         take_clipping(trainer, newton, who)
-        self._hooks = _Hooks()
-        self._driver = self._hooks.driver = WindowedNewton(
+        steps = StepLog()
+        self._driver = WindowedNewton(
             trainer,
             module,
             newton,
             self._budgets,
             weight_decay=[] if newton is base else coupled_decay(base),
             before_step=self._restore_rates,
-            on_step=self._hooks.steps.note,
+            on_step=steps.note,
         )
+        self._hooks = _Hooks(self._driver, steps)
         newton.attach(self._driver)
         _callbacks(trainer).insert(0, self._hooks)
 
@@ -141,25 +142,22 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 class _Hooks(Callback):
     """The moments of a run that strategies do not see."""
 
-    def __init__(self) -> None:
-        self.driver: WindowedNewton | None = None
-        self.steps = StepLog()
+    def __init__(self, driver: WindowedNewton, steps: StepLog) -> None:
+        self._driver, self._steps = driver, steps
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.driver is not None:
-            self.driver.note_backward()
+        self._driver.note_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.gradient_clip_val and self.driver is not None:
-            self.driver.note_gradient()
+        if trainer.gradient_clip_val:
+            self._driver.note_gradient()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.steps.flush(trainer, pl_module)
+        self._steps.flush(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.driver is not None:
-            self.driver.end_window()
-        self.steps.flush(trainer, pl_module)
+        self._driver.end_window()
+        self._steps.flush(trainer, pl_module)
 
 
 class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
