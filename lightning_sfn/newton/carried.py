@@ -1,5 +1,6 @@
 """What one outer step hands to the next: remembered steps, the way out of a saddle, and what was seen last."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Carried:
     Attributes:
         memory: Remembered steps, kept as the basis is.
         escape: The last most negative Ritz vector, in parameter coordinates.
-        bent: Whether the last subspace showed much negative curvature.
+        bend: Negative curvature of the last subspace, in its largest positive one.
         expected: The loss after the last step, and how far it may be off.
         unconfirmed: The last step, if trial data alone have judged it.
         checked: Whether the loss was found to be a fixed function. A new run checks anew.
@@ -33,10 +34,15 @@ class Carried:
 
     memory: StepMemory
     escape: Tensor | None = None
-    bent: bool = True
+    bend: float = math.inf
     expected: tuple[float, float] | None = None
     unconfirmed: Unconfirmed | None = None
     checked: bool = False
+
+    @property
+    def bent(self) -> bool:
+        """Whether the last subspace showed much negative curvature; true before the first one."""
+        return self.bend > _BENT
 
     def start_seed(self, gradient: Tensor, preconditioner: Preconditioner, generator: torch.Generator) -> Tensor:
         """A random direction and the last escape direction, each of length 1, for the start of a subspace.
@@ -80,12 +86,13 @@ class Carried:
             lowest: Its lowest Ritz vector in parameter coordinates, shape ``(n,)``.
         """
         self.escape = lowest.clone()  # no view that keeps more than it shows
-        self.bent = bool(space.eigenvalues[0] < -_BENT * space.eigenvalues[-1])
+        least, largest = space.eigenvalues[[0, -1]].tolist()
+        self.bend = max(-least, 0.0) / largest if largest > 0 else (math.inf if least < 0 else 0.0)
 
     def forget(self) -> None:
         """Forgets what belongs to other parameters."""
         self.memory.clear()
-        self.escape, self.bent, self.unconfirmed = None, True, None
+        self.escape, self.bend, self.unconfirmed = None, math.inf, None
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors, lists and numbers."""
@@ -93,6 +100,7 @@ class Carried:
             "memory": self.memory.state_dict(),
             "escape": self.escape,
             "bent": self.bent,
+            "bend": self.bend,
             "expected": self.expected,
             "unconfirmed": None if self.unconfirmed is None else self.unconfirmed.state_dict(),
         }
@@ -102,7 +110,8 @@ class Carried:
         self.memory.load_state_dict(state["memory"])
         self.memory = self.memory.mapped(lambda vector: store.local(store.working(vector)))
         self.escape = None if state["escape"] is None else store.working(state["escape"])
-        self.bent, self.expected = state["bent"], state["expected"]
+        self.expected = state["expected"]
+        self.bend = state.get("bend", math.inf if state["bent"] else 0.0)  # not saved by earlier versions
         waiting = state.get("unconfirmed")
         self.unconfirmed = None
         if waiting is not None:

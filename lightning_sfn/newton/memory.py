@@ -41,6 +41,11 @@ class StepMemory:
         """The remembered steps, newest first."""
         return tuple(self._steps)
 
+    @property
+    def capacity(self) -> int:
+        """How many steps are remembered at most."""
+        return self._steps.maxlen or 0
+
     def record(self, step: Tensor, gradient: Tensor) -> None:
         """Notes an accepted step.
 
@@ -48,7 +53,7 @@ class StepMemory:
             step: The change of the parameters, shape ``(n,)``.
             gradient: The gradient before it, shape ``(n,)``.
         """
-        if self._steps.maxlen == 0:
+        if self.capacity == 0:
             return
         self._pending = Direction(step, gradient if self.has_secants else None)
 
@@ -84,7 +89,7 @@ class StepMemory:
         def apply(d: Direction) -> Direction:
             return Direction(function(d.vector), None if d.product is None else function(d.product))
 
-        other = StepMemory(self._steps.maxlen or 0, secants=self.has_secants)
+        other = StepMemory(self.capacity, secants=self.has_secants)
         other._steps.extend(map(apply, self._steps))
         other._pending = None if self._pending is None else apply(self._pending)
         return other

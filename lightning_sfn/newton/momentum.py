@@ -191,7 +191,7 @@ class Glide:
             self.best = (loss, origin)
         if self.velocity is None:
             self.rest, self.wandered = loss, 0.0
-        self.velocity, taken = _within_bounds(self._next(clip(gradient, descent.max_grad_norm), descent), descent)
+        self.velocity, taken = descent.within_bounds(self._next(clip(gradient, descent.max_grad_norm), descent))
         self.shrink, self.reach = min(1.0, self.shrink * _LONGER), min(1.0, self.reach * _LONGER)
         self.steps = (self.steps + 1) % _RARER
         target = store.agreed_point(origin + taken)  # ranks with other rounding must not drift apart
@@ -236,16 +236,3 @@ class Glide:
         """Takes over what `state_dict` gave, its tensors on the parameters' device."""
         self.pace.load_state_dict(state["pace"])
         vars(self).update({"reach": _FIRST_REACH} | state | {"pace": self.pace})
-
-
-def _within_bounds(step: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
-    """A step that is shortened to its bounds, and the change of the parameters that it makes.
-
-    The bounds are those of the change, as in subspace steps: learning rates come before them.
-    """
-    change = step * descent.learning_rates
-    share = float(descent.preconditioner.shares(change.unsqueeze(0)))
-    if descent.max_step_norm is not None:
-        length = float(norm(change))
-        share = min(share, descent.max_step_norm / length) if length > 0 else share
-    return (step * share, change * share) if share < 1 else (step, change)

@@ -37,6 +37,7 @@ from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.secant_steps import SecantSteps
 from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.newton.trust_region import trust_region as find_trust_region
@@ -77,6 +78,8 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: Clips the gradient to this norm.
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
+        secant_steps: Most quasi-Newton steps that follow a subspace, in Kronecker-factored coordinates and as long as
+            they are worth their gradients; 0 for none (see `SecantSteps`). With ``heavy_ball`` there are none.
         heavy_ball: Largest momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with
             momentum in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
         preconditioner: ``"kronecker"`` (see `KroneckerFactors`), ``"diagonal"`` (equilibration), ``None``, or a
@@ -124,6 +127,7 @@ class SaddleFreeNewton(Optimizer):
         max_grad_norm: float | None = None,
         max_step_norm: float | None = None,
         previous_directions: int = 10,
+        secant_steps: int = 8,
         heavy_ball: float = 0.0,
         preconditioner: str | Preconditioner | None = "auto",
         secants: bool = True,
@@ -141,6 +145,7 @@ class SaddleFreeNewton(Optimizer):
         self.inner_steps = require_whole("inner_steps", inner_steps, 1)
         self.exploration = require_at_least("exploration", exploration, 0.0)
         previous_directions = require_whole("previous_directions", previous_directions, 0)
+        secant_steps = require_whole("secant_steps", secant_steps, 0)
         graph_bytes = require_whole("graph_bytes", graph_bytes, 0)
         if processes is not None and not hasattr(processes, "size"):
             raise ValueError(f"processes is {processes!r}, but a Processes() or None is expected.")
@@ -163,6 +168,7 @@ class SaddleFreeNewton(Optimizer):
         self._processes, self._check_ranks = processes, check_ranks
         self._carried = Carried(StepMemory(previous_directions, secants=secants))
         self._glide = Glide(float(heavy_ball)) if heavy_ball > 0 else None
+        self._secants = SecantSteps(0 if heavy_ball > 0 else secant_steps)
         self.hvp: ProductMethod = hvp
         self._budget = GraphBudget(graph_bytes)
         self._generator = torch.Generator(self._parameters.device).manual_seed(require_seed(seed))
@@ -189,6 +195,7 @@ class SaddleFreeNewton(Optimizer):
             "damping": "grid",
             "previous_directions": 1,
             "secants": False,
+            "secant_steps": 0,
             "preconditioner": None,
             "exploration": 0.0,
         }
@@ -346,7 +353,10 @@ class SaddleFreeNewton(Optimizer):
         if self._glide is not None and self._glide.pace.kind == "momentum":
             return self._glide.step(parameters, losses, operator, descent, carried, store)
         search = Search(self.damping, self.inner_steps)
-        return take_outer_step(parameters, losses, operator, descent, search, carried, store)
+        record = take_outer_step(parameters, losses, operator, descent, search, carried, store)
+        if not self._secants.can_follow(record, carried, store):
+            return record
+        return self._secants.run(parameters, losses, descent, carried, store, record)
 
     def _economise(self, parameters: FlatParameters) -> bool:
         """Gives up memory after a shortage: first kept graphs, then Lanczos vectors. Whether there was any to give."""
@@ -391,6 +401,7 @@ class SaddleFreeNewton(Optimizer):
             self._generator = torch.Generator(parameters.device).manual_seed(self._generator.initial_seed())
         if not self._are_known(parameters):
             self._glide = _forgotten(self._carried, self.preconditioner, self._glide)
+            self._secants = SecantSteps(self._secants.most)
         self._parameters = parameters
         return parameters
 
@@ -482,6 +493,7 @@ class SaddleFreeNewton(Optimizer):
             "coordinates": type(preconditioner).__name__,
             "preconditioner": preconditioner.state_dict(),
             "glide": None if glide is None else glide.state_dict(),
+            "secants": self._secants.state_dict(),
             "generator": self._generator.get_state(),
             "layout": [list(shape) for shape in parameters.shapes],
         }
@@ -523,6 +535,8 @@ class SaddleFreeNewton(Optimizer):
         self.damping.load_state_dict(newton["damping"])
         self.preconditioner.load_state_dict(moved_to(*own_kind, newton["preconditioner"]))
         self._carried.load_state_dict(newton, self._store())
+        if newton.get("secants") is not None:
+            self._secants.load_state_dict(newton["secants"])
         if self._glide is not None and newton.get("glide") is not None:
             self._glide.load_state_dict(moved_to(*own_kind, newton["glide"]))
         _take_over(self._generator, newton["generator"].cpu())

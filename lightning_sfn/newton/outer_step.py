@@ -99,6 +99,21 @@ class Descent:
             return None
         return self.krylov_dim or min(self.preconditioner.default_krylov_dim(carried.bent), size)
 
+    def within_bounds(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """A step that is shortened to its bounds, and the change of the parameters that it makes.
+
+        The bounds are those of the change, as in subspace steps: learning rates come before them.
+
+        Args:
+            step: Shape ``(n,)``, before learning rates.
+        """
+        change = step * self.learning_rates
+        share = float(self.preconditioner.shares(change.unsqueeze(0)))
+        if self.max_step_norm is not None:
+            length = float(norm(change))
+            share = min(share, self.max_step_norm / length) if length > 0 else share
+        return (step * share, change * share) if share < 1 else (step, change)
+
     def model(
         self,
         operator: CurvatureOperator,

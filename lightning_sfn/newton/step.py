@@ -51,6 +51,7 @@ class StepRecord:
         trials: Trial losses spent.
         gradients: Gradients spent.
         inner_steps: Inner steps that were taken.
+        secant_steps: Quasi-Newton steps that followed them (see `SecantSteps`).
         accepted: Whether the parameters were changed.
         coordinates: The preconditioner: ``kronecker``, ``diagonal``, ``identity``, or the class of another one.
         unfactored: Parameters that Kronecker factors in use have no rule for.
@@ -72,6 +73,7 @@ class StepRecord:
     trials: int = 0
     gradients: int = 0
     inner_steps: int = 0
+    secant_steps: int = 0
     accepted: bool = False
     coordinates: str = ""
     unfactored: tuple[str, ...] = ()

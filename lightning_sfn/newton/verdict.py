@@ -45,7 +45,7 @@ def try_newton_step(objective: Objective, parameters: FlatParameters) -> NewtonT
         FloatingPointError: Loss, gradient or curvature is not finite.
     """
     origin = parameters.read()
-    optimizer = SaddleFreeNewton(parameters.tensors, processes=objective.processes)
+    optimizer = SaddleFreeNewton(parameters.tensors, secant_steps=0, processes=objective.processes)
     try:
         record = optimizer.step_on(objective)
     finally:

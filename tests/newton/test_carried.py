@@ -1,5 +1,7 @@
 """What steps hand to each other, on vectors small enough to follow by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,30 +90,40 @@ def test_the_way_out_joins_the_start_in_the_coordinates_of_the_subspace() -> Non
 
 @pytest.mark.parametrize(("lowest", "bent"), [(-1.01, True), (-1.0, False), (-0.5, False), (1.0, False)])
 def test_a_tenth_of_the_largest_curvature_counts_as_bent(lowest: float, bent: bool) -> None:
-    state = carried(bent=not bent)
+    state = carried(bend=0.0 if bent else 1.0)
     ends = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     state.note_curvature(space(lowest, 5.0, 10.0), ends[0])
     assert state.bent is bent
+    assert state.bend == max(-lowest, 0.0) / 10
     assert state.escape is not None
     assert torch.equal(state.escape, ends[0])
     assert state.escape.untyped_storage().nbytes() == ends[0].nbytes  # no view that keeps both
 
 
+@pytest.mark.parametrize(("values", "bend"), [((-2.0, -1.0), math.inf), ((0.0, 0.0), 0.0), ((1.0, 2.0), 0.0)])
+def test_without_positive_curvature_any_negative_one_is_beyond_measure(
+    values: tuple[float, float], bend: float
+) -> None:
+    state = carried()
+    state.note_curvature(space(*values), GRADIENT)
+    assert state.bend == bend
+
+
 def test_other_parameters_forget_steps_and_the_way_out() -> None:
-    state = carried(escape=GRADIENT, bent=False)
+    state = carried(escape=GRADIENT, bend=0.05)
     state.complete_secant(0.0, GRADIENT, True, BasisStore())
     state.forget()
     assert (len(state.memory), state.escape, state.bent) == (0, None, True)
 
 
 def test_a_state_goes_on_where_it_was() -> None:
-    first = carried(escape=GRADIENT, bent=False, expected=(5.0, 0.5), checked=True)
+    first = carried(escape=GRADIENT, bend=0.05, expected=(5.0, 0.5), checked=True)
     second = Carried(StepMemory(3, secants=True))
     second.load_state_dict(first.state_dict(), BasisStore())
     for state in (first, second):
         state.complete_secant(5.2, GRADIENT, None, BasisStore())
     assert second.escape is not None
-    assert (second.escape.tolist(), second.bent, second.expected) == (GRADIENT.tolist(), False, (5.0, 0.5))
+    assert (second.escape.tolist(), second.bend, second.expected) == (GRADIENT.tolist(), 0.05, (5.0, 0.5))
     assert [d.vector.tolist() for d in second.memory.directions] == [[1.0, 1.0, 1.0]]
     assert not second.checked  # another run may be given another loss
 

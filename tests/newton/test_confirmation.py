@@ -285,10 +285,10 @@ def test_a_step_that_takes_back_is_the_same_after_the_state_was_saved(options: d
     def loss(model: nn.Module, rows: Tensor) -> Callable[[], Tensor]:
         return lambda: F.cross_entropy(model(inputs[rows]), classes[rows])
 
-    optimizer, refuted = SaddleFreeNewton(net.parameters(), **options), 0
+    optimizer, refuted = SaddleFreeNewton(net.parameters(), secant_steps=0, **options), 0
     for step in range(14):
         twin = copy.deepcopy(net)
-        resumed = SaddleFreeNewton(twin.parameters(), **options)
+        resumed = SaddleFreeNewton(twin.parameters(), secant_steps=0, **options)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         order = torch.randperm(64, generator=torch.Generator().manual_seed(step))
         for model, each in ((net, optimizer), (twin, resumed)):

@@ -634,7 +634,7 @@ def test_every_third_step_asks_for_a_refresh() -> None:
 def test_a_refresh_is_told_whether_the_last_subspace_had_negative_curvature(bent: bool) -> None:
     doubling = Doubling()
     stage = Stage(under_way(), preconditioner=doubling)
-    stage.carried.bent = bent
+    stage.carried.bend = float(bent)
     stage.step()
     assert doubling.told == [(bent, stage.losses.objective)]
 

@@ -314,7 +314,7 @@ def test_a_subspace_has_as_many_vectors_as_told_or_as_pay(
 ) -> None:
     counting = Counting()
     ours = descent(krylov_dim=krylov_dim, preconditioner=counting)
-    carried = Carried(StepMemory(0, secants=True), bent=bent)
+    carried = Carried(StepMemory(0, secants=True), bend=float(bent))
     assert ours.dimension(carried, size) == expected
     x = leaf().detach()[:size].requires_grad_()
     matrix = MATRIX[:size, :size]
