@@ -20,6 +20,7 @@ from lightning_sfn.newton import (
     krylov,
     optimizer,
     outer_step,
+    secant_steps,
     step,
 )
 from lightning_sfn.newton.curvature import CurvatureOperator
@@ -55,6 +56,7 @@ def shares(way: Way, coordinates: str, device: torch.device, quick: bool) -> dic
         (HessianOperator, "_build", "products"),
         (step, "gradient_of", "gradients"),
         (outer_step, "gradient_of", "gradients"),
+        (secant_steps, "gradient_of", "gradients"),
         (optimizer, "gradient_of", "gradients"),  # of steps that are confirmed or taken back
         (CurvatureOperator, "loss_and_gradient", "gradients"),
         (HessianOperator, "loss_and_gradient", "gradients"),

@@ -155,6 +155,7 @@ def our_newton(problem: Problem, settings: Settings) -> Newton:
         krylov_dim=settings.our_krylov_dim,
         inner_steps=settings.our_inner_steps,
         previous_directions=settings.previous_directions,
+        secant_steps=0,  # its steps are taken back by rules of its own
         preconditioner=make_preconditioner(settings.preconditioner),
         graph_bytes=settings.graph_bytes,
         max_step_norm=settings.max_step_norm,

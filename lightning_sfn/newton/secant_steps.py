@@ -96,7 +96,7 @@ class SecantSteps:
             self.waiting -= 1
             return record
         loss, gradient = gradient_of(losses.objective, parameters, far=True)
-        record = replace(record, gradients=record.gradients + 1)
+        record = replace(record, gradients=record.gradients + 1, secant_gradients=1)
         if not (loss < record.loss_before and bool(torch.isfinite(gradient).all())):
             return record
         carried.unconfirmed = None
@@ -126,7 +126,7 @@ class SecantSteps:
         self.waiting = self.pause
         carried.expected = (loss, 0.0)
         gradients = record.gradients + len(seen) - 1
-        return replace(record, loss_after=loss, gradients=gradients, secant_steps=taken)
+        return replace(record, loss_after=loss, gradients=gradients, secant_steps=taken, secant_gradients=len(seen))
 
     def _step(
         self, gradient: Tensor, descent: Descent, secants: Sequence[Direction], radius: float

@@ -52,6 +52,7 @@ class StepRecord:
         gradients: Gradients spent.
         inner_steps: Inner steps that were taken.
         secant_steps: Quasi-Newton steps that followed them (see `SecantSteps`).
+        secant_gradients: Gradients that those have cost, of those spent.
         accepted: Whether the parameters were changed.
         coordinates: The preconditioner: ``kronecker``, ``diagonal``, ``identity``, or the class of another one.
         unfactored: Parameters that Kronecker factors in use have no rule for.
@@ -74,6 +75,7 @@ class StepRecord:
     gradients: int = 0
     inner_steps: int = 0
     secant_steps: int = 0
+    secant_gradients: int = 0
     accepted: bool = False
     coordinates: str = ""
     unfactored: tuple[str, ...] = ()

@@ -272,7 +272,9 @@ class WindowedNewton:
         self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
         own_gradients = record.gradients - (known is not None)
         self.batch_gradients += own_gradients * len(window.steps)
-        self.batch_gradients += 0 if on_all else record.gradients * len(trial)  # see TrialLoss
+        self.batch_gradients += (
+            0 if on_all else (record.gradients - record.secant_gradients) * len(trial)
+        )  # see TrialLoss
         self._on_step(record)
 
     def _step_on(

@@ -109,6 +109,7 @@ def test_every_step_that_stays_lowers_the_loss_and_is_booked() -> None:
     carried = Carried(StepMemory(10, secants=True), bend=0.0)
     record, seen = follow(x, SecantSteps(20), carried, replace(RECORD, loss_before=60.0, gradients=50))
     assert record.gradients == 50 + len(seen)
+    assert record.secant_gradients == len(seen)
     assert record.loss_after == float(bowl(x).detach()) == min(seen)
     best = [min(seen[: i + 1]) for i in range(len(seen))]
     assert record.secant_steps == sum(after < before for before, after in pairwise(best))
@@ -181,7 +182,7 @@ def test_a_subspace_step_that_raised_the_loss_is_left_to_be_taken_back() -> None
     carried = Carried(StepMemory(10, secants=True), bend=0.0)
     waiting = carried.unconfirmed = mock.sentinel.waiting
     record, seen = follow(x, SecantSteps(12), carried, replace(RECORD, loss_before=1.0, loss_after=0.5))
-    assert record == replace(RECORD, loss_before=1.0, loss_after=0.5, gradients=1)
+    assert record == replace(RECORD, loss_before=1.0, loss_after=0.5, gradients=1, secant_gradients=1)
     assert len(seen) == 1
     assert x.tolist() == [1.0, 1.0, 1.0]
     assert carried.unconfirmed is waiting
