@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_sfn.trainer.containers import CONTAINERS, copy_of, items_of, refill
 
@@ -88,7 +89,9 @@ class HeldState:
     def _note_tensors(self, attributes: dict[str, Any]) -> None:
         """Notes where tensors stand, parameters apart: buffers and plain attributes."""
         for name, value in attributes.items():
-            if isinstance(value, Tensor) and not value.requires_grad and not isinstance(value, nn.Parameter):
+            if isinstance(value, Tensor) and not (
+                value.requires_grad or isinstance(value, nn.Parameter) or is_lazy(value)
+            ):
                 self._tensors.append((attributes, name, value))
 
     def restore(self) -> None:

@@ -17,6 +17,7 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
 from lightning_sfn.trainer.checks import require_count
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
+from lightning_sfn.trainer.recording import training_batch
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, require_replayable
 
 __all__ = ["InspectingTrainer", "OptionError"]
@@ -238,9 +239,7 @@ def _draw(trainer: Trainer, module: LightningModule, batches: ProbeBatches) -> N
     loader = trainer.fit_loop._combined_loader
     assert loader is not None
     for batch, number, dataloader_idx in loader:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-        batches.hold(trainer, trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx), number)
+        batches.hold(trainer, training_batch(trainer, module, batch, dataloader_idx), number)
         batches.keep(trainer)
         if batches.fixed:
             return

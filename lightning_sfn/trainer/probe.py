@@ -1,7 +1,7 @@
 """The probe: the batches on which every spectrum of a run is taken, and spectra taken on them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +22,11 @@ from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.checks import misconfigured, require_choice, require_count
 from lightning_sfn.trainer.handover import resting_groups
+from lightning_sfn.trainer.held_state import HeldState
 from lightning_sfn.trainer.kept_steps import is_plain
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
-from lightning_sfn.trainer.recording import RecordedStep, own_copies, step_arguments
+from lightning_sfn.trainer.recording import RecordedStep, own_copies, step_arguments, training_batch
 from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
 
@@ -83,12 +84,42 @@ class ProbeBatches:
         shares = [held] if processes is None else processes.collect(held)
         self._all = [arguments for share in shares for arguments in share]
 
-    def share_out(self, trainer: Trainer, batches: Sequence[tuple[Any, ...]]) -> None:
+    def share_out_loaded(self, trainer: Trainer, module: LightningModule, batches: Iterable[Any]) -> None:
+        """Takes batches as a loader gives them to every process, of which each keeps its share.
+
+        They go through the hooks by which the module or the data module changes batches. The run does not notice: what
+        loader and hooks draw, count or keep in the module is put back.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            batches: The batches.
+        """
+
+        def prepare(batch: Any, number: int) -> tuple[Any, ...]:
+            # Of a copy, which hooks may change in place.
+            return step_arguments(trainer, training_batch(trainer, module, own_copies(batch)), number)
+
+        held = HeldState(module)
+        held.stand_in()
+        try:
+            with RandomState.seeded(0, module.device).replayed():
+                self.share_out(trainer, [(batch, number) for number, batch in enumerate(batches)], prepare)
+        finally:
+            held.restore()
+
+    def share_out(
+        self,
+        trainer: Trainer,
+        batches: Sequence[tuple[Any, ...]],
+        prepare: Callable[..., tuple[Any, ...]] = lambda *arguments: arguments,
+    ) -> None:
         """Takes batches that every process has, of which each keeps its share.
 
         Args:
             trainer: The Trainer.
-            batches: Positional arguments of `training_step`, for each batch.
+            batches: Positional arguments of ``prepare``, for each batch.
+            prepare: Makes those of `training_step` from them.
 
         Raises:
             MisconfigurationException: There are fewer batches than processes.
@@ -98,7 +129,7 @@ class ProbeBatches:
                 f"The probe has {len(batches)} batches, but each of the {trainer.world_size} processes needs at least "
                 "one: give more batches."
             )
-        mine = list(batches)[trainer.global_rank :: trainer.world_size]
+        mine = [prepare(*batch) for batch in batches[trainer.global_rank :: trainer.world_size]]
         self._own, self._all, self.fixed = _to(mine, trainer.strategy.root_device), list(batches), True
 
     def state(self) -> list[Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import is_dataclass_instance
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_map
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.own_writes import noting_writes
 
-__all__ = ["RecordedStep", "StepRecorder", "loss_of", "own_containers", "own_copies", "step_arguments"]
+__all__ = [
+    "RecordedStep",
+    "StepRecorder",
+    "loss_of",
+    "own_containers",
+    "own_copies",
+    "step_arguments",
+    "training_batch",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,13 @@ class RecordedStep:
     kwargs: dict[str, Any]
     random_state: RandomState
     loss: Tensor | None
+
+
+def training_batch(trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+    """What Lightning makes of a loader's batch before training sees it: its dtype and device, and what hooks change."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
 def step_arguments(trainer: Trainer, batch: Any, batch_idx: int) -> tuple[Any, ...]:

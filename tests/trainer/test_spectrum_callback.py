@@ -1040,9 +1040,48 @@ def test_a_loader_as_the_probe_leaves_the_run_alone() -> None:
         module = Untidy()
         make_trainer(1, callbacks=[callback] if seed else []).fit(module, regression_loader(shuffle=True))
         ends.append(flat(module))
-        losses += [float(callback._batches._all[0][0][0].sum())] if seed else []
+        losses += [float(callback._batches._own[0][0][0].sum())] if seed else []
     assert torch.equal(ends[0], ends[1])
     assert losses[0] == losses[1]  # the same batches, whatever the seed of the run
+
+
+class Prepared(Fitting):
+    """Its hooks make of batches what the step takes, draw, and count; the second one changes what it is given."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(optimizer=sgd(0.05))
+        self.seen = 0
+        self.register_buffer("total", torch.zeros(()))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen += 1
+        return batch[0].squeeze(1), batch[1]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.total.add_(1.0)
+        batch[0].div_(100.0).add_(torch.randn(()), alpha=0.0)
+        return batch
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_batches_of_ones_own_go_through_the_hooks_that_make_batches(loaded: bool) -> None:
+    x, y = regression_data().tensors
+    data = [(case, target) for case, target in zip(100.0 * x.unsqueeze(1), y, strict=True)]
+    batches = [(100.0 * x[:8].unsqueeze(1), y[:8]), (100.0 * x[8:].unsqueeze(1), y[8:])]
+    spectra, ends = [], []
+    for own in (None, DataLoader(data, batch_size=8) if loaded else batches, []):
+        callback = HessianSpectrum(num_batches=2, batches=own or None, log=False, strict=True)
+        module = Prepared()
+        make_trainer(2, callbacks=[callback] if own != [] else []).fit(module, DataLoader(data, batch_size=8))
+        spectra += [callback.last]
+        ends += [(flat(module).tolist(), module.seen, float(module.total), torch.rand(()).item())]
+    assert ends[0] == ends[1] == ends[2]
+    assert spectra[0] is not None
+    assert spectra[1] is not None
+    assert spectra[0].lambda_max == pytest.approx(spectra[1].lambda_max, rel=1e-5)
+    assert spectra[0].loss == pytest.approx(spectra[1].loss, rel=1e-6)
+    assert torch.equal(batches[0][0], 100.0 * x[:8].unsqueeze(1))
 
 
 class Faltering(Fitting):

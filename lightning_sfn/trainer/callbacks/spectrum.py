@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
-from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.checks import misconfigured, require_count
 from lightning_sfn.trainer.messages import say
@@ -24,7 +23,6 @@ from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
-from lightning_sfn.trainer.recording import step_arguments
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]
@@ -63,7 +61,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         density_probes: Its random vectors, each ``krylov_dim`` more products.
         groups: Diagonal blocks to look at as well, by name: patterns of parameter names such as ``"encoder.*"``, logged
             under ``hessian_<name>/``.
-        batches: Your own probe batches, in place of the first training batches.
+        batches: Your own probe batches, in place of the first training batches: as a loader gives them, before hooks
+            such as ``on_after_batch_transfer`` change them.
         curvature: ``"hessian"``, or ``"gauss_newton"`` (``training_step`` then returns ``"output"`` beside the loss;
             everything is logged under ``gauss_newton/``).
         hvp: How products are computed, as in `SaddleFreeNewton`.
@@ -165,9 +164,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         for name, patterns in self.groups.items():
             self._names(trainer, pl_module, name, patterns)
         if self._given is not None:
-            with RandomState.seeded(0, pl_module.device).replayed():  # a loader draws, and would change the run
-                given = [step_arguments(trainer, batch, number) for number, batch in enumerate(self._given)]
-            self._batches.share_out(trainer, given)
+            self._batches.share_out_loaded(trainer, pl_module, self._given)
         elif self._saved_batches is not None:
             self._batches.share_out(trainer, [tuple(arguments) for arguments in self._saved_batches])
             if self._saved_count not in (None, self._num_batches):
