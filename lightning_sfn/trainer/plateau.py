@@ -68,6 +68,7 @@ class PlateauWatch(EarlyStopping):
     def _begin_fit(self) -> None:
         self._of_training = self._awaited = False  # whether training logs the metric; whether a validation missed it
         self._warned = False
+        self._saw_batch = False
         self._checked_at = 0
         self._last_seen: Tensor | None = None
         self._since_check: tuple[Tensor | float, int] = (0.0, 0)  # sum and number of the values since the last check
@@ -107,6 +108,7 @@ class PlateauWatch(EarlyStopping):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collects the metric of each step, and checks after every n-th, where that is wanted."""
+        self._saw_batch = True
         if self.check_every_n_steps is None:
             return
         value = trainer.callback_metrics.get(self.monitor)
@@ -180,7 +182,8 @@ class PlateauWatch(EarlyStopping):
         return self.wait_count >= self.patience
 
     def _require_metric(self, trainer: Trainer) -> None:
-        if self.strict and self.monitor not in trainer.callback_metrics:
+        # A run that resumes at the end of an epoch begins with the rest of that, in which nothing is logged.
+        if self.strict and self._saw_batch and self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             how = "on_epoch=True" if self.check_every_n_steps is None else "on_step=True"
             raise MisconfigurationException(

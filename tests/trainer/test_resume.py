@@ -26,7 +26,7 @@ from lightning_sfn.trainer.kept_steps import pack_steps, unpack_steps
 from lightning_sfn.trainer.recording import RecordedStep
 from lightning_sfn.trainer.reshuffle import reshuffle
 
-from .modules import Fitting, flat, forced, make_trainer, regression_data, sgd
+from .modules import Fitting, flat, forced, make_trainer, regression_data, regression_loader, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # ModelCheckpoint, on resuming
 
@@ -320,6 +320,26 @@ def test_a_checkpoint_of_an_interrupted_run_holds_the_window(options: dict[str, 
         trainer.fit(Random(), StatefulLoader())
     resumed, _ = train(switch(**options), "exception/last.ckpt")
     assert torch.equal(resumed, end)
+
+
+class Validated(Fitting):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.mse_loss(self.net(batch[0]), batch[1]))
+
+
+def test_a_checkpoint_of_the_end_of_validation_goes_on() -> None:
+    """Its first epoch has no batches any more, and so no metric of training, which is none that was forgotten."""
+    ends, steps = [], []
+    for resume in (None, "epoch=0", "epoch=3"):  # before and after the switch
+        saving = ModelCheckpoint(f"from {resume}", "{epoch}", "val_loss", save_top_k=-1, save_on_train_epoch_end=False)
+        callback, module = switch(check_every_n_steps=None), Validated()
+        trainer = make_trainer(6, callbacks=[callback, saving], enable_checkpointing=True)
+        path = f"from None/{resume}.ckpt" if resume else None
+        trainer.fit(module, regression_loader(24), regression_loader(), ckpt_path=path, weights_only=True)
+        ends.append(flat(module))
+        steps.append(callback.switched_at_step)
+    assert torch.equal(ends[0], ends[2])
+    assert steps == [18, 24, 18]  # the second one misses the check of the first epoch
 
 
 def test_forced_switches_are_not_repeated_after_a_resume() -> None:
