@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pytorch_lightning import Trainer
@@ -20,6 +21,7 @@ __all__ = [
     "SchedulerRule",
     "coupled_decay",
     "make_newton",
+    "note_rates",
     "resting_groups",
     "take_clipping",
 ]
@@ -29,6 +31,9 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 SchedulerRule = Literal["rest", "step"]
 """What schedulers of the first optimizer do while Newton's trains: rest, or go on stepping the resting optimizer."""
+
+_FIRST_RATES: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
+"""Of each optimizer, the learning rates of its groups when the fit started."""
 
 
 class Handover:
@@ -174,20 +179,32 @@ def take_clipping(trainer: Trainer, newton: SaddleFreeNewton, who: str) -> None:
         newton.max_grad_norm = float(trainer.gradient_clip_val)
 
 
+def note_rates(trainer: Trainer) -> None:
+    """Notes the learning rates of all parameter groups where a fit starts, for `resting_groups`."""
+    for optimizer in trainer.optimizers:
+        _FIRST_RATES[optimizer] = [_rate_of(group) for group in optimizer.param_groups]
+
+
 def resting_groups(optimizer: Optimizer) -> list[bool]:
     """Whether each parameter group has had a learning rate of zero from the beginning, as one that shall not train.
 
-    A rate that a scheduler has led to zero says nothing about what shall train, and nor does a zero for all groups,
+    A rate that something has led to zero says nothing about what shall train, and nor does a zero for all groups,
     which a warm-up may begin with.
     """
-
-    def rests(group: dict[str, Any]) -> bool:
-        rate = float(group.get("lr", 1.0))
-        return rate == 0.0 == float(group.get("initial_lr", rate))  # which schedulers keep in the group
-
-    resting = [rests(group) for group in optimizer.param_groups]
-    alone = all(rest or not group["params"] for rest, group in zip(resting, optimizer.param_groups, strict=True))
+    groups = optimizer.param_groups
+    now = [_rate_of(group) for group in groups]
+    first = _FIRST_RATES.get(optimizer, [])
+    first = first[: len(now)] + now[len(first) :]  # groups come and go
+    resting = [
+        rate == 0.0 == begun == float(group.get("initial_lr", 0.0))  # which schedulers keep in the group
+        for group, rate, begun in zip(groups, now, first, strict=True)
+    ]
+    alone = all(rest or not group["params"] for rest, group in zip(resting, groups, strict=True))
     return [False] * len(resting) if alone else resting
+
+
+def _rate_of(group: dict[str, Any]) -> float:
+    return float(group.get("lr", 1.0))
 
 
 def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
-from lightning_sfn import SaddleFreeNewton, SFNStrategy, SwitchToSFN
+from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SFNStrategy, SwitchToSFN
 
 from .modules import Backboned, Fitting, MemoryLogger, flat, make_trainer, regression_loader, sgd
 
@@ -220,6 +220,32 @@ def test_a_rate_that_a_scheduler_led_to_zero_is_none_that_was_zero() -> None:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda epoch: float(epoch < 1), lambda epoch: 1.0])
 
     assert moved(Groups(0.02, scheduler=ended), switching()) == [True, True]
+
+
+class Stopped(Groups):
+    """Its first layer's learning rate is set to zero by hand in the first epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.before = self.net[0].weight.clone()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 2:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_rate_that_was_set_to_zero_later_is_none_that_was_zero(resumed: bool) -> None:
+    options: dict[str, Any] = {}
+    if resumed:
+        fit(Stopped(0.02), switching(), epochs=1).save_checkpoint("here.ckpt")
+        options = {"ckpt_path": "here.ckpt"}
+    module, spectrum = Stopped(0.02), HessianSpectrum(log=False, krylov_dim=4, strict=True)
+    trainer = make_trainer(3, callbacks=[switching(), spectrum])
+    trainer.fit(module, regression_loader(), **options)
+    assert not torch.equal(module.net[0].weight, module.before)
+    assert {kept.size for _, kept in spectrum.history} == {sum(p.numel() for p in module.parameters())}
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [2, 2]
 
 
 def test_zeros_for_all_groups_rest_none() -> None:

@@ -18,6 +18,7 @@ from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.trainer.checks import misconfigured, require_count
+from lightning_sfn.trainer.handover import note_rates
 from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
@@ -153,6 +154,10 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
                 "HessianSpectrum(log=False) to keep the spectra in its `history` alone."
             )
         self._start()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the learning rates, before those of a checkpoint take their place."""
+        note_rates(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses parameters whose curvature cannot be taken, before anything is spent."""

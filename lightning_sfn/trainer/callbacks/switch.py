@@ -17,7 +17,14 @@ from lightning_sfn.newton.spectrum import Spectrum
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
 from lightning_sfn.trainer.checks import require_count, require_factory
-from lightning_sfn.trainer.handover import Handover, OptimizerFactory, SchedulerRule, coupled_decay, make_newton
+from lightning_sfn.trainer.handover import (
+    Handover,
+    OptimizerFactory,
+    SchedulerRule,
+    coupled_decay,
+    make_newton,
+    note_rates,
+)
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
@@ -216,7 +223,11 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
                 require_metrics(trainer, type(self).__name__)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the random numbers of a resumed run up again, before the loader draws its first shuffle."""
+        """Takes the random numbers of a resumed run up again, before the loader draws its first shuffle.
+
+        Notes the learning rates, before those of a checkpoint take their place.
+        """
+        note_rates(trainer)
         if self._restored is not None and self._restored["random"] is not None and trainer.world_size == 1:
             reshuffle(trainer, RandomState.from_state(self._restored["random"]))
 
