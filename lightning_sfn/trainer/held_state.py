@@ -44,6 +44,7 @@ class HeldState:
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._flags: list[tuple[nn.Parameter, bool]] = []  # whether parameters are trained, which a step may set
         self._logs: list[tuple[dict[str, Any], str]] = []
         self._compiled: list[tuple[nn.Module, str, Tensor]] = []  # buffers of torch.jit, which are in no dictionary
         self._seen: set[int] = {id(module)}
@@ -77,6 +78,7 @@ class HeldState:
                 self._await(held.children())
             else:
                 self._note_tensors(attributes["_buffers"])
+                self._flags += [(p, p.requires_grad) for p in attributes["_parameters"].values() if p is not None]
             if hasattr(held, "training_step"):
                 self._logs += [(attributes, "log"), (attributes, "log_dict")]
         for name, value in attributes.items():
@@ -104,6 +106,9 @@ class HeldState:
                 refill(container, copy)
         for module, name, buffer in self._compiled:
             setattr(module, name, buffer)
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
     def stand_in(self) -> None:
         """Puts copies in place of the tensors, which an evaluation may change, and silence in place of `log`."""

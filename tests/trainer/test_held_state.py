@@ -109,6 +109,21 @@ def test_a_run_with_replays_leaves_what_the_module_holds_as_the_run_without(case
     assert found[2] == found[0]
 
 
+def test_flags_that_the_step_sets_are_put_back() -> None:
+    class Freezing(Fitting):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.net[0].requires_grad_(batch_idx < 2)
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    for callbacks in ([], [HessianSpectrum(log=False, krylov_dim=4, strict=True)]):
+        torch.manual_seed(0)
+        module = Freezing()
+        make_trainer(1, callbacks=callbacks).fit(module, regression_loader())
+        seen.append([p.requires_grad for p in module.parameters()])
+    assert seen[0] == seen[1] == [False, False, True, True]
+
+
 def test_objects_that_are_not_simple_are_left_alone() -> None:
     """What holds a Trainer, a generator or a file of its own may not be put back by its attributes alone."""
 
