@@ -95,7 +95,8 @@ class WindowedNewton:
         self._unclipped: Tensor | None = None
         self._after_backward: Tensor | None = None
         self._compared = False  # whether it has been seen, once, if hooks change it
-        self._warned = False
+        self._trained: list[int] | None = None  # identities of the parameters that the last batch trained
+        self._warned = self._warned_of_layers = False
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
 
@@ -186,7 +187,8 @@ class WindowedNewton:
         # A gradient scaler that skipped a step left its batches behind: only the last ones made this gradient.
         recorded = recorded[-self._trainer.accumulate_grad_batches :]
         unclipped, self._unclipped = self._unclipped, None
-        given = self._parameters().gradients() if unclipped is None else unclipped
+        parameters = self._parameters()
+        given = parameters.gradients() if unclipped is None else unclipped
         # Lightning divides by the nominal number of accumulated batches, also where an epoch ends before it is reached.
         gradient = given * (self._trainer.accumulate_grad_batches / len(recorded))
         loss = sum(float(step.loss) for step in recorded if step.loss is not None) / len(recorded)
@@ -197,9 +199,24 @@ class WindowedNewton:
         if self._after_backward is not None:
             warn_if_edited(self._after_backward, given)
             self._after_backward, self._compared = None, True
-        if self._window.gradient is not None and self._window.gradient.numel() != gradient.numel():
-            self._window = Batches()  # layers were frozen or freed: the gradients so far are of another function
+        before, self._trained = self._trained, [id(p) for p in parameters.tensors]
+        if self._window.gradient is not None and (
+            self._window.gradient.numel() != gradient.numel() or before not in (None, self._trained)
+        ):
+            self._drop_window()
         self._window.add(recorded, weights, loss, gradient)
+
+    def _drop_window(self) -> None:
+        """Forgets the batches of a window, whose gradients are of other parameters than those that are trained now."""
+        if not self._warned_of_layers:
+            rank_zero_warn(
+                f"{len(self._window.steps)} batch(es) that waited for a Newton step are left out, since other "
+                f"parameters are trained from batch {self._trainer.fit_loop.epoch_loop.batch_idx} on (requires_grad "
+                "has changed). So it goes wherever that happens inside a window, and steps see fewer batches: freeze "
+                "and free layers at the start of an epoch."
+            )
+            self._warned_of_layers = True
+        self._window = Batches()
 
     def _admit(self, recorded: Sequence[RecordedStep], *, finite: bool) -> BatchWeights | None:
         """Weights of some batches; none, and a warning once, where a process saw a number that is not finite."""

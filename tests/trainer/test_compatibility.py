@@ -244,7 +244,8 @@ def test_a_layer_frozen_in_the_middle_of_a_window() -> None:
             if (self.current_epoch, batch_idx) == (3, 2):
                 self.net[0].requires_grad_(False)
 
-    run(Freezing(), epochs=6)
+    with pytest.warns(UserWarning, match="since other parameters are trained from batch 2 on"):
+        run(Freezing(), epochs=6)
 
 
 def test_metrics_logged_on_step_and_epoch() -> None:

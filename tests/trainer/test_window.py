@@ -372,6 +372,25 @@ def test_frozen_parameters_stay_and_are_not_decayed() -> None:
     assert all(call.record is not None and call.record.accepted for call in calls)
 
 
+@pytest.mark.parametrize("same_size", [False, True])
+def test_a_window_that_layers_were_frozen_in_is_left_out_with_one_warning(same_size: bool) -> None:
+    """Gradients of other parameters are of no use, also where there are as many of them."""
+
+    class Alternating(Fitting):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.net[0].requires_grad_(batch_idx % 2 == 0)
+            if same_size:
+                self.net[1].requires_grad_(batch_idx % 2 == 1)
+            return super().training_step(batch, batch_idx)
+
+    calls: list[NewtonCall] = []
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    with pytest.warns(UserWarning, match=r"1 batch\(es\) that waited for a Newton step are left out") as caught:
+        run(regression_loader(16, 4), calls, module=Alternating(net))
+    assert sum("left out" in str(warning.message) for warning in caught) == 1
+    assert {call.sizes[0] for call in calls} == {1}
+
+
 # ------------------------------------------------------------------------------------------------ other batches
 
 
