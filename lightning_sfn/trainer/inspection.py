@@ -16,7 +16,7 @@ from lightning_sfn.newton.operators import ProductMethod
 from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings
 from lightning_sfn.newton.verdict import NewtonTrial
 from lightning_sfn.trainer.checks import require_count
-from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
+from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names, warn_of_unregistered
 from lightning_sfn.trainer.recording import training_batch
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, require_replayable
 
@@ -145,6 +145,7 @@ class _Inspection(Callback):
             rank_zero_info("No checkpoint is given (--ckpt_path), so this is the spectrum of the module as made.")
         else:
             _load_parameters(trainer, pl_module, self._ckpt_path)
+        warn_of_unregistered(trainer, pl_module, "A spectrum")
         batches = self._batches
         _draw(trainer, pl_module, batches)
         if batches.total < batches.count:

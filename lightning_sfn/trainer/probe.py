@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sfn.newton.objective import Closure, Objective
@@ -30,7 +31,7 @@ from lightning_sfn.trainer.recording import RecordedStep, own_copies, step_argum
 from lightning_sfn.trainer.replay import processes_of, replay_closure
 from lightning_sfn.trainer.support import require_curvature
 
-__all__ = ["Probe", "ProbeBatches", "trained_names"]
+__all__ = ["Probe", "ProbeBatches", "trained_names", "warn_of_unregistered"]
 
 
 class ProbeBatches:
@@ -273,15 +274,28 @@ class Probe:
 
 def trained_names(trainer: Trainer, module: LightningModule) -> list[str]:
     """The parameters that are trained, by name: those of the optimizers, where there are any."""
-    trained = {
-        id(p)
-        for optimizer in trainer.optimizers
-        for group, rests in zip(optimizer.param_groups, resting_groups(optimizer), strict=True)
-        for p in group["params"]
-        if not rests
-    }
+    trained = {id(p) for p in _trained(trainer)}
     trainable = {name: id(p) for name, p in module.named_parameters() if p.requires_grad}
     return [name for name, key in trainable.items() if key in trained] or list(trainable)
+
+
+def warn_of_unregistered(trainer: Trainer, module: LightningModule, who: str) -> None:
+    """Warns of parameters that the optimizers train and that the module does not know, which spectra leave out."""
+    known = {id(p) for p in module.parameters()}
+    if others := sum(p.requires_grad and id(p) not in known for p in _trained(trainer)):
+        rank_zero_warn(
+            f"{who} takes {others} parameter(s) for constants that an optimizer trains, because "
+            f"{type(module).__name__} has not registered them: keep modules in nn.ModuleList or nn.ModuleDict, and "
+            "parameters in nn.ParameterList, in place of plain lists and dictionaries."
+        )
+
+
+def _trained(trainer: Trainer) -> Iterator[Tensor]:
+    """What the optimizers train."""
+    for optimizer in trainer.optimizers:
+        for group, rests in zip(optimizer.param_groups, resting_groups(optimizer), strict=True):
+            if not rests:
+                yield from group["params"]
 
 
 def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:

@@ -1045,6 +1045,26 @@ def test_a_loader_as_the_probe_leaves_the_run_alone() -> None:
     assert losses[0] == losses[1]  # the same batches, whatever the seed of the run
 
 
+class Listed(Fitting):
+    """Its criterion has a parameter that is trained, in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.criteria = [nn.Linear(1, 1)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.criteria[0](super().training_step(batch, batch_idx).view(1, 1)).square().sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), *self.criteria[0].parameters()], lr=0.01)
+
+
+def test_trained_parameters_that_the_module_does_not_know_are_told_of() -> None:
+    with pytest.warns(UserWarning, match="takes 2 parameter.s. for constants .* because Listed has not") as caught:
+        make_trainer(2, callbacks=[HessianSpectrum(log=False, strict=True)]).fit(Listed(), regression_loader())
+    assert sum("has not registered" in str(warning.message) for warning in caught) == 1
+
+
 class Prepared(Fitting):
     """Its hooks make of batches what the step takes, draw, and count; the second one changes what it is given."""
 

@@ -23,7 +23,7 @@ from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
-from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names
+from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names, warn_of_unregistered
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]
@@ -166,6 +166,7 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
                 FlatParameters(widened_stand_ins(pl_module))  # the dtypes of training do not matter here
         except ValueError as error:
             raise MisconfigurationException(f"HessianSpectrum: {error}") from error
+        warn_of_unregistered(trainer, pl_module, type(self).__name__)
         for name, patterns in self.groups.items():
             self._names(trainer, pl_module, name, patterns)
         if self._given is not None:
