@@ -28,7 +28,7 @@ from lightning_sfn.trainer.kept_steps import is_plain
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
 from lightning_sfn.trainer.precision import cast, curvature_dtype, in_precision
 from lightning_sfn.trainer.recording import RecordedStep, own_copies, step_arguments, training_batch
-from lightning_sfn.trainer.replay import processes_of, replay_closure
+from lightning_sfn.trainer.replay import processes_of, replay_closure, require_repeatable
 from lightning_sfn.trainer.support import require_curvature
 
 __all__ = ["Probe", "ProbeBatches", "trained_names", "warn_of_unregistered"]
@@ -225,7 +225,7 @@ class Probe:
             with self._posed(trainer, module, batches, names) as (objective, parameters):
                 value = objective.value() if check else math.nan
                 if math.isfinite(value):  # else the spectrum counts what is not
-                    objective.require_repeatable(value)
+                    require_repeatable(objective, value)
                 operator = make_operator(objective, parameters, self.curvature, self.hvp)
                 return spectrum_of(operator, self.settings, progress=progress)
 

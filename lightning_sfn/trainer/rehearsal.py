@@ -22,7 +22,7 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.trainer.isolation import Isolation
 from lightning_sfn.trainer.own_writes import ParameterCopies, UnforeseenWriteError, foreseen, refusal
 from lightning_sfn.trainer.recording import RecordedStep, own_containers, step_arguments
-from lightning_sfn.trainer.replay import evaluate
+from lightning_sfn.trainer.replay import evaluate, require_repeatable
 
 __all__ = ["Rehearsal"]
 
@@ -80,7 +80,7 @@ def _rehearse(
                 _require_untouched(parameters, copies.restore(), module, who)
                 operator.matvec(parameters.read())
                 if math.isfinite(loss):
-                    objective.require_repeatable(loss)
+                    require_repeatable(objective, loss)
                     _require_coordinates(newton.preconditioner, operator, module, who)
         except (CurvatureError, ObjectiveError) as error:
             if not is_out_of_memory(error):

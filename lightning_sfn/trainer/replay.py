@@ -12,12 +12,12 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sfn.newton.objective import Closure, ObjectiveError
+from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.processes import Processes
 from lightning_sfn.trainer.isolation import isolated
 from lightning_sfn.trainer.recording import RecordedStep, loss_of, own_containers
 
-__all__ = ["evaluate", "processes_of", "replay_closure"]
+__all__ = ["evaluate", "processes_of", "replay_closure", "require_repeatable"]
 
 
 def processes_of(trainer: Trainer) -> Processes | None:
@@ -79,6 +79,25 @@ def evaluate(module: LightningModule, recorded: RecordedStep, *, with_output: bo
             "training_step returned no loss in a replay: let it return one for this batch whenever it is given it."
         )
     return (loss, _output_of(module, returned, forwarded)) if with_output else loss
+
+
+def require_repeatable(objective: Objective, value: float) -> None:
+    """`Objective.require_repeatable`, with the usual cause where a module's step is replayed.
+
+    Args:
+        objective: The objective, whose parts are replays.
+        value: What an earlier evaluation gave.
+
+    Raises:
+        ObjectiveError: Another one gives another value.
+    """
+    try:
+        objective.require_repeatable(value)
+    except ObjectiveError as error:
+        raise ObjectiveError(
+            f"{error} In a module, look first for a tensor in a list or dictionary that the step changes in place, "
+            "which a replay does not put back: make it a buffer."
+        ) from error
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
 from lightning_sfn.trainer.messages import say
 from lightning_sfn.trainer.own_writes import moves_a_teacher, refusing_writes
 from lightning_sfn.trainer.recording import RecordedStep, StepRecorder
-from lightning_sfn.trainer.replay import evaluate, processes_of
+from lightning_sfn.trainer.replay import evaluate, processes_of, require_repeatable
 
 __all__ = ["WindowedNewton"]
 
@@ -315,7 +315,7 @@ class WindowedNewton:
             # Trial losses were compared with the recorded loss, which was confirmed in an earlier window at best.
             if trial is not objective or known is None or self._confirmed(known, objective) is not None:
                 raise
-            objective.require_repeatable(objective.value())  # a loss that changes by itself is refused
+            require_repeatable(objective, objective.value())  # a loss that changes by itself is refused
             known = None
             return step(), None
 

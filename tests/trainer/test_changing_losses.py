@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_sfn import SwitchToSFN
+from lightning_sfn import HessianSpectrum, SwitchToSFN
 from lightning_sfn.newton.objective import ObjectiveError
 
 from .modules import Fitting, NewtonCall, flat, forced, make_trainer, regression_loader
@@ -126,6 +127,25 @@ def test_a_loss_that_changes_by_itself_is_refused(start: int) -> None:
     torch.manual_seed(0)
     with pytest.raises(ObjectiveError, match=r"^The loss was .* and then .* at the same parameters, but it must be"):
         run(Restless(start))
+
+
+class Listed(Fitting):
+    """Changes a tensor in a dictionary in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = {"count": torch.zeros(())}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.held["count"].add_(1.0)
+
+
+@pytest.mark.parametrize("callback", [SwitchToSFN(), HessianSpectrum(log=False, strict=True)])
+def test_the_usual_cause_is_named(callback: Callback) -> None:
+    with pytest.raises(
+        Exception, match=r"The loss was .* In a module, look first for a tensor in a list or dictionary"
+    ):
+        make_trainer(1, callbacks=[callback]).fit(Listed(), regression_loader())
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
