@@ -47,7 +47,8 @@ class _Affine(Function):
         handed_on = weight.view_as(weight)
         # Data need no gradient, and that by the weight does not read the weight, which may be changed in place then.
         ctx.save_for_backward(inputs, handed_on if ctx.needs_input_grad[0] else None)
-        return F.linear(inputs, weight, bias), handed_on
+        # With a bias it may be a view of rows, and what is one of several outputs must be none to be changed in place.
+        return F.linear(inputs, weight, bias).data, handed_on
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, share: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -102,7 +102,10 @@ def _rnn_tanh(*args: Any) -> tuple[Tensor, ...] | None:
     """`torch.nn.RNN`; ``None`` for packed sequences, and where units are dropped between layers."""
     if len(args) == 9 and args[5] and args[6] and args[4] > 1:
         return None  # the masks would be others than those of an evaluation without a product
-    return stacked(args, _tanh_layer)
+    results = stacked(args, _tanh_layer)
+    if results is None or args[7]:
+        return results  # outputs of two directions are put together, in a copy
+    return results[0].clone(), *results[1:]  # products need the states, whatever is done to these in place
 
 
 def _tanh_layer(

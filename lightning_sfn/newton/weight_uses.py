@@ -104,7 +104,8 @@ class WatchingWeights(TorchFunctionMode):
 
     def _note(self, seen: "_Seen | None", output: Any) -> None:
         if seen is not None and id(seen.weight) in self._ids and isinstance(output, Tensor) and output.requires_grad:
-            edge = get_gradient_edge(output)
+            # A change in place gives a view a new node, and leaves that of the rows behind it in the graph.
+            edge = get_gradient_edge(output if output._base is None else output._base)
             self.uses.append(Use(seen.kind, seen.weight, seen.bias, seen.rows, edge, seen.channels))
 
 

@@ -811,3 +811,18 @@ def test_no_start_is_too_far_for_gauss_newton_steps(seed: int) -> None:
         optimizer.step(case.pair)
     assert optimizer.last_step is not None
     assert optimizer.last_step.loss_after < 0.6 * first
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 2, 4)], ids=["rows", "sequences"])
+def test_activations_in_place_change_no_factors(shape: tuple[int, ...]) -> None:
+    """The output of a biased linear layer on sequences is a view, to which a change in place gives another node."""
+    ends = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.ReLU(inplace), nn.Linear(5, 2)]
+        model, inputs = nn.Sequential(*layers).double(), torch.randn(shape, dtype=torch.float64)
+        optimizer = SaddleFreeNewton(model.parameters(), preconditioner=KroneckerFactors(model))
+        optimizer.step(lambda model=model, inputs=inputs: F.mse_loss(model(inputs), inputs[..., :2]))
+        assert optimizer.preconditioner.unfactored == ()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)

@@ -489,3 +489,52 @@ def test_weights_are_normalised_by_row_unless_another_dimension_is_named() -> No
     assert mode.rounds_otherwise
     assert "WeightNormInterfaceBackward0" not in graph_nodes(ours)
     torch.testing.assert_close(ours, torch._weight_norm(v, g))
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu_": lambda y: y.relu_(),
+    "mul_": lambda y: y.mul_(0.5),
+    "add_": lambda y: y.add_(y.detach().clone()),
+    "of a view": lambda y: (y.flatten()[:3].mul_(2.0), y)[1],
+}
+
+
+def _layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    linear = {
+        f"linear {len(shape)}-D{' biased' * bias}": (nn.Linear(4, 4, bias=bias), shape)
+        for bias in (True, False)
+        for shape in ((4,), (3, 4), (2, 3, 4), (2, 1, 3, 4))
+    }
+    recurrent = {
+        "rnn": nn.RNN(4, 3),
+        "rnn batch first": nn.RNN(4, 3, batch_first=True),
+        "rnn both ways": nn.RNN(4, 3, num_layers=2, bidirectional=True),
+        "gru": nn.GRU(4, 3),
+    }
+    others = {"conv": (nn.Conv2d(2, 3, 2), (2, 2, 3, 3)), "tanh": (nn.Sequential(nn.Linear(4, 3), nn.Tanh()), (3, 4))}
+    return linear | {name: (layer, (2, 3, 4)) for name, layer in recurrent.items()} | others
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", _layers())
+def test_outputs_may_be_changed_in_place(name: str, change: str) -> None:
+    """As far as torch's own operations allow it: a changed tanh has lost what its derivative is made of."""
+    torch.manual_seed(0)
+    layer, shape = _layers()[name]
+    layer = layer.double()
+    inputs = torch.randn(shape, dtype=torch.float64)
+    weights = list(layer.parameters())
+
+    def loss() -> Tensor:
+        output = layer(inputs)
+        return CHANGES[change](output[0] if isinstance(output, tuple) else output).square().mean()
+
+    try:
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), weights, create_graph=True)])
+    except RuntimeError:
+        with pytest.raises(CurvatureError):
+            dense_matrix(HessianOperator(Objective([loss]), weights))
+        return
+    rows = [torch.autograd.grad(g, weights, retain_graph=True, materialize_grads=True) for g in gradient]
+    expected = torch.stack([torch.cat([piece.flatten() for piece in row]) for row in rows])
+    torch.testing.assert_close(dense_matrix(HessianOperator(Objective([loss]), weights)), expected)
