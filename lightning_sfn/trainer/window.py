@@ -35,6 +35,7 @@ from lightning_sfn.trainer.replay import evaluate, processes_of, require_repeata
 __all__ = ["WindowedNewton"]
 
 _SLOW = 1e-4  # relative decrease of the loss below which a step counts as stuck on a plateau
+_STUCK = 5  # Newton steps in a row of which none was taken, after which a message says what that may mean
 _ROUNDING = 1e-5  # relative difference of a loss and its replay that other kernels explain
 
 
@@ -96,7 +97,8 @@ class WindowedNewton:
         self._after_backward: Tensor | None = None
         self._compared = False  # whether it has been seen, once, if hooks change it
         self._trained: list[int] | None = None  # identities of the parameters that the last batch trained
-        self._warned = self._warned_of_layers = False
+        self._warned = self._warned_of_layers = self._told_of_rejections = False
+        self._rejected = 0  # Newton steps since the last one that was taken
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
 
@@ -287,12 +289,25 @@ class WindowedNewton:
             self._on_failure(error)
             return
         self._last_step = (record.loss_before, record.loss_before - record.loss_after, record.accepted)
+        self._note_rejection(record)
         own_gradients = record.gradients - (known is not None)
         self.batch_gradients += own_gradients * len(window.steps)
-        self.batch_gradients += (
-            0 if on_all else (record.gradients - record.secant_gradients) * len(trial)
-        )  # see TrialLoss
+        beside_trials = record.gradients - record.secant_gradients  # see TrialLoss
+        self.batch_gradients += 0 if on_all else beside_trials * len(trial)
         self._on_step(record)
+
+    def _note_rejection(self, record: StepRecord) -> None:
+        """Tells once of a run of steps that are not taken: what lowers no loss is no gradient, or it is a minimum."""
+        self._rejected = 0 if record.accepted else self._rejected + 1
+        if self._rejected == _STUCK and not self._told_of_rejections:
+            self._told_of_rejections = True
+            say(
+                self._trainer,
+                f"None of the last {_STUCK} Newton steps was taken, because none lowered the loss, which is "
+                f"{record.loss_before:.6g} with a gradient norm of {record.gradient_norm:.3g}: either this is a "
+                "minimum, or backward gives something else than the gradient (gradient reversal, straight-through "
+                "estimators), and then the first optimizer has to train.",
+            )
 
     def _step_on(
         self, objective: Objective, trial: Objective, known: tuple[float, Tensor] | None

@@ -276,6 +276,28 @@ def test_shares_stay_where_they_are_told_to() -> None:
     assert [call.sizes[1:] for call in calls] == [(4, 4)] * 4
 
 
+# ------------------------------------------------------------------------------------------------ rejected steps
+
+
+class Reversed(Fitting):
+    """``backward`` gives the opposite of the loss's gradient."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return 2 * loss.detach() - loss
+
+
+@pytest.mark.parametrize(("epochs", "times"), [(6, 0), (7, 1), (14, 1)])
+def test_steps_that_are_never_taken_are_told_of_once(epochs: int, times: int, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[NewtonCall] = []
+    run(regression_loader(40, 4), calls, epochs, module=Reversed())
+    assert not any(call.record is not None and call.record.accepted for call in calls)
+    assert (
+        caplog.text.count("None of the last 5 Newton steps was taken, because none lowered the loss, which is ")
+        == times
+    )
+
+
 # ------------------------------------------------------------------------------------------------ held data
 
 
