@@ -218,7 +218,8 @@ class Glide:
 
     def _next(self, gradient: Tensor, descent: Descent) -> Tensor:
         """``momentum d - c rate D^2 g``, with as much momentum as the present reach allows."""
-        direction = descent.preconditioner.precondition(gradient)
+        # What has no gradient gets none from the other units of its layer, as where a hook holds it.
+        direction = descent.preconditioner.precondition(gradient) * (gradient != 0)
         length = _RATE * math.sqrt(max(float(dot(direction, gradient)), 0.0))
         radius = self.shrink * _RADIUS * math.sqrt(self._size)
         new = direction * (-_RATE * (radius / max(length, radius)))

@@ -133,7 +133,8 @@ class SecantSteps:
     ) -> tuple[Tensor, bool]:
         """The change of the parameters, and whether the radius shortened it."""
         clipped = clip(gradient, descent.max_grad_norm)
-        direction = quasi_newton_direction(clipped, secants, descent.preconditioner)
+        # What has no gradient stays: the factors would move what a hook holds along with the other units of its layer.
+        direction = quasi_newton_direction(clipped, secants, descent.preconditioner) * (gradient != 0)
         length = math.sqrt(max(float(dot(direction, clipped)), 0.0))
         return descent.within_bounds(direction * -(radius / max(length, radius)))[1], length > radius
 

@@ -246,6 +246,24 @@ def test_other_methods_have_none(options: dict[str, Any]) -> None:
     assert losses_of(100, **options)[1] == 0
 
 
+@pytest.mark.parametrize("heavy_ball", [0.0, 0.95])
+def test_what_a_hook_holds_stays_where_it_is(heavy_ball: float) -> None:
+    """Kronecker factors would move a unit's weights along with those of the other units of its layer."""
+    model, x, y = network()
+    weight = model[0].weight
+    weight.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) > 0).unsqueeze(1))
+    before = weight.detach().clone()
+    optimizer, kinds = SaddleFreeNewton(model.parameters(), heavy_ball=heavy_ball), set()
+    for _ in range(12):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        assert optimizer.last_step is not None
+        kinds |= {optimizer.last_step.kind, "quasi-Newton" if optimizer.last_step.secant_steps else ""}
+    assert ("momentum" if heavy_ball else "quasi-Newton") in kinds
+    moved = (weight.detach() - before).abs().amax(1)
+    assert moved[0] == 0
+    assert bool((moved[1:] > 0).all())
+
+
 def test_the_papers_method_has_none() -> None:
     model, x, y = network()
     optimizer = SaddleFreeNewton.as_in_paper(model.parameters(), krylov_dim=8, preconditioner=KroneckerFactors(model))
