@@ -100,8 +100,13 @@ def default(problem: Problem) -> Iterator[None]:
     yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters()))
 
 
+def subspaces(problem: Problem) -> Iterator[None]:
+    """The same without quasi-Newton steps."""
+    yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters(), secant_steps=0))
+
+
 def factors(problem: Problem) -> Iterator[None]:
-    """The same without probes."""
+    """`SaddleFreeNewton(params)` without probes."""
     coordinates = AutoPreconditioner()
     coordinates.factors.probes = 0
     yield from _on_all(problem, SaddleFreeNewton(problem.model.parameters(), preconditioner=coordinates))
@@ -173,7 +178,7 @@ OURS: dict[str, Method] = {
 }
 """Ours."""
 
-BESIDES: dict[str, Method] = {"factors": factors, "factors turns": factors_turns}
+BESIDES: dict[str, Method] = {"factors": factors, "factors turns": factors_turns, "subspaces": subspaces}
 """Ours without a part of it: compared with it besides the race."""
 
 METHODS = RIVALS | OURS | BESIDES
