@@ -349,6 +349,7 @@ def engine(part: str) -> str:
 
 _OURS = "turns"  # what the targets are for
 _PEERS = "make bench-peers"
+_SECANTS = "python benchmarks/race.py --name race_secants --seeds 3 --seconds 8 --methods subspaces default"
 _PROBES = (
     "python benchmarks/race.py --name race_probes --seeds 3 --seconds 12 --methods factors default "
     '"factors turns" turns --tasks "lstm by heart" "gru by heart" symmetric "mnist escape" narrow "ptb tanh"'
@@ -366,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "race_tuning": partial(race, tuning=True),
     "race_held_out": partial(race, tuning=False),
     "race_probes": partial(race, tuning=None, name="race_probes", command=_PROBES),
+    "race_secants": partial(race, tuning=None, name="race_secants", command=_SECANTS),
     "targets_tuning": partial(targets, tuning=True),
     "targets_held_out": partial(targets, tuning=False),
     "searched": searched,
