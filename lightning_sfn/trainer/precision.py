@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -31,8 +32,15 @@ def curvature_dtype(module: nn.Module, bits: int) -> torch.dtype:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Nested data whose real tensors are at least as wide as a dtype; nothing is narrowed."""
-    return apply_to_collection(value, Tensor, lambda t: t.to(_at_least(dtype, t)) if t.is_floating_point() else t)
+    """Nested data whose real tensors and NumPy arrays are at least as wide as a dtype; nothing is narrowed."""
+
+    def widened(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(_at_least(dtype, leaf)) if leaf.is_floating_point() else leaf
+        wanted = np.float64 if dtype == torch.float64 else np.float32
+        return leaf.astype(np.promote_types(wanted, leaf.dtype), copy=False) if leaf.dtype.kind == "f" else leaf
+
+    return apply_to_collection(value, (Tensor, np.ndarray), widened)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ def test_one_wide_parameter_widens_all_unless_it_is_frozen() -> None:
 def test_cast_takes_nested_data_and_leaves_integers_alone() -> None:
     labels, mask = torch.arange(3), torch.tensor([True, False])
     batch = {"x": torch.tensor([0.1]), "rest": (labels, [mask, "name", None, 3])}
+    array, indices = np.float32([0.1]), np.arange(3)
     converted = cast(batch, F64)
     assert converted["x"].dtype == F64
     assert converted["x"].item() == torch.tensor(0.1).double().item()
@@ -43,6 +45,9 @@ def test_cast_takes_nested_data_and_leaves_integers_alone() -> None:
     assert converted["rest"][1][0] is mask
     assert converted["rest"][1][1:] == ["name", None, 3]
     assert batch["x"].dtype == F32
+    assert cast(array, F64).dtype == np.float64
+    assert cast(array, F32) is array
+    assert cast([indices], F64)[0] is indices
 
 
 def test_nothing_is_narrowed() -> None:

@@ -68,7 +68,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
             everything is logged under ``gauss_newton/``).
         hvp: How products are computed, as in `SaddleFreeNewton`.
         precision: 32 or 64 bits: the least precision of the computation, whatever the training precision. Tensors
-            that a module keeps in lists and dictionaries of its own are not converted along.
+            that a module keeps in lists and dictionaries of its own are not converted along, and nor are those that
+            `training_step` converts itself (``.float()``).
         pictures_every: Draw the pictures at every n-th spectrum, and at the last; 0 for none.
         log: Whether to log; otherwise the spectra are kept in `history` alone, and no logger is needed.
         save_batches: Whether checkpoints hold the probe batches; without them a resumed run draws others.
