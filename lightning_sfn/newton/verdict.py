@@ -106,7 +106,7 @@ def _newton(trial: NewtonTrial | None) -> str:
         return ""
     if trial.measured <= 0:
         return " One SFN step does not lower the loss on these data."
-    share = f" ({trial.measured / abs(trial.loss):.2g} of it)" if trial.loss else ""
+    share = f" ({trial.measured / abs(trial.loss):.2g} of the loss)" if trial.loss else ""
     return (
         f" SFN predicts a decrease of {trial.predicted:.3g} in one step; tried on these data it lowers the loss by "
         f"{trial.measured:.3g}{share}."

@@ -98,8 +98,8 @@ def test_words_never_say_more_than_the_error_bounds(spectrum: Spectrum, start: s
     ("trial", "words"),
     [
         (NewtonTrial(2.0, 0.7, 0.5), "SFN predicts a decrease of 0.7 in one step; tried on these data it lowers the"),
-        (NewtonTrial(2.0, 0.7, 0.5), "loss by 0.5 (0.25 of it)."),
-        (NewtonTrial(-2.0, 0.7, 0.5), "loss by 0.5 (0.25 of it)."),
+        (NewtonTrial(2.0, 0.7, 0.5), "loss by 0.5 (0.25 of the loss)."),
+        (NewtonTrial(-2.0, 0.7, 0.5), "loss by 0.5 (0.25 of the loss)."),
         (NewtonTrial(0.0, 0.7, 0.5), "loss by 0.5."),
         (NewtonTrial(2.0, 0.0, 0.0), "One SFN step does not lower the loss on these data."),
     ],
