@@ -52,8 +52,8 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     ),
     (
         r"modified by an inplace operation",
-        "A tensor of the gradient graph was changed in place between two products: do not change parameters or "
-        "buffers inside the closure.",
+        "A tensor that the gradient needs was changed in place: do not change parameters, buffers or the output of a "
+        "layer (inplace=True, or methods whose names end with _) inside the closure.",
     ),
 )
 
