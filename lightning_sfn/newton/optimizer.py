@@ -400,8 +400,7 @@ class SaddleFreeNewton(Optimizer):
         if parameters.device != self._generator.device:  # the model was moved after the optimizer was made
             self._generator = torch.Generator(parameters.device).manual_seed(self._generator.initial_seed())
         if not self._are_known(parameters):
-            self._glide = _forgotten(self._carried, self.preconditioner, self._glide)
-            self._secants = SecantSteps(self._secants.most)
+            self._glide, self._secants = _forgotten(self._carried, self.preconditioner, self._glide, self._secants)
         self._parameters = parameters
         return parameters
 
@@ -479,12 +478,12 @@ class SaddleFreeNewton(Optimizer):
         be shared out among another number of processes.
         """
         state, parameters = super().state_dict(), self._parameters
-        carried, preconditioner, glide = self._carried, self.preconditioner, self._glide
+        carried, preconditioner, glide, secants = self._carried, self.preconditioner, self._glide, self._secants
         with suppress(ValueError):  # nothing to train just now: what is known belongs to what was trained before
             parameters = FlatParameters.of_groups(self.param_groups)
         if not self._are_known(parameters):  # a state of what is trained now, of which nothing is known yet
             carried, preconditioner = deepcopy((carried, preconditioner))
-            glide = _forgotten(carried, preconditioner, glide)
+            glide, secants = _forgotten(carried, preconditioner, glide, secants)
         store, size, memory = self._store(), self._parameters.size, carried.memory
         if self.basis == "sharded" and self._processes is not None:
             memory = memory.mapped(lambda part: store.whole(part, size).cpu())
@@ -493,7 +492,7 @@ class SaddleFreeNewton(Optimizer):
             "coordinates": type(preconditioner).__name__,
             "preconditioner": preconditioner.state_dict(),
             "glide": None if glide is None else glide.state_dict(),
-            "secants": self._secants.state_dict(),
+            "secants": secants.state_dict(),
             "generator": self._generator.get_state(),
             "layout": [list(shape) for shape in parameters.shapes],
         }
@@ -542,11 +541,13 @@ class SaddleFreeNewton(Optimizer):
         _take_over(self._generator, newton["generator"].cpu())
 
 
-def _forgotten(carried: Carried, preconditioner: Preconditioner, glide: Glide | None) -> Glide | None:
-    """Lets steps forget what belongs to other parameters; returns a new glide, if there is one."""
+def _forgotten(
+    carried: Carried, preconditioner: Preconditioner, glide: Glide | None, secants: SecantSteps
+) -> tuple[Glide | None, SecantSteps]:
+    """Lets steps forget what belongs to other parameters; returns a new glide, if there is one, and secant steps."""
     carried.forget()
     preconditioner.reset()
-    return None if glide is None else Glide(glide.momentum)
+    return None if glide is None else Glide(glide.momentum), SecantSteps(secants.most)
 
 
 def _take_over(generator: torch.Generator, state: Tensor) -> None:

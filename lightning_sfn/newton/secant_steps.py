@@ -107,9 +107,9 @@ class SecantSteps:
             radius = self.radius * math.sqrt(unit)
             step, meets = self._step(gradient, descent, carried.memory.directions, radius)
             origin = parameters.read()
-            parameters.write(store.agreed_point(origin + step))
-            moved = parameters.read() - origin
-            carried.memory.record(moved, gradient)
+            target = store.agreed_point(origin + step)
+            parameters.write(target)
+            carried.memory.record(target - origin, gradient)
             after, slope = gradient_of(losses.objective, parameters, far=True)
             finite = math.isfinite(after) and bool(torch.isfinite(slope).all())
             if finite and after < loss:

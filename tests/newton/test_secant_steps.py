@@ -297,6 +297,18 @@ def test_a_loaded_state_goes_on_bit_for_bit() -> None:
     assert torch.equal(ends[0], ends[2])
 
 
+def test_a_state_of_other_parameters_knows_no_radius_yet() -> None:
+    model, x, y = network()
+    optimizer = SaddleFreeNewton(model.parameters())
+    for _ in range(6):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    learned = optimizer.state_dict()["newton"]["secants"]
+    model[0].requires_grad_(False)
+    assert optimizer.state_dict()["newton"]["secants"] == SecantSteps(0).state_dict() != learned
+    model[0].requires_grad_(True)
+    assert optimizer.state_dict()["newton"]["secants"] == learned  # to take a state changes nothing
+
+
 def test_a_state_without_them_is_one_of_an_earlier_version() -> None:
     model, x, y = network()
     optimizer = SaddleFreeNewton(model.parameters())
