@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from lightning_sfn.newton.basis import WHOLE, BasisStore
-from lightning_sfn.newton.reductions import norm
+from lightning_sfn.newton.reductions import dot, norm
 from lightning_sfn.newton.unattended import SECOND_PASS, Steps, is_invariant, unattended_steps
 
 __all__ = ["Counted", "Direction", "KrylovSubspace", "append", "fill_basis", "lanczos", "lanczos_step", "random_unit"]
 
 _ROUNDING = 10  # units of rounding of the largest eigenvalue that products and projections are off by
 _NEW_INFORMATION = 0.05  # an added direction with less than this outside the basis would be mostly rounding error
+_ORTHOGONAL = 1e-8  # cosine between a direction and its product below which rounding decides about the curvature
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Direction:
 
     vector: Tensor
     product: Tensor | None = None
+
+    @cached_property
+    def positive_curvature(self) -> float:
+        """``d^T (H d)`` by the known product; 0 where there is none, or none that is positive beyond rounding."""
+        if self.product is None:
+            return 0.0
+        curvature = float(dot(self.vector, self.product))
+        return curvature if curvature > _ORTHOGONAL * float(norm(self.vector)) * float(norm(self.product)) else 0.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lightning_sfn.newton.krylov import Direction
 from lightning_sfn.newton.outer_step import Descent, Losses
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
-from lightning_sfn.newton.reductions import dot, norm
+from lightning_sfn.newton.reductions import dot
 from lightning_sfn.newton.step import StepRecord, clip
 
 __all__ = ["SecantSteps", "quasi_newton_direction"]
@@ -35,7 +35,6 @@ _JUDGED = 4  # steps whose common decrease for each gradient has to be worth mor
 _LONGEST_PAUSE = 7
 _WORTHWHILE = 2.0  # how many times as much: what is given up is also what the subspace would have seen
 _PART = 0.1  # price of an evaluation on a part of the data, in evaluations on all
-_PARALLEL = 1e-8  # cosine between a step and its gradient difference below which the secant says nothing
 
 
 @dataclass
@@ -160,11 +159,8 @@ def quasi_newton_direction(gradient: Tensor, secants: Sequence[Direction], preco
     """
     rest, used = gradient.clone(), []
     for secant in secants:
-        if secant.product is None:
-            continue
-        step, difference = secant.vector, secant.product
-        curvature = float(dot(step, difference))
-        if curvature <= _PARALLEL * float(norm(step)) * float(norm(difference)):
+        step, difference, curvature = secant.vector, secant.product, secant.positive_curvature
+        if difference is None or curvature == 0.0:
             continue
         share = float(dot(step, rest)) / curvature
         rest.sub_(difference, alpha=share)
