@@ -280,15 +280,25 @@ class KroneckerFactors(Preconditioner):
     def shares(self, steps: Tensor) -> Tensor:
         """So much of each step that no hidden layer's outputs change by more than 1, or a tenth of their size.
 
-        Longer steps saturate units. Their gradients vanish with them, and no curvature tells the way back.
+        Longer steps saturate units. Their gradients vanish with them, and no curvature tells the way back. Last layers
+        go the whole way: were they held back with the others, targets of another size than the outputs would have to be
+        reached in many small steps, and by hidden units that saturate on the way.
         """
         if not self._allowed:
             return super().shares(steps)
         shifts = torch.stack(self._shifts(steps)).double().cpu()
         limits = self._caution * torch.tensor(self._allowed, dtype=torch.float64, device="cpu").unsqueeze(1)
-        shares = (limits / shifts).amin(0).clamp_max(1.0)
+        shares = (limits / shifts).amin(0).clamp_max(1.0).unsqueeze(1).to(steps)
         self._shortens = bool((shares < 1).any())
-        return shares
+        return torch.where(self._last_layers(steps.device), 1.0, shares) if self._shortens else shares
+
+    def _last_layers(self, device: torch.device) -> Tensor:
+        """Which parameters belong to layers whose outputs may change by as much as the loss allows, shape ``(n,)``."""
+        layers = zip((block for block in self._blocks if block.is_product), self._allowed, strict=True)
+        last = {index for block, most in layers if math.isinf(most) for index in block.signature[1:]}
+        sizes = torch.tensor([shape.numel() for shape in self._shapes], device=device)
+        known = torch.tensor([index in last for index in range(len(self._shapes))], device=device)
+        return known.repeat_interleave(sizes)
 
     def feedback(self, *, accepted: bool, store: BasisStore) -> None:
         """Allows a quarter where a shortened step was too long, and twice as much again after one that was taken.

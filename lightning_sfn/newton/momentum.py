@@ -191,7 +191,8 @@ class Glide:
             self.best = (loss, origin)
         if self.velocity is None:
             self.rest, self.wandered = loss, 0.0
-        self.velocity, taken = descent.within_bounds(self._next(clip(gradient, descent.max_grad_norm), descent))
+        new = self._next(clip(gradient, descent.max_grad_norm), descent)
+        self.velocity, taken = descent.within_bounds(new, straight=True)
         self.shrink, self.reach = min(1.0, self.shrink * _LONGER), min(1.0, self.reach * _LONGER)
         self.steps = (self.steps + 1) % _RARER
         target = store.agreed_point(origin + taken)  # ranks with other rounding must not drift apart

@@ -99,20 +99,22 @@ class Descent:
             return None
         return self.krylov_dim or min(self.preconditioner.default_krylov_dim(carried.bent), size)
 
-    def within_bounds(self, step: Tensor) -> tuple[Tensor, Tensor]:
+    def within_bounds(self, step: Tensor, *, straight: bool = False) -> tuple[Tensor, Tensor]:
         """A step that is shortened to its bounds, and the change of the parameters that it makes.
 
         The bounds are those of the change, as in subspace steps: learning rates come before them.
 
         Args:
             step: Shape ``(n,)``, before learning rates.
+            straight: Whether it keeps its direction, so that last layers are held back with the others.
         """
         change = step * self.learning_rates
-        share = float(self.preconditioner.shares(change.unsqueeze(0)))
+        share = self.preconditioner.shares(change.unsqueeze(0))[0]
+        share = share.amin() if straight else share
         if self.max_step_norm is not None:
-            length = float(norm(change))
-            share = min(share, self.max_step_norm / length) if length > 0 else share
-        return (step * share, change * share) if share < 1 else (step, change)
+            length = float(norm(change * share))
+            share = share * (self.max_step_norm / length) if length > self.max_step_norm else share
+        return step * share, change * share
 
     def model(
         self,
@@ -276,13 +278,14 @@ def take_outer_step(
     shown = model if own is space else replace(model, space=own)
     lowest, highest = shown.ends
     norms = torch.stack([norm(gradient), norm(lowest), norm(highest)]).cpu()
+    # Rayleigh quotients in the parameters' own coordinates: their order may be another than in the preconditioner's.
+    lambda_min, lambda_max = sorted((shown.space.eigenvalues[[0, -1]] / norms[1:].square()).tolist())
     record = StepRecord(
         loss_before=loss,
         loss_after=loss,
         gradient_norm=float(norms[0]),
-        # Rayleigh quotients in the parameters' own coordinates, whatever the preconditioner.
-        lambda_min=float(shown.space.eigenvalues[0] / norms[1].square()),
-        lambda_max=float(shown.space.eigenvalues[-1] / norms[2].square()),
+        lambda_min=lambda_min,
+        lambda_max=lambda_max,
         subspace_dim=len(space),
         products=operator.products,
         gradients=1,

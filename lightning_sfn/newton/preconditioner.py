@@ -80,9 +80,10 @@ class Preconditioner(ABC):
             steps: Shape ``(c, n)``, in parameter units.
 
         Returns:
-            Numbers above 0 and at most 1, shape ``(c,)``, float64, on the CPU.
+            Numbers above 0 and at most 1, shape ``(c, 1)``, or ``(c, n)`` where they differ between parameters; dtype
+            and device of the steps.
         """
-        return torch.ones(len(steps), dtype=torch.float64, device="cpu")
+        return steps.new_ones(len(steps), 1)
 
     def feedback(self, *, accepted: bool, store: BasisStore) -> None:  # noqa: B027
         """Learns whether the step was taken that `shares` allowed.

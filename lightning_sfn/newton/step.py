@@ -43,9 +43,10 @@ class StepRecord:
         damping: The last damping that was chosen.
         step_norm: Norm of the whole change of the parameters.
         predicted_decrease: Decrease that the quadratic model in the subspace promised, over all inner steps taken.
-        lambda_min: Curvature along the lowest Ritz vector of the subspace's products: no smaller than the smallest
-            eigenvalue. Secants of remembered steps hold between two points, and have no part in it.
-        lambda_max: Curvature along their highest Ritz vector: no larger than the largest eigenvalue.
+        lambda_min: The lower one of the curvatures along the lowest and the highest Ritz vector of the subspace's
+            products: no smaller than the smallest eigenvalue. Secants of remembered steps hold between two points, and
+            have no part in it.
+        lambda_max: The higher one of the two: no larger than the largest eigenvalue.
         subspace_dim: Dimension of the subspace: Lanczos vectors and remembered steps.
         products: Hessian-vector products spent.
         trials: Trial losses spent.
@@ -252,15 +253,16 @@ class SubspaceModel:
         """
         along = self._along(coordinates, dampings)
         steps = self.in_parameters(self.space.lift(along)) * self.learning_rates
-        shrink = self.preconditioner.shares(steps)
+        shares = self.preconditioner.shares(steps)
+        steps = steps * shares
+        shrink = torch.ones(len(dampings), dtype=torch.float64, device="cpu")
         if self.max_step_norm is not None:
             lengths = torch.stack([norm(step) for step in steps]).cpu()
-            shrink = torch.minimum(shrink, self.max_step_norm / lengths)
-        if bool((shrink < 1).any()):
+            shrink = (self.max_step_norm / lengths).clamp_max(1.0)
             steps = steps * shrink.to(steps).unsqueeze(1)
-        if isinstance(self.learning_rates, float):
-            shrink = shrink * self.learning_rates
-        else:  # groups differ: the steps leave the subspace's own scaling, so look at where they lie in it
+        if isinstance(self.learning_rates, float) and shares.shape[1] == 1:
+            shrink = shrink * self.learning_rates * shares[:, 0].double().cpu()
+        else:  # parts differ: the steps leave the subspace's own scaling, so look at where they lie in it
             along = torch.stack([self.space.coordinates(self.preconditioner.unscale(step)) for step in steps])
             shrink = torch.ones(len(dampings), dtype=torch.float64, device="cpu")
         return steps, self._decreases(coordinates, along, shrink)

@@ -274,7 +274,7 @@ def test_ranks_take_a_step_back_together(sharded: bool) -> None:
     assert results == [(pytest.approx(0.0, abs=1e-12), True)] * 2
 
 
-@pytest.mark.parametrize(("options", "seed"), [({}, 5), ({"damping": "grid"}, 6)], ids=str)
+@pytest.mark.parametrize(("options", "seed"), [({}, 10), ({"damping": "grid"}, 19)], ids=str)
 def test_a_step_that_takes_back_is_the_same_after_the_state_was_saved(options: dict[str, Any], seed: int) -> None:
     """Bit for bit, after each of fourteen steps on parts of a few cases."""
     torch.manual_seed(seed)

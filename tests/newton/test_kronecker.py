@@ -475,22 +475,29 @@ def two_layers(enlarged: int, size: float) -> tuple[Tensor, nn.Module, Kronecker
 
 
 @pytest.mark.parametrize("size", [1.0, 100.0])
-def test_a_step_is_shortened_so_that_no_layers_outputs_change_much(size: float) -> None:
-    """By 1 at most, or by a tenth of what they are; measured at the layers."""
-    x, model, factors = two_layers(2, size)
+def test_a_step_is_shortened_so_that_no_hidden_layers_outputs_change_much(size: float) -> None:
+    """By 1 at most, or by a tenth of what they are; measured at the layers. The last one goes the whole way."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 3, dtype=D)
+    model, loss = fitting(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 2), inputs=x, outputs=2)
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+    factors = refreshed(model, loss)
     seen = [x, torch.tanh(model[0](x).detach())]
     layers = [model[0], model[2]]
     limits = [max(1.0, 0.1 * rms(layer(into).detach())) for layer, into in zip(layers, seen, strict=True)]
     assert (limits[1] > 1.0) == (size > 1.0)
-    steps = torch.randn(5, 26, dtype=D) * torch.tensor([1e-3, 0.1, 1.0, 10.0, 1e3], dtype=D).unsqueeze(1)
-    expected = []
-    for step in steps:
-        weight, bias, last_weight, last_bias = step.split([12, 4, 8, 2])
-        changes = [seen[0] @ weight.view(4, 3).T + bias, seen[1] @ last_weight.view(2, 4).T + last_bias]
-        expected.append(min(1.0, *(limit / rms(change) for limit, change in zip(limits, changes, strict=True))))
+    steps = torch.randn(7, 32, dtype=D) * torch.tensor([1e-3, 0.1, 1.0, 10.0, 1e3, 5.0, 5.0], dtype=D).unsqueeze(1)
+    steps[5, :16] = steps[6, 16:26] = 0.0  # where one layer alone moves
+    expected = torch.ones(7, 32, dtype=D)
+    for step, row in zip(steps, expected, strict=True):
+        weight, bias, next_weight, next_bias, _ = step.split([12, 4, 8, 2, 6])
+        changes = [seen[0] @ weight.view(4, 3).T + bias, seen[1] @ next_weight.view(2, 4).T + next_bias]
+        row[:26] = 1 / max(1.0, *(rms(change) / limit for limit, change in zip(limits, changes, strict=True)))
     shares = factors.shares(steps)
-    torch.testing.assert_close(shares, torch.tensor(expected, dtype=D))
-    assert float(shares[0]) == 1.0 > float(shares[-1])
+    torch.testing.assert_close(shares, expected)
+    assert float(shares[0, 0]) == 1.0 > float(shares[4:, 0].max())
+    assert factors.shares(steps[:1]).tolist() == [[1.0]]
     restored = KroneckerFactors(model)
     restored.load_state_dict(copy.deepcopy(factors.state_dict()))
     assert torch.equal(restored.shares(steps), shares)
@@ -504,7 +511,8 @@ def test_a_large_hidden_layer_may_change_by_a_tenth_and_the_last_one_by_anything
     change = x @ first[:12].view(4, 3).T + first[12:16]
     limit = max(1.0, 0.1 * rms(model[0](x).detach()))
     assert (limit > 1.0) == (size > 1.0)
-    expected = torch.tensor([limit / rms(change), 1.0], dtype=D)
+    expected = torch.ones(2, 26, dtype=D)
+    expected[0, :16] = limit / rms(change)
     torch.testing.assert_close(factors.shares(torch.stack([first, last])), expected, rtol=1e-12, atol=0)
 
 
@@ -513,7 +521,7 @@ def test_without_factors_a_step_is_taken_whole() -> None:
     factors.feedback(accepted=False, store=BasisStore())  # of a step that factors have not shortened
     assert factors._caution == 1.0
     assert factors.memory == 0
-    assert factors.shares(torch.full((2, 3), 1e6)).tolist() == [1.0, 1.0]
+    assert factors.shares(torch.full((2, 3), 1e6)).tolist() == [[1.0], [1.0]]
 
 
 @pytest.mark.parametrize("heavy_ball", [0.0, 0.95])
@@ -540,6 +548,18 @@ def test_no_step_of_an_optimizer_changes_a_layers_outputs_by_more(heavy_ball: fl
         shifts = torch.stack(factors._shifts(step.unsqueeze(0)))[:, 0]
         largest = max(largest, float((shifts / torch.tensor(factors._allowed, dtype=D)).max()))
     assert largest == pytest.approx(1.0)  # no step exceeded the bound, and one needed it
+
+
+def test_targets_of_another_size_than_the_outputs_are_reached() -> None:
+    """Were last layers held back with the others, hidden units would saturate on the way there."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 4, dtype=D)
+    y = 50 * (x[:, :1] * x[:, 1:2] + x[:, 2:3].sin())
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    optimizer = SaddleFreeNewton(model.parameters())
+    for _ in range(40):
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+    assert float(F.mse_loss(model(x), y).detach()) <= 1e-3 * 50**2
 
 
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
@@ -789,12 +809,12 @@ def test_a_shortened_step_that_was_too_long_is_shortened_more_until_one_is_taken
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(20, 3, dtype=D)
     factors = refreshed(model, lambda: model(x).square().mean())
     long, short = (torch.full((1, 21), size, dtype=D) for size in (50.0, 1e-6))
-    first, store = float(factors.shares(long)), BasisStore()
+    first, store = float(factors.shares(long).min()), BasisStore()
     allowed = []
     for step, accepted in ((long, False), (long, False), (short, False), (long, True), (long, True), (long, True)):
         factors.shares(step)
         factors.feedback(accepted=accepted, store=store)
-        allowed.append(float(factors.shares(long)) / first)
+        allowed.append(float(factors.shares(long).min()) / first)
     assert allowed == pytest.approx([1 / 4, 1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2])
     twin = KroneckerFactors()
     twin.load_state_dict(factors.state_dict())

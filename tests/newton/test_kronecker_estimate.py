@@ -215,7 +215,7 @@ def test_steps_of_the_last_layer_are_as_long_as_the_loss_allows_whatever_the_uni
     model, x = nn.Linear(3, 1).double(), torch.randn(20, 3, dtype=D)
     factors = KroneckerFactors()
     factors.refresh(HessianOperator(Objective([lambda: model(x).square().mean()]), model.parameters()), generator())
-    assert factors.shares(torch.full((1, 4), 1e3, dtype=D)).tolist() == [1.0]
+    assert factors.shares(torch.full((1, 4), 1e3, dtype=D)).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("rows", [3, 4, 8])

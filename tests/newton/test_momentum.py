@@ -356,7 +356,7 @@ class Doubling(IdentityPreconditioner):
 
     def shares(self, steps: Tensor) -> Tensor:
         self.asked = steps
-        return torch.full((len(steps),), self.share, dtype=D)
+        return torch.full((len(steps), 1), self.share, dtype=D)
 
 
 class Closing(HessianOperator):
@@ -492,6 +492,17 @@ def test_gradients_steps_and_learning_rates_have_their_bounds(
     assert stage.glide.velocity is not None
     torch.testing.assert_close(stage.glide.velocity, -0.1 * left * GRADIENT)
     torch.testing.assert_close(doubling.asked, change.unsqueeze(0))
+
+
+def test_what_holds_one_layer_back_holds_all_back() -> None:
+    """Were its direction another one after each step, a velocity would be none."""
+    half, uneven = Doubling(0.5), Doubling(0.5)
+    uneven.shares = lambda steps: torch.tensor([[1.0, 0.5, 1.0]], dtype=D)  # type: ignore[method-assign]
+    one, other = (Stage(under_way(), preconditioner=each) for each in (half, uneven))
+    one.step()
+    other.step()
+    assert bool(one.moved.any())
+    assert torch.equal(one.moved, other.moved)
 
 
 def test_a_learning_rate_of_zero_is_no_step() -> None:

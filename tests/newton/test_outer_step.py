@@ -286,6 +286,26 @@ def test_a_model_is_made_of_what_the_descent_holds() -> None:
     assert uneven.refreshed == [(operator, generator)]
 
 
+class Sparing(IdentityPreconditioner):
+    """Lets the first parameter go the whole way and the others half of it."""
+
+    def shares(self, steps: Tensor) -> Tensor:
+        return torch.tensor([1.0, 0.5, 0.5], dtype=steps.dtype).expand_as(steps)
+
+
+@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("bound", [None, 1.0, 100.0])
+def test_a_step_within_bounds_keeps_its_direction_where_it_shall(straight: bool, bound: float | None) -> None:
+    step, rates = torch.tensor([3.0, -4.0, 8.0], dtype=torch.float64), torch.tensor([1.0, 0.5, 0.25]).double()
+    share = torch.tensor([0.5 if straight else 1.0, 0.5, 0.5], dtype=torch.float64)
+    length = float((step * rates * share).norm())
+    share = share if bound is None else share * min(1.0, bound / length)
+    ours = descent(preconditioner=Sparing(), learning_rates=rates, max_step_norm=bound)
+    shortened, change = ours.within_bounds(step, straight=straight)
+    torch.testing.assert_close(shortened, step * share)
+    torch.testing.assert_close(change, step * rates * share)
+
+
 class Counting(IdentityPreconditioner):
     """Asks for two vectors while there is much negative curvature, else for four; notes what it is told."""
 

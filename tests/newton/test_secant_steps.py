@@ -154,6 +154,16 @@ def test_bounds_and_learning_rates_hold() -> None:
         assert 1 - float(x.detach()[0]) == pytest.approx(length)
 
 
+def test_layers_that_may_go_the_whole_way_do() -> None:
+    class Sparing(IdentityPreconditioner):
+        def shares(self, steps: Tensor) -> Tensor:
+            return torch.tensor([[1.0, 0.5, 1.0]], dtype=steps.dtype)
+
+    x = torch.tensor([0.1, 1e-3, 0.0], dtype=D, requires_grad=True)
+    follow(x, SecantSteps(1, radius=2.0), preconditioner=Sparing())
+    torch.testing.assert_close(x.detach(), torch.tensor([0.0, 1e-3 - 5e-3, 0.0], dtype=D))  # x - share * curvature * x
+
+
 @pytest.mark.parametrize(("subspace", "evaluations"), [(1e-9, 1 + 6), (1e9, 1 + 4)], ids=["less", "more"])
 def test_steps_go_on_while_they_are_worth_more_than_the_subspace_was(subspace: float, evaluations: int) -> None:
     """Four are taken in any case, in order to see."""

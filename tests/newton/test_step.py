@@ -528,9 +528,9 @@ def test_a_gradient_is_clipped_before_it_is_projected() -> None:
 
 
 class Halving(IdentityPreconditioner):
-    """D = 1/2, of whose steps so many parts may be taken."""
+    """D = 1/2, of whose steps so large parts may be taken: a number for each, or two for its entries."""
 
-    def __init__(self, *shares: float) -> None:
+    def __init__(self, *shares: float | tuple[float, float]) -> None:
         self.allowed = shares
 
     def scale(self, vectors: Tensor) -> Tensor:
@@ -540,14 +540,16 @@ class Halving(IdentityPreconditioner):
         return 2.0 * vectors
 
     def shares(self, steps: Tensor) -> Tensor:
-        return torch.tensor(self.allowed or [1.0] * len(steps), dtype=torch.float64)
+        return torch.tensor(self.allowed or [1.0] * len(steps)).to(steps).view(len(steps), -1)
 
 
-@pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 0.5), (0.25, 0.5), (1.0, 1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "shares", [(1.0, 1.0), (1.0, 0.5), (0.25, 0.5), (1.0, 1e-3), ((0.5, 1.0), (1.0, 0.25))], ids=str
+)
 @pytest.mark.parametrize("bound", [None, 0.1, 100.0])
 @pytest.mark.parametrize("rates", [1.0, 0.5, torch.tensor([1.0, 0.25], dtype=torch.float64)], ids=str)
 def test_steps_are_shortened_and_predictions_with_them(
-    shares: tuple[float, float], bound: float | None, rates: float | Tensor
+    shares: tuple[float | tuple[float, float], ...], bound: float | None, rates: float | Tensor
 ) -> None:
     """By what the preconditioner allows or the bound; the prediction is the decrease of the quadratic at the step."""
     hessian = torch.tensor([1.0, 3.0], dtype=torch.float64)  # of the parameters; a fourth of it in coordinates
@@ -555,8 +557,8 @@ def test_steps_are_shortened_and_predictions_with_them(
     model = diagonal_model(0.25, 0.75, preconditioner=Halving(*shares), learning_rates=rates, max_step_norm=bound)
     steps, predicted = model.steps(model.coordinates(gradient, 1.0, 1.0), [0.1, 0.3])
     for step, promise, share, damping in zip(steps, predicted, shares, [0.1, 0.3], strict=True):
-        full = -gradient / (hessian + 4 * damping) * rates
-        expected = full * min(share, math.inf if bound is None else bound / float(full.norm()))
+        expected = -gradient / (hessian + 4 * damping) * rates * torch.tensor(share)
+        expected = expected * min(1.0, math.inf if bound is None else bound / float(expected.norm()))
         torch.testing.assert_close(step, expected, rtol=1e-12, atol=0)
         decrease = -(gradient @ expected + expected @ (hessian * expected) / 2)
         torch.testing.assert_close(promise, decrease, rtol=1e-12, atol=0)
