@@ -96,7 +96,7 @@ docs: $(INSTALLED) ## build the documentation into build/site; warnings are erro
 paper: $(INSTALLED) ## the paper's autoencoder at its own size, piece by piece; DATA=folder of MNIST parquet files (wants a GPU)
 	@status=3; while [ $$status -eq 3 ]; do status=0; $(BIN)/python benchmarks/paper_autoencoder.py run --data $(DATA) || status=$$?; done; exit $$status
 	@$(BIN)/python benchmarks/paper_autoencoder.py roofline --data $(DATA)
-	@$(BIN)/python benchmarks/paper_autoencoder.py report
+	@$(BIN)/python benchmarks/paper_autoencoder.py report --output benchmarks/results/paper_autoencoder.json
 
 bench: $(INSTALLED) ## run the benchmarks listed in BENCHMARKS
 	@for script in $(BENCHMARKS); do \

@@ -122,8 +122,9 @@ class SFNCommand(LightningCLI):
         except Exception as error:  # whatever unpickling makes of a file that is none
             path = self.config[self.config.subcommand].ckpt_path
             raise MisconfigurationException(
-                f"{path} is not a checkpoint that Lightning wrote ({type(error).__name__}): give one that "
-                "trainer.save_checkpoint or ModelCheckpoint made."
+                f"{path} is not a checkpoint that can be read: give one that trainer.save_checkpoint or "
+                "ModelCheckpoint made, with plain data in it. "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             ) from error
 
     @staticmethod

@@ -48,7 +48,8 @@ def _make(kind: str, **options: Any) -> Any:
 
 def _refuse(kind: str, **_: Any) -> Any:
     raise TypeError(
-        f"{kind} is for Trainers of pytorch_lightning, but this one is lightning.pytorch's: import Trainer from there."
+        f"{kind} is for Trainers of pytorch_lightning, but this one is lightning.pytorch's: "
+        "import Trainer from pytorch_lightning."
     )
 
 

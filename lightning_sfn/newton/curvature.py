@@ -35,9 +35,11 @@ class CurvatureOperator(ABC):
     Attributes:
         products: Number of matrix-vector products computed so far.
         inaccuracy: Error of a product beyond rounding, relative to the largest eigenvalue; 0 where products are exact.
+        is_hessian: Whether differences of the objective's gradients are products with it.
     """
 
     inaccuracy = 0.0
+    is_hessian = False
 
     def __init__(self, objective: Objective, parameters: FlatParameters | Iterable[Tensor]) -> None:
         self.objective = objective
@@ -190,6 +192,7 @@ class HessianOperator(GraphOperator[_GradientGraph]):
         tensor([10., -2.])
     """
 
+    is_hessian = True
     _batchable = True
     _room: Tensor | None = None  # memory for the next product
 

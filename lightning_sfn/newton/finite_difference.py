@@ -31,6 +31,8 @@ class FiniteDifferenceOperator(CurvatureOperator):
         ValueError: The step is not positive.
     """
 
+    is_hessian = True
+
     def __init__(
         self, objective: Objective, parameters: FlatParameters | Iterable[Tensor], *, step: float | None = None
     ) -> None:

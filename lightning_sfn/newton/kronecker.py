@@ -303,7 +303,8 @@ class KroneckerFactors(Preconditioner):
     def feedback(self, *, accepted: bool, store: BasisStore) -> None:
         """Allows a quarter where a shortened step was too long, and twice as much again after one that was taken.
 
-        More damping would not help: all steps along one direction that are too long are shortened to the same one.
+        More damping would not help hidden layers: all steps of theirs along one direction that are too long are
+        shortened to the same one.
         """
         if accepted:
             self._caution = min(1.0, 2 * self._caution)

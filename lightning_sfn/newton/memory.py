@@ -107,9 +107,12 @@ class StepMemory:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Takes over what `state_dict` gave, without gradient differences where this memory has none."""
         self.clear()
         newest = state["steps"][: self._steps.maxlen]
-        self._steps.extend(Direction(vector, product) for vector, product in newest)
+        self._steps.extend(self._own(*each) for each in newest)
         if "pending" in state:
-            self._pending = Direction(*state["pending"])
+            self._pending = self._own(*state["pending"])
+
+    def _own(self, vector: Tensor, product: Tensor | None) -> Direction:
+        return Direction(vector, product if self.has_secants else None)

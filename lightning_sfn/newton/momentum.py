@@ -55,6 +55,7 @@ class Glide:
         shrink: Factor on the radius, at most 1.
         reach: How many gradients a velocity remembers, as a share of the ``1 / (1 - momentum)`` that it may.
         steps: Momentum steps since the preconditioner was last asked to refresh itself.
+        spent: Gradients that the last look back at the best point has cost.
     """
 
     momentum: float
@@ -67,6 +68,7 @@ class Glide:
     shrink: float = 1.0
     reach: float = _FIRST_REACH
     steps: int = 0
+    spent: int = 0
 
     def copy(self) -> "Glide":
         """The same state apart: what is done with one is not seen in the other."""
@@ -86,6 +88,7 @@ class Glide:
         Raises:
             FloatingPointError: Loss or gradient is not finite, and there is no way back.
         """
+        self.spent = 0
         known = losses.known or gradient_of(losses.objective, parameters, far=self.best is not None)
         if self.unit is None:
             self.unit = abs(known[0]) or 1.0
@@ -139,6 +142,7 @@ class Glide:
         present = parameters.read()
         parameters.write(self.best[1])
         there = gradient_of(losses.objective, parameters)
+        self.spent = 1
         is_other = losses.same_function is None and not is_same_loss(there[0], self.best[0])
         if is_other and math.isfinite(loss):
             parameters.write(present)
@@ -192,7 +196,7 @@ class Glide:
         if self.velocity is None:
             self.rest, self.wandered = loss, 0.0
         new = self._next(clip(gradient, descent.max_grad_norm), descent)
-        self.velocity, taken = descent.within_bounds(new, straight=True)
+        self.velocity, taken = descent.within_bounds(new)
         self.shrink, self.reach = min(1.0, self.shrink * _LONGER), min(1.0, self.reach * _LONGER)
         self.steps = (self.steps + 1) % _RARER
         target = store.agreed_point(origin + taken)  # ranks with other rounding must not drift apart

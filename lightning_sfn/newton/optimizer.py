@@ -60,7 +60,8 @@ class SaddleFreeNewton(Optimizer):
 
     The step is ``-(|H| + damping)^-1 g`` in a subspace spanned by Lanczos vectors and remembered steps: along
     directions of positive curvature it is Newton's, along negative curvature it goes the same length the other way, so
-    saddle points repel it (Dauphin et al. 2014, Algorithm 1). A step that does not lower the loss is not taken.
+    saddle points repel it (Dauphin et al. 2014, Algorithm 1). A step that does not lower the loss is not taken, unless
+    ``heavy_ball`` allows momentum steps.
 
     Args:
         params: Parameters or parameter groups; groups may differ in ``lr``.
@@ -79,14 +80,16 @@ class SaddleFreeNewton(Optimizer):
         max_step_norm: Clips each inner step to this norm.
         previous_directions: How many past steps join the subspace.
         secant_steps: Most quasi-Newton steps that follow a subspace, in Kronecker-factored coordinates and as long as
-            they are worth their gradients; 0 for none (see `SecantSteps`). With ``heavy_ball`` there are none.
+            they are worth their gradients; 0 for none (see `SecantSteps`). There are none with ``heavy_ball``, with
+            another ``trust_region``, without remembered steps and their secants, or where their basis is sharded.
         heavy_ball: Largest momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with
             momentum in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
         preconditioner: ``"kronecker"`` (see `KroneckerFactors`), ``"diagonal"`` (equilibration), ``None``, or a
             `Preconditioner`. The default, ``"auto"``, is Kronecker factors where most parameters belong to layers that
             have them, else the diagonal, and none for the exact method (see `AutoPreconditioner`).
         secants: Whether past steps bring gradient differences as Hessian products (free; needs gradients of one and the
-            same function, as full-batch closures give). Otherwise each costs one product.
+            same function, as full-batch closures give). Otherwise each costs one product. With another ``curvature``
+            gradient differences are no products: past steps serve quasi-Newton steps alone then.
         exploration: Share of a random vector and of the last most negative Ritz vector in the start vector, so that a
             gradient orthogonal to the way out does not hide it. 0 starts from the gradient alone.
         hvp: ``"auto"`` keeps gradient graphs up to ``graph_bytes``; ``"retain"`` keeps all, ``"recompute"`` none;
@@ -168,7 +171,8 @@ class SaddleFreeNewton(Optimizer):
         self._processes, self._check_ranks = processes, check_ranks
         self._carried = Carried(StepMemory(previous_directions, secants=secants))
         self._glide = Glide(float(heavy_ball)) if heavy_ball > 0 else None
-        self._secants = SecantSteps(0 if heavy_ball > 0 else secant_steps)
+        follow = heavy_ball == 0 and self.trust_region.uses_negative_curvature
+        self._secants = SecantSteps(secant_steps if follow else 0)
         self.hvp: ProductMethod = hvp
         self._budget = GraphBudget(graph_bytes)
         self._generator = torch.Generator(self._parameters.device).manual_seed(require_seed(seed))
@@ -223,7 +227,9 @@ class SaddleFreeNewton(Optimizer):
         curvature_closure: Closure | None = None,
         trial_closure: Closure | None = None,
     ) -> Any:
-        """Takes one outer step: a new subspace, and up to ``inner_steps`` steps in it.
+        """Takes one outer step: a new subspace, up to ``inner_steps`` steps in it, and quasi-Newton steps after them.
+
+        With ``heavy_ball`` it may be a momentum step instead.
 
         Args:
             closure: Returns the loss with its graph. It is called several times and must give the same value at the
@@ -296,11 +302,12 @@ class SaddleFreeNewton(Optimizer):
         waiting, glide = self._carried.unconfirmed, None if self._glide is None else self._glide.copy()
         try:
             with torch.no_grad():
-                losses, taken_back = self._confirmed(parameters, losses)
+                losses, taken_back, spent = self._confirmed(parameters, losses)
                 if self._glide is not None:
                     losses = self._glide.settle(parameters, losses, self._carried)
                 record = self._with_what_memory_allows(parameters, losses, parameters.read())
-                moved, gradients = float(norm(parameters.read() - origin)), record.gradients + taken_back
+                spent += 0 if self._glide is None else self._glide.spent
+                moved, gradients = float(norm(parameters.read() - origin)), record.gradients + spent
                 self.last_step = replace(record, step_norm=moved, taken_back=taken_back, gradients=gradients)
             if self._check_ranks:
                 self._require_same_model(parameters)
@@ -314,25 +321,29 @@ class SaddleFreeNewton(Optimizer):
                 self._processes.release()
         return self.last_step
 
-    def _confirmed(self, parameters: FlatParameters, losses: Losses) -> tuple[Losses, bool]:
-        """Takes the last step back if the objective, seen for the first time after it, refutes it; whether it did."""
+    def _confirmed(self, parameters: FlatParameters, losses: Losses) -> tuple[Losses, bool, int]:
+        """Takes the last step back if the objective, seen for the first time after it, refutes it.
+
+        Returns:
+            What the next step knows, whether the last one was taken back, and gradients spent in vain.
+        """
         carried, objective, known = self._carried, losses.objective, losses.known
         waiting, carried.unconfirmed = carried.unconfirmed, None
         if waiting is None:
-            return losses, False
+            return losses, False, 0
         if known is None and losses.curvature is objective and self._glide is None:
             loss = objective.value()  # the gradient will come with the graphs of the products
         else:
             known = known or gradient_of(objective, parameters, far=True)
             loss = known[0] if bool(torch.isfinite(known[1]).all()) else math.inf
         if not waiting.take_back(parameters, objective, loss, losses.same_function):
-            return replace(losses, known=known), False
+            return replace(losses, known=known), False, 0
         store = self._store()
         carried.memory.refute(store.local(known[1]) if known is not None and math.isfinite(loss) else None)
         if self.trust_region.damped:
             self.damping.feedback(accepted=False, reduction_ratio=0.0)
         self.preconditioner.feedback(accepted=False, store=store)
-        return replace(losses, known=gradient_of(objective, parameters)), True
+        return replace(losses, known=gradient_of(objective, parameters)), True, int(known is not None)
 
     def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses, start: Tensor) -> StepRecord:
         while True:
@@ -420,6 +431,7 @@ class SaddleFreeNewton(Optimizer):
             learning_rates=parameters.learning_rates(self.param_groups),
             max_grad_norm=self.max_grad_norm,
             max_step_norm=self.max_step_norm,
+            straight=self._glide is not None,
         )
 
     # ------------------------------------------------------------------------------------------------ processes
@@ -534,6 +546,8 @@ class SaddleFreeNewton(Optimizer):
         self.damping.load_state_dict(newton["damping"])
         self.preconditioner.load_state_dict(moved_to(*own_kind, newton["preconditioner"]))
         self._carried.load_state_dict(newton, self._store())
+        self._glide = None if self._glide is None else Glide(self._glide.momentum)  # the state may have none
+        self._secants = SecantSteps(self._secants.most)
         if newton.get("secants") is not None:
             self._secants.load_state_dict(newton["secants"])
         if self._glide is not None and newton.get("glide") is not None:

@@ -78,6 +78,8 @@ class Descent:
         learning_rates: A number, or a vector of shape ``(n,)`` where parameter groups differ.
         max_grad_norm: Bound on the norm of each gradient.
         max_step_norm: Bound on the norm of each inner step.
+        straight: Whether steps that the preconditioner shortens keep their direction, so that last layers are held back
+            with the others: where a velocity is made of them.
     """
 
     krylov_dim: int | Literal["full"] | None
@@ -88,6 +90,7 @@ class Descent:
     learning_rates: float | Tensor
     max_grad_norm: float | None
     max_step_norm: float | None
+    straight: bool = False
 
     def dimension(self, carried: Carried, size: int) -> int | None:
         """Number of Lanczos vectors of the next subspace.
@@ -99,18 +102,17 @@ class Descent:
             return None
         return self.krylov_dim or min(self.preconditioner.default_krylov_dim(carried.bent), size)
 
-    def within_bounds(self, step: Tensor, *, straight: bool = False) -> tuple[Tensor, Tensor]:
+    def within_bounds(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """A step that is shortened to its bounds, and the change of the parameters that it makes.
 
         The bounds are those of the change, as in subspace steps: learning rates come before them.
 
         Args:
             step: Shape ``(n,)``, before learning rates.
-            straight: Whether it keeps its direction, so that last layers are held back with the others.
         """
         change = step * self.learning_rates
         share = self.preconditioner.shares(change.unsqueeze(0))[0]
-        share = share.amin() if straight else share
+        share = share.amin() if self.straight else share
         if self.max_step_norm is not None:
             length = float(norm(change * share))
             share = share * (self.max_step_norm / length) if length > self.max_step_norm else share
@@ -160,7 +162,13 @@ class Descent:
                 "and square roots at zero in the model."
             )
         return SubspaceModel(
-            space, self.preconditioner, self.rule, self.learning_rates, self.max_step_norm, self.max_grad_norm
+            space,
+            self.preconditioner,
+            self.rule,
+            self.learning_rates,
+            self.max_step_norm,
+            self.max_grad_norm,
+            self.straight,
         )
 
 
@@ -212,13 +220,14 @@ class Search:
                 if not (finite and loss < before.loss_after):
                     # The trial data promised a decrease that the objective does not show: take the step back.
                     parameters.write(origin)
-                    carried.memory.refute(store.local(gradient) if finite else None)
-                    if model.rule.damped:
-                        self.damping.feedback(accepted=False, reduction_ratio=0.0)
+                    self._learn_refuted(model, gradient if finite else None, carried, store)
                     return spent
                 carried.memory.complete(store.local(gradient))
-                trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
                 record = replace(record, gradients=spent.gradients, loss_after=loss)
+                try:
+                    trial = TrialLoss.at(trial.objective, objective, parameters, loss, gradient)
+                except FloatingPointError:  # of the trial data alone: the steps so far stay
+                    break
                 before, origin = record, parameters.read()
             record, step = take_inner_step(
                 model, gradient, parameters=parameters, trial=trial, damping=self.damping, record=record
@@ -232,6 +241,15 @@ class Search:
             if trial.objective is not objective:
                 carried.unconfirmed = Unconfirmed.after(origin, before.loss_after, parameters)
         return record
+
+    def _learn_refuted(
+        self, model: SubspaceModel, gradient: Tensor | None, carried: Carried, store: BasisStore
+    ) -> None:
+        """What a step that the objective refutes has shown, with the gradient after it if it is finite."""
+        carried.memory.refute(None if gradient is None else store.local(gradient))
+        if model.rule.damped:
+            self.damping.feedback(accepted=False, reduction_ratio=0.0)
+        model.preconditioner.feedback(accepted=False, store=store)
 
 
 def take_outer_step(

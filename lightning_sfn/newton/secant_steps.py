@@ -27,7 +27,7 @@ from lightning_sfn.newton.step import StepRecord, clip
 
 __all__ = ["SecantSteps", "quasi_newton_direction"]
 
-_FIRST_RADIUS = 0.1  # longest step in the preconditioner's coordinates, in square roots of the loss
+_FIRST_RADIUS = 0.1  # longest step in the metric that it is made with, in square roots of the loss
 _LONGEST_RADIUS = 2.0
 _SHORTER, _LONGER = 0.5, 1.2  # factors on the radius after a step taken back, and after one that met it
 _BENT = 0.3  # negative curvature of a subspace, in largest positive ones, from which there are no such steps
@@ -43,7 +43,7 @@ class SecantSteps:
 
     Attributes:
         most: Most steps after a subspace.
-        radius: Longest step in the preconditioner's coordinates, in square roots of the loss.
+        radius: Longest step, ``sqrt(g' B g)``, in square roots of the loss.
         pause: After how many subspaces they are tried again, where they have not paid; longer each time.
         waiting: How many of those are left.
     """
@@ -96,7 +96,8 @@ class SecantSteps:
             return record
         loss, gradient = gradient_of(losses.objective, parameters, far=True)
         record = replace(record, gradients=record.gradients + 1, secant_gradients=1)
-        if not (loss < record.loss_before and bool(torch.isfinite(gradient).all())):
+        before = record.loss_before if carried.unconfirmed is None else carried.unconfirmed.loss
+        if not (loss < before and bool(torch.isfinite(gradient).all())):
             return record
         carried.unconfirmed = None
         carried.memory.complete(gradient)

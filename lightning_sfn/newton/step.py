@@ -162,6 +162,7 @@ class SubspaceModel:
         learning_rates: A number, or a vector of shape ``(n,)`` where parameter groups differ.
         max_step_norm: Bound on the norm of each inner step, in parameter units.
         max_grad_norm: Bound on the norm of each gradient.
+        straight: Whether steps that the preconditioner shortens keep their direction.
     """
 
     space: KrylovSubspace
@@ -170,6 +171,7 @@ class SubspaceModel:
     learning_rates: float | Tensor
     max_step_norm: float | None
     max_grad_norm: float | None = None
+    straight: bool = False
 
     @property
     def moves(self) -> bool:
@@ -254,13 +256,15 @@ class SubspaceModel:
         along = self._along(coordinates, dampings)
         steps = self.in_parameters(self.space.lift(along)) * self.learning_rates
         shares = self.preconditioner.shares(steps)
+        shares = shares.amin(1, keepdim=True) if self.straight else shares
         steps = steps * shares
         shrink = torch.ones(len(dampings), dtype=torch.float64, device="cpu")
         if self.max_step_norm is not None:
             lengths = torch.stack([norm(step) for step in steps]).cpu()
             shrink = (self.max_step_norm / lengths).clamp_max(1.0)
             steps = steps * shrink.to(steps).unsqueeze(1)
-        if isinstance(self.learning_rates, float) and shares.shape[1] == 1:
+        store = self.space.store  # a shared out basis: all processes project, whatever their rounding says of shares
+        if isinstance(self.learning_rates, float) and shares.shape[1] == 1 and not store.is_shared_out:
             shrink = shrink * self.learning_rates * shares[:, 0].double().cpu()
         else:  # parts differ: the steps leave the subspace's own scaling, so look at where they lie in it
             along = torch.stack([self.space.coordinates(self.preconditioner.unscale(step)) for step in steps])
@@ -329,7 +333,9 @@ def build_subspace(
         length = norm(start).to(start.dtype)
         start = start / length if float(length) > 0 else start
         start = start if seed is None else start + seed
-        directions = _in_coordinates(memory.directions, preconditioner.on_parts(store, len(gradient)))
+        # Differences of gradients are products with the Hessian, and with no other curvature.
+        known = memory.directions if operator.is_hessian or not memory.has_secants else ()
+        directions = _in_coordinates(known, preconditioner.on_parts(store, len(gradient)))
         space = lanczos(matvec, start, krylov_dim, generator=generator, directions=directions, store=store)
         everywhere = store.anywhere(reached)
         space = space if bool(everywhere.all()) else replace(space, reached=everywhere)

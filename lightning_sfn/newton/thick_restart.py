@@ -91,7 +91,7 @@ def extreme_ritz_values(
         krylov_dim: Most vectors that the basis may hold; at most n are used. A basis with no room for one vector more
             than the eigenvalues asked for is not restarted.
         ends: The eigenvalues asked for, and their tolerance.
-        max_products: Most products that may be spent, beyond those of the first basis.
+        max_products: Most products that may be spent; those of the first basis count, and are spent in any case.
         generator: Source of random vectors, on the start vector's device.
 
     Returns:

@@ -30,7 +30,7 @@ class NewtonTrial:
 
 
 def try_newton_step(objective: Objective, parameters: FlatParameters) -> NewtonTrial:
-    """Takes one SFN step with the defaults of `SaddleFreeNewton` and undoes it.
+    """Takes one SFN step with the defaults of `SaddleFreeNewton`, less quasi-Newton steps, and undoes it.
 
     Args:
         objective: What the step and its trial losses see.

@@ -32,6 +32,8 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerRule = Literal["rest", "step"]
 """What schedulers of the first optimizer do while Newton's trains: rest, or go on stepping the resting optimizer."""
 
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+
 _FIRST_RATES: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
 """Of each optimizer, the learning rates of its groups when the fit started."""
 
@@ -87,11 +89,7 @@ class Handover:
             What became of the schedulers, as a sentence to append; empty if there are none.
         """
         strategy = self._trainer.strategy
-        known = {id(p) for group in self.base.param_groups for p in group["params"]}
-        for group in strategy.optimizers[0].param_groups:  # a finetuning callback may have freed layers meanwhile
-            added = [p for p in group["params"] if id(p) not in known]
-            if added:
-                self.base.add_param_group({"params": added})
+        self._take_over_groups()
         if reset:
             self.base.state.clear()
         resting = {id(config) for config in self._resting}
@@ -107,8 +105,17 @@ class Handover:
     def store(self, checkpoint: dict[str, Any]) -> None:
         """Writes the first optimizer and its schedulers into Lightning's places, where any Trainer finds them."""
         if "optimizer_states" in checkpoint:
+            self._take_over_groups()
             checkpoint["optimizer_states"] = [self.base.state_dict()]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._configs]
+
+    def _take_over_groups(self) -> None:
+        """Gives the first optimizer the layers that a finetuning callback has freed meanwhile."""
+        known = {id(p) for group in self.base.param_groups for p in group["params"]}
+        for group in self._trainer.strategy.optimizers[0].param_groups:
+            added = [p for p in group["params"] if id(p) not in known]
+            if added:
+                self.base.add_param_group({"params": added})
 
 
 def make_newton(make: OptimizerFactory, base: Optimizer, who: str) -> SaddleFreeNewton:
@@ -210,11 +217,12 @@ def _rate_of(group: dict[str, Any]) -> float:
 def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:
     """Pairs of parameters and weight decay that is part of the objective, by parameter group.
 
-    AdamW's is not: it shrinks weights beside the gradient step.
+    That of AdamW, Adafactor and Muon is not: it shrinks weights beside the gradient step. Of other classes that do so,
+    groups with ``decoupled_weight_decay`` are known.
     """
 
     def decay(group: dict[str, Any]) -> float:
-        decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
+        decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, _DECOUPLED)
         return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
 
     return [(group["params"], decay(group)) for group in optimizer.param_groups]

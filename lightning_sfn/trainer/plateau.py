@@ -203,8 +203,10 @@ class PlateauWatch(EarlyStopping):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Takes over what `state_dict` gave; options are those of this object."""
+        patience = self.patience
         super().load_state_dict(state_dict)
+        self.patience = patience  # which `EarlyStopping` counts as state
         self._cooling, self._checked_at = state_dict["cooling"], state_dict["checked_at"]
         total, count = state_dict["since_check"]
         self._since_check = (total, count)

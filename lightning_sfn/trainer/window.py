@@ -88,6 +88,8 @@ class WindowedNewton:
         self._recorder = StepRecorder(trainer, module.device)
         self._window = Batches()
         self._held: Batches | None = None
+        self._joined_late = trainer.fit_loop.epoch_loop.batch_idx > 0  # the epoch's first batches were not seen
+        self._unfinished = 0  # batches of the step that is being taken
         self._isolation: Isolation | None = None
         self.steps_taken = 0
         self.batch_gradients = 0
@@ -134,7 +136,7 @@ class WindowedNewton:
         """Collects the batches of a step that another optimizer took.
 
         Returns:
-            The mean loss of the window, where this step completed it.
+            The mean loss of the window, where this step completed it, and it was a whole one.
         """
         recorded = [step for step in self._recorder.take() if step.loss is not None]
         if recorded:
@@ -142,7 +144,7 @@ class WindowedNewton:
         if not self._window.steps or not self._complete():
             return None
         window, self._window = self._window, Batches()
-        return self._objective(window, range(len(window.steps)))
+        return self._objective(window, range(len(window.steps))) if self._is_whole(window) else None
 
     def note_backward(self) -> None:
         """Keeps the gradient that `backward` has just made, to see once whether hooks change it."""
@@ -160,9 +162,11 @@ class WindowedNewton:
         window, self._window = self._window, Batches()
         if not window.steps:
             return
-        if self._budgets.hold:
+        if self._is_whole(window) and self._budgets.hold:
             self._held = window
+        self._unfinished = len(window.steps)
         self._newton_step(window, self._loss_and_gradient(window))
+        self._unfinished = 0
 
     def detach(self, *, keep: bool = False) -> None:
         """Gives Lightning's `training_step` and the optimizer's `step` back, and the memory that held the window.
@@ -263,6 +267,12 @@ class WindowedNewton:
         budget = self._budgets.gradient_batches
         return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
 
+    def _is_whole(self, window: Batches) -> bool:
+        """Whether a window that is complete holds what it shall: the first one may begin inside an epoch."""
+        budget, late = self._budgets.gradient_batches, self._joined_late
+        self._joined_late = late and not self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return not late or (budget != "epoch" and len(window.steps) >= budget)
+
     def _newton_step(self, window: Batches, known: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
         self._adapt(None if known is None else known[0])
@@ -292,7 +302,7 @@ class WindowedNewton:
         self._note_rejection(record)
         own_gradients = record.gradients - (known is not None)
         self.batch_gradients += own_gradients * len(window.steps)
-        beside_trials = record.gradients - record.secant_gradients  # see TrialLoss
+        beside_trials = record.gradients - record.secant_gradients if record.kind == "subspace" else 0  # see TrialLoss
         self.batch_gradients += 0 if on_all else beside_trials * len(trial)
         self._on_step(record)
 
@@ -370,8 +380,9 @@ class WindowedNewton:
     def state_dict(self) -> dict[str, Any]:
         """What decides about later windows, with the batches of a half-filled and of a held one.
 
-        A batch of a custom class is not stored, and nor are the batches of several processes, of which a checkpoint
-        holds only the first one's; ``"window"`` and ``"held"`` are then ``None``.
+        A batch of a custom class is not stored, nor are the batches of several processes, of which a checkpoint holds
+        only the first one's, nor those of a step that an exception has ended; ``"window"`` and ``"held"`` are then
+        ``None``.
         """
         alone = self._trainer.world_size == 1
         return {
@@ -381,8 +392,9 @@ class WindowedNewton:
             "replays_all": self._replays_all,
             "last_step": self._last_step,
             "holds": self._held is not None,
-            "waiting": len(self._window.steps),
-            "window": self._window.state_dict() if alone else None,
+            "joined_late": self._joined_late,
+            "waiting": len(self._window.steps) + self._unfinished,
+            "window": self._window.state_dict() if alone and not self._unfinished else None,
             "held": self._held.state_dict() if alone and self._held is not None else None,
         }
 
@@ -398,11 +410,13 @@ class WindowedNewton:
         if held is not None:
             self._held = Batches.from_state(held, self._module.device)
         missing = state["waiting"] if window is None else 0
+        self._joined_late = bool(missing) or state.get("joined_late", False)
         if missing or (state["holds"] and held is None):
             rank_zero_warn(
                 "The checkpoint was written while batches waited for a Newton step, and it could not hold them "
-                "(batches of a custom class, or several processes): they are collected anew, so this run is not the "
-                "uninterrupted one bit for bit. Save at the end of epochs, and without hold=True, to avoid this."
+                "(batches of a custom class, several processes, or a step that was cut short): they are collected "
+                "anew, so this run is not the uninterrupted one bit for bit. Save at the end of epochs, and without "
+                "hold=True, to avoid this."
             )
 
     # ------------------------------------------------------------------------------------------------ objectives

@@ -87,6 +87,8 @@ def test_what_a_refuted_step_has_shown_is_remembered(shared: bool) -> None:
         optimizer.step(steep.objective, trial_closure=steep.trial)
     else:
         steep.step(optimizer, parts=steep.trial)
+    assert optimizer.last_step is not None
+    assert (optimizer.last_step.taken_back, optimizer.last_step.gradients) == (True, 1 if shared else 2)
     found = [(float(d.vector), float(d.product)) for d in optimizer.memory.directions if d.product is not None]
     assert found == ([] if shared else [(pytest.approx(-10.0), pytest.approx(-100.0))])
 
@@ -274,7 +276,7 @@ def test_ranks_take_a_step_back_together(sharded: bool) -> None:
     assert results == [(pytest.approx(0.0, abs=1e-12), True)] * 2
 
 
-@pytest.mark.parametrize(("options", "seed"), [({}, 10), ({"damping": "grid"}, 19)], ids=str)
+@pytest.mark.parametrize(("options", "seed"), [({}, 10), ({"damping": "grid"}, 15)], ids=str)
 def test_a_step_that_takes_back_is_the_same_after_the_state_was_saved(options: dict[str, Any], seed: int) -> None:
     """Bit for bit, after each of fourteen steps on parts of a few cases."""
     torch.manual_seed(seed)

@@ -137,3 +137,15 @@ def test_a_memory_of_one_step_keeps_the_last() -> None:
         memory.record(vector(value), vector(0))
         memory.complete(vector(value))
     assert contents(memory) == [(2, 2)]
+
+
+def test_gradient_differences_are_not_loaded_where_there_are_to_be_none() -> None:
+    one, two = torch.ones(2), torch.full((2,), 2.0)
+    memory, other = StepMemory(3, secants=True), StepMemory(3, secants=False)
+    memory.record(one, two)
+    memory.complete(3 * one)
+    memory.record(two, one)
+    other.load_state_dict(memory.state_dict())
+    other.abandon()  # the next gradient is another function's
+    other.complete(7 * one)
+    assert [(d.vector.tolist(), d.product) for d in other.directions] == [([2.0, 2.0], None), ([1.0, 1.0], None)]

@@ -140,6 +140,23 @@ def test_both_kinds_lower_the_loss_of_a_network() -> None:
     assert float(F.cross_entropy(model(x), y).detach()) < 0.5 * before
 
 
+@pytest.mark.parametrize("heavy_ball", [0.0, 0.95])
+def test_with_momentum_all_steps_keep_their_direction(heavy_ball: float) -> None:
+    optimizer = SaddleFreeNewton(network()[0].parameters(), heavy_ball=heavy_ball)
+    assert optimizer._descent(optimizer._parameters).straight == (heavy_ball > 0)
+
+
+def test_a_state_without_momentum_leaves_none_of_before() -> None:
+    """Else the next step could go back to the best point of before the load."""
+    model, x, y = network()
+    optimizer = optimizer_for(model)
+    assert "momentum" in kinds_of(optimizer, lambda: F.cross_entropy(model(x), y), 20)
+    plain = SaddleFreeNewton(model.parameters(), preconditioner=KroneckerFactors(model))
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer._glide is not None
+    assert (optimizer._glide.momentum, optimizer._glide.best, optimizer._glide.velocity) == (0.95, None, None)
+
+
 def test_a_step_stays_within_the_radius() -> None:
     """With lr = 1 and a bound, no step is longer than it."""
     model, x, y = network()
@@ -498,7 +515,7 @@ def test_what_holds_one_layer_back_holds_all_back() -> None:
     """Were its direction another one after each step, a velocity would be none."""
     half, uneven = Doubling(0.5), Doubling(0.5)
     uneven.shares = lambda steps: torch.tensor([[1.0, 0.5, 1.0]], dtype=D)  # type: ignore[method-assign]
-    one, other = (Stage(under_way(), preconditioner=each) for each in (half, uneven))
+    one, other = (Stage(under_way(), preconditioner=each, straight=True) for each in (half, uneven))
     one.step()
     other.step()
     assert bool(one.moved.any())

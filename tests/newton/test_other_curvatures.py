@@ -8,17 +8,22 @@ from torch.distributions import Bernoulli, Categorical, Gamma, Independent, Norm
 
 from lightning_sfn.newton import (
     FisherOperator,
+    GaussNewtonOperator,
     GradientCovarianceOperator,
     HessianOperator,
+    IdentityPreconditioner,
     Objective,
     ObjectiveError,
     SaddleFreeNewton,
 )
 from lightning_sfn.newton.dense import dense_matrix
 from lightning_sfn.newton.graphs import GraphBudget
+from lightning_sfn.newton.memory import StepMemory
+from lightning_sfn.newton.step import build_subspace
 
 from .cases import assert_close, make, reference
 
+D = torch.float64
 CASES, CLASSES = 6, 3
 
 
@@ -225,3 +230,30 @@ def test_what_does_not_vectorise_is_done_one_by_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(operator, "_batched", refuse)
     vectors = torch.randn(3, operator.parameters.size, dtype=torch.float64)
     assert_close(operator.matmat(vectors), vectors @ reference("mlp").hessian, 1e-10)
+
+
+@pytest.mark.parametrize("secants", [False, True])
+def test_gradient_differences_are_no_products_of_another_matrix(secants: bool) -> None:
+    """Of a loss whose Hessian has the eigenvalues 9 and -7; that of Gauss-Newton has 0 and 2."""
+    x = torch.ones(2, dtype=D, requires_grad=True)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        output = x[0] * x[1]
+        return (output - 10) ** 2 / 2, output
+
+    operator = GaussNewtonOperator(Objective([closure]), [x])
+    hessian = torch.tensor([[1.0, -8.0], [-8.0, 1.0]], dtype=D)
+    memory, step = StepMemory(1, secants=secants), torch.tensor([1.0, 0.9], dtype=D)
+    memory.record(step, torch.zeros(2, dtype=D))
+    memory.complete(hessian @ step)
+    space = build_subspace(
+        operator,
+        torch.full((2,), -9.0, dtype=D),
+        krylov_dim=1,
+        preconditioner=IdentityPreconditioner(),
+        memory=memory,
+        seed=None,
+        generator=torch.Generator(),
+    )
+    expected = [2.0] if secants else [0.0, 2.0]  # without secants a step joins by a product
+    torch.testing.assert_close(space.eigenvalues, torch.tensor(expected, dtype=D), rtol=0, atol=1e-12)

@@ -284,6 +284,8 @@ def test_a_model_is_made_of_what_the_descent_holds() -> None:
     assert (model.preconditioner, model.rule, model.learning_rates) == (uneven, RULES["newton"], 0.5)
     assert (model.max_step_norm, model.max_grad_norm) == (3.0, None)
     assert uneven.refreshed == [(operator, generator)]
+    assert not model.straight
+    assert replace(ours, straight=True).model(operator, leaf().detach(), carried(), store).straight
 
 
 class Sparing(IdentityPreconditioner):
@@ -300,8 +302,8 @@ def test_a_step_within_bounds_keeps_its_direction_where_it_shall(straight: bool,
     share = torch.tensor([0.5 if straight else 1.0, 0.5, 0.5], dtype=torch.float64)
     length = float((step * rates * share).norm())
     share = share if bound is None else share * min(1.0, bound / length)
-    ours = descent(preconditioner=Sparing(), learning_rates=rates, max_step_norm=bound)
-    shortened, change = ours.within_bounds(step, straight=straight)
+    ours = descent(preconditioner=Sparing(), learning_rates=rates, max_step_norm=bound, straight=straight)
+    shortened, change = ours.within_bounds(step)
     torch.testing.assert_close(shortened, step * share)
     torch.testing.assert_close(change, step * rates * share)
 
@@ -461,14 +463,25 @@ def test_a_later_step_whose_loss_is_higher_is_taken_back() -> None:
     assert damping.heard[-1] == (False, 0.0)
 
 
+class Told(IdentityPreconditioner):
+    """Notes what became of steps."""
+
+    def __init__(self) -> None:
+        self.told: list[bool] = []
+
+    def feedback(self, *, accepted: bool, store: BasisStore) -> None:
+        self.told.append(accepted)
+
+
 def test_a_first_step_whose_loss_is_higher_is_taken_back_bit_for_bit() -> None:
     """Curvature and trials see a tenth of it, so that the step is far too long."""
     x, state, start = leaf(), carried(), bits([leaf()])
     flat = Objective([quadratic(MATRIX / 10)(x)])
     losses = replace(same(Objective([quadratic(MATRIX)(x)])), curvature=flat, trial=flat)
-    damping = Listening(1e-9)
-    record = take(x, losses, descent(), Search(damping, 2), state)
+    damping, told = Listening(1e-9), Told()
+    record = take(x, losses, descent(preconditioner=told), Search(damping, 2), state)
     assert bits([x]) == start
+    assert told.told == [True, False]
     assert (record.inner_steps, record.gradients, record.trials, record.accepted) == (0, 2, 1, False)
     assert record.loss_after == record.loss_before == pytest.approx(value(leaf().detach()))
     assert (record.predicted_decrease, record.damping) == (0.0, 1e-9)
@@ -500,6 +513,21 @@ def test_a_step_to_a_gradient_that_is_not_finite_is_taken_back_and_forgotten() -
     assert bits([x]) == start
     assert not record.accepted
     assert len(state.memory) == 0
+
+
+def test_a_trial_gradient_that_is_not_finite_ends_the_steps_and_takes_none_back() -> None:
+    x, start, state = leaf(), bits([leaf()]), carried()
+
+    def trial() -> Tensor:  # nothing, with the slope of a root at 0
+        return quadratic(MATRIX)(x)() + (0.0 if bits([x]) == start else (x - x.detach()).sqrt().sum())
+
+    losses = replace(same(Objective([quadratic(MATRIX)(x)])), trial=Objective([trial]))
+    record = take(x, losses, descent(), Search(FixedDamping(2.0), 2), state)
+    assert (record.inner_steps, record.accepted) == (1, True)
+    assert record.loss_after == pytest.approx(value(x.detach()))
+    assert record.loss_after < record.loss_before
+    assert len(state.memory) == 1
+    assert state.unconfirmed is None
 
 
 def test_a_first_step_that_trials_refuse_empties_the_memory_and_asks_whether_the_loss_is_fixed() -> None:

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from lightning_sfn import SaddleFreeNewton
 from lightning_sfn.newton import FlatParameters, IdentityPreconditioner, KroneckerFactors, Objective
 from lightning_sfn.newton.basis import BasisStore
 from lightning_sfn.newton.carried import Carried
+from lightning_sfn.newton.confirmation import Unconfirmed
 from lightning_sfn.newton.krylov import Direction
 from lightning_sfn.newton.memory import StepMemory
 from lightning_sfn.newton.outer_step import Losses
@@ -187,12 +187,16 @@ def test_where_they_do_not_pay_they_wait_longer_each_time() -> None:
     assert (steps.pause, steps.waiting) == (0, 0)
 
 
-def test_a_subspace_step_that_raised_the_loss_is_left_to_be_taken_back() -> None:
+@pytest.mark.parametrize("inner", [1, 2])
+def test_a_subspace_step_that_raised_the_loss_is_left_to_be_taken_back(inner: int) -> None:
+    """From what it was where that inner step began, which may be less than where the first one did."""
     x = torch.ones(3, dtype=D, requires_grad=True)
     carried = Carried(StepMemory(10, secants=True), bend=0.0)
-    waiting = carried.unconfirmed = mock.sentinel.waiting
-    record, seen = follow(x, SecantSteps(12), carried, replace(RECORD, loss_before=1.0, loss_after=0.5))
-    assert record == replace(RECORD, loss_before=1.0, loss_after=0.5, gradients=1, secant_gradients=1)
+    begun = 20.0 if inner == 2 else 1.0
+    waiting = carried.unconfirmed = Unconfirmed(torch.zeros(3, dtype=D), begun, float(x.detach().norm()))
+    subspace = replace(RECORD, loss_before=100.0 if inner == 2 else 1.0, loss_after=0.5)
+    record, seen = follow(x, SecantSteps(12), carried, subspace)
+    assert record == replace(subspace, gradients=1, secant_gradients=1)
     assert len(seen) == 1
     assert x.tolist() == [1.0, 1.0, 1.0]
     assert carried.unconfirmed is waiting
@@ -272,6 +276,19 @@ def test_what_a_hook_holds_stays_where_it_is(heavy_ball: float) -> None:
     moved = (weight.detach() - before).abs().amax(1)
     assert moved[0] == 0
     assert bool((moved[1:] > 0).all())
+
+
+@pytest.mark.parametrize("rule", ["saddle_free", "newton", "damped_newton", "truncated_newton", "gradient"])
+def test_only_saddle_free_steps_are_followed(rule: str) -> None:
+    """What shows where another trust region leads must lead there itself."""
+    model, x, y = network()
+    optimizer = SaddleFreeNewton(model.parameters(), lr=0.1 if rule == "gradient" else 1.0, trust_region=rule)
+    taken = 0
+    for _ in range(6):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        assert optimizer.last_step is not None
+        taken += optimizer.last_step.secant_steps
+    assert (taken > 0) == (rule == "saddle_free")
 
 
 def test_the_papers_method_has_none() -> None:

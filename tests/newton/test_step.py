@@ -548,16 +548,19 @@ class Halving(IdentityPreconditioner):
 )
 @pytest.mark.parametrize("bound", [None, 0.1, 100.0])
 @pytest.mark.parametrize("rates", [1.0, 0.5, torch.tensor([1.0, 0.25], dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("straight", [False, True])
 def test_steps_are_shortened_and_predictions_with_them(
-    shares: tuple[float | tuple[float, float], ...], bound: float | None, rates: float | Tensor
+    shares: tuple[float | tuple[float, float], ...], bound: float | None, rates: float | Tensor, straight: bool
 ) -> None:
     """By what the preconditioner allows or the bound; the prediction is the decrease of the quadratic at the step."""
     hessian = torch.tensor([1.0, 3.0], dtype=torch.float64)  # of the parameters; a fourth of it in coordinates
     gradient = torch.tensor([0.75, 1.6], dtype=torch.float64)
-    model = diagonal_model(0.25, 0.75, preconditioner=Halving(*shares), learning_rates=rates, max_step_norm=bound)
+    limits = {"learning_rates": rates, "max_step_norm": bound, "straight": straight}
+    model = diagonal_model(0.25, 0.75, preconditioner=Halving(*shares), **limits)
     steps, predicted = model.steps(model.coordinates(gradient, 1.0, 1.0), [0.1, 0.3])
     for step, promise, share, damping in zip(steps, predicted, shares, [0.1, 0.3], strict=True):
-        expected = -gradient / (hessian + 4 * damping) * rates * torch.tensor(share)
+        allowed = torch.tensor(share).amin() if straight else torch.tensor(share)
+        expected = -gradient / (hessian + 4 * damping) * rates * allowed
         expected = expected * min(1.0, math.inf if bound is None else bound / float(expected.norm()))
         torch.testing.assert_close(step, expected, rtol=1e-12, atol=0)
         decrease = -(gradient @ expected + expected @ (hessian * expected) / 2)

@@ -475,6 +475,21 @@ def test_beside_backbone_finetuning() -> None:
     assert not torch.equal(module.backbone.weight, before)
 
 
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+@pytest.mark.filterwarnings("ignore:SwitchToSFN ignores the learning rate")
+@pytest.mark.parametrize("resumes_with_it", [True, False])
+def test_a_checkpoint_beside_backbone_finetuning_resumes(resumes_with_it: bool) -> None:
+    """Also in a Trainer without the switch: the first optimizer has the freed layers as well."""
+    free = {"unfreeze_backbone_at_epoch": 3, "lambda_func": lambda epoch: 1.0, "initial_denom_lr": 1.0}
+    saving = ModelCheckpoint("kept", filename="last", save_on_train_epoch_end=True)
+    run(ValidatedBackbone(), None, BackboneFinetuning(**free), saving, enable_checkpointing=True)
+    switch = [SwitchToSFN(switch_at_epoch=SWITCH, probe_dim=0)] if resumes_with_it else []
+    trainer = make_trainer(EPOCHS + 2, callbacks=[*switch, BackboneFinetuning(**free)])
+    trainer.fit(ValidatedBackbone(), regression_loader(), ckpt_path="kept/last.ckpt")
+    assert trainer.current_epoch == EPOCHS + 2
+    assert [len(group["params"]) > 0 for group in trainer.optimizers[0].param_groups] == [True, True]
+
+
 def test_two_trainers_in_one_process() -> None:
     """One inside the other's epoch end: nothing that either changes is the other's."""
 

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
 
@@ -330,6 +332,22 @@ def test_sigterm_in_a_replay_ends_the_step_first() -> None:
     assert torch.equal(keeping.at_exception[0], whole.ends[SWITCH + 1][0])
 
 
+def test_a_checkpoint_of_an_interrupted_newton_step_says_what_it_lacks() -> None:
+    class Interrupted(SaddleFreeNewton):
+        def step_on(self, *given: Any, **options: Any) -> Any:
+            raise KeyboardInterrupt
+
+    saving = ModelCheckpoint("kept", filename="last", save_on_exception=True)
+    callback = switch(optimizer=Interrupted)
+    trainer = make_trainer(9, callbacks=[callback, saving], enable_checkpointing=True)
+    with pytest.raises(SystemExit):
+        trainer.fit(Fitting(), regression_loader())
+    (path,) = Path("kept").glob("*.ckpt")
+    resumed = make_trainer(9, callbacks=[switch()])
+    with pytest.warns(UserWarning, match="while batches waited for a Newton step, and it could not hold them"):
+        resumed.fit(Fitting(), regression_loader(), ckpt_path=path)
+
+
 def test_a_replay_cannot_stop_the_trainer() -> None:
     _, module, _, trainer, error = interrupted(stop)
     assert error is None
@@ -441,12 +459,12 @@ def test_the_rehearsal_leaves_coordinates_and_random_numbers_alone() -> None:
 
 
 def test_memory_does_not_grow(new_tensors: Callable[[], list[Tensor]]) -> None:
-    """Live tensors after 20 and after 200 Newton steps, window by window."""
-    counts = []
+    """Live tensors at every twelfth of 200 Newton steps, window by window: a secant may be there or not."""
+    counts: list[int] = []
 
     class Counting(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            if trainer.global_step in (40, 208):
+            if trainer.global_step % 12 == 4 and trainer.global_step > 30:
                 counts.append(len(new_tensors()))
 
     # What is measured beside factors on a plateau is dropped on the way: that would hide what grows.
@@ -456,7 +474,7 @@ def test_memory_does_not_grow(new_tensors: Callable[[], list[Tensor]]) -> None:
     trainer.fit(Fitting(), regression_loader())
     assert callback.report is not None
     assert callback.report.newton_steps > 200
-    assert counts[0] == counts[1]
+    assert max(counts[len(counts) // 2 :]) <= max(counts[: len(counts) // 2]) <= min(counts) + 2
 
 
 def test_a_return_gives_the_memory_back(new_tensors: Callable[[], list[Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -119,7 +120,40 @@ def test_checks_by_steps_of_a_metric_that_is_never_logged() -> None:
 def test_a_run_without_a_switch_says_how_far_it_was(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert switched_at([3.0, 2.0, 2.5, 2.5], patience=5) is None
-    assert "did not switch: 2 of 5 checks without improvement at the end, best metric 2" in caplog.text
+    assert "did not switch: 2 of 5 checks without improvement at the end, best metric 2.\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"switch_at_epoch": 9}, "training ended before the moment that switch_at_epoch or switch_at_step names"),
+        ({"min_epochs": 9, "patience": 1}, "3 of 1 checks .*, but min_epochs or min_steps had not been reached"),
+    ],
+)
+def test_a_run_without_a_switch_says_what_held_it_back(
+    options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert switched_at([3.0] * 4, **options) is None
+    assert re.search(f"did not switch: {reason}\\.\n", caplog.text)
+
+
+def test_parameters_that_are_not_finite_are_why_there_is_no_switch(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Scripted):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.net[0].bias.data[0] = torch.inf
+
+    switch = SwitchToSFN(patience=1, check_finite=False, probe_dim=0, monitor="metric")
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="the parameters are not finite any more"):
+        make_trainer(4, callbacks=[switch]).fit(Broken([3.0] * 4), regression_loader())
+    assert "did not switch: the parameters were not finite any more.\n" in caplog.text
+
+
+def test_patience_is_that_of_this_object() -> None:
+    """`EarlyStopping` takes it for state, so that a resumed run had that of the first."""
+    first, second = SwitchToSFN(patience=3), SwitchToSFN(patience=7)
+    second.load_state_dict(first.state_dict())
+    assert second.patience == 7
 
 
 @pytest.mark.parametrize(

@@ -1123,6 +1123,19 @@ class Faltering(Fitting):
         self.over = batch_idx == 3
 
 
+def test_a_logger_that_fails_costs_no_spectrum() -> None:
+    class Broken(MemoryLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(name.startswith("hessian/") for name in metrics):
+                raise OSError("the disk is full")
+
+    callback = HessianSpectrum()
+    with pytest.warns(UserWarning, match="could not log a spectrum at step .*OSError: the disk is full"):
+        make_trainer(3, callbacks=[callback], logger=Broken()).fit(Fitting(), regression_loader())
+    assert [step for step, _ in callback.history] == [4, 8, 12]
+    assert callback.verdict
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [({0}, [8, 12]), ({2}, [4, 8]), ({0, 1, 2}, [])])
 def test_a_failure_costs_the_verdict_only_where_it_is_the_last(epochs: set[int], steps: list[int]) -> None:
     callback = HessianSpectrum(log=False)

@@ -14,8 +14,10 @@ from pytorch_lightning.callbacks import (
     LearningRateMonitor,
     StochasticWeightAveraging,
 )
+from torch import nn
 
 from lightning_sfn import HessianSpectrum, SaddleFreeNewton, SFNStrategy, SwitchToSFN
+from lightning_sfn.trainer.handover import coupled_decay
 
 from .modules import Backboned, Fitting, MemoryLogger, flat, make_trainer, regression_loader, sgd
 
@@ -361,3 +363,19 @@ def test_a_stop_that_comes_before_the_switch_is_told_of_at_the_start(patience: i
 def test_a_stop_that_may_come_after_the_switch_is_not_told_of(stopping: EarlyStopping, options: dict[str, Any]) -> None:
     switch = SwitchToSFN(patience=3, probe_dim=0, **options)
     make_trainer(1, callbacks=[switch, stopping]).fit(Fitting(), regression_loader())  # warnings are errors
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Muon", "NAdam", "SGD"])
+def test_decay_beside_the_gradient_step_is_no_penalty(name: str) -> None:
+    """Known from one step under a gradient of zero: a penalty's gradient goes through the optimizer's own rule."""
+    kind = getattr(torch.optim, name, None)
+    if kind is None:
+        pytest.skip(f"this torch has no {name}")
+    weight = nn.Parameter(torch.ones(2, 2))
+    options = {"decoupled_weight_decay": True} if name == "NAdam" else {}
+    optimizer = kind([weight], lr=0.5, weight_decay=0.1, **options)
+    weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    shrunk = torch.allclose(weight.detach(), torch.full((2, 2), 1 - 0.5 * 0.1))
+    assert shrunk
+    assert coupled_decay(optimizer) == [([weight], 0.1 if name == "SGD" else 0.0)]

@@ -1,6 +1,7 @@
 """What each ingredient of a Newton step sees of the data, and that it is weighted as the data are."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sfn import SaddleFreeNewton
+from lightning_sfn import SaddleFreeNewton, SwitchToSFN
 from lightning_sfn.trainer.budgets import DataBudgets
 
 from .modules import (
     Fitting,
     NewtonCall,
+    Noting,
     flat,
     forced,
     make_trainer,
@@ -329,6 +331,16 @@ def test_held_data_stay_what_they_were_while_the_loader_goes_on() -> None:
         nn.utils.vector_to_parameters(call.parameters, net.parameters())
         assert call.loss == pytest.approx(F.mse_loss(net(x), y).item(), rel=1e-12)
         assert call.loss != pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(("options", "held"), [({}, 4), ({"gradient_batches": 2}, 2), ({"gradient_batches": 9}, 4)])
+def test_what_is_held_is_a_whole_window(options: dict[str, Any], held: int) -> None:
+    """The switch falls before the fourth batch of an epoch of four: what is left of it is stepped on, and not held."""
+    calls: list[NewtonCall] = []
+    optimizer = partial(Noting, calls=calls)
+    switch = SwitchToSFN(switch_at_step=7, optimizer=optimizer, hold=True, probe_dim=0, **options)
+    make_trainer(4, callbacks=[switch]).fit(Fitting(), regression_loader(16, 4))
+    assert [call.sizes[0] for call in calls[:3]] == [1, held, held]
 
 
 @pytest.mark.parametrize("rounded", [False, True])

@@ -253,9 +253,14 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
                 blocks[name] = self._probe.spectrum(trainer, module, self._batches, names=names)
             self._checked, self._missed, self.last = True, False, spectrum
             self.history.append((self._probed_at, spectrum))
-            self._publish(trainer, spectrum, blocks, place)
         except Exception as error:  # the user's step runs in it: anything can be raised
+            self._missed = True
             self._give_up(trainer, error)
+            return
+        try:
+            self._publish(trainer, spectrum, blocks, place)
+        except Exception as error:  # loggers and pictures: the spectrum is there
+            self._give_up(trainer, error, "log")
 
     def _publish(self, trainer: Trainer, spectrum: Spectrum, blocks: dict[str, Spectrum], place: int) -> None:
         if self._logs:
@@ -265,16 +270,16 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
         if self.pictures_every and (len(self.history) - 1) % self.pictures_every == 0:
             self._draw(trainer, place)
 
-    def _give_up(self, trainer: Trainer, error: Exception) -> None:
-        """Warns once that there is no spectrum; with several processes a lonely failure must end all of them."""
+    def _give_up(self, trainer: Trainer, error: Exception, what: str = "take") -> None:
+        """Warns once of what was impossible; with several processes a lonely failure must end all of them."""
         if self.strict or (trainer.world_size > 1 and not isinstance(error, FloatingPointError)):
             raise error
         if not self._warned:
             rank_zero_warn(
-                f"HessianSpectrum could not take a spectrum at step {trainer.global_step}; training goes on without it "
-                f"(strict=True ends it instead). {type(error).__name__}: {error}"
+                f"HessianSpectrum could not {what} a spectrum at step {trainer.global_step}; training goes on without "
+                f"it (strict=True ends it instead). {type(error).__name__}: {error}"
             )
-        self._warned = self._missed = True
+        self._warned = True
 
     def _log(self, trainer: Trainer, prefix: str, spectrum: Spectrum, place: int) -> None:
         metrics = {f"{prefix}/{name}": float(getattr(spectrum, name)) for name in _SCALARS}

@@ -301,11 +301,18 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             log_metrics(trainer, self.report.metrics())
             say(trainer, f"\n{self.report.table()}\n")
         elif not is_dry_run(trainer):
-            say(
-                trainer,
-                f"SwitchToSFN did not switch: {self.wait_count} of {self.patience} checks without improvement at the "
-                f"end, best {self.monitor} {float(self.best_score):.6g}.",
-            )
+            say(trainer, f"SwitchToSFN did not switch: {self._why_not()}.")
+
+    def _why_not(self) -> str:
+        if self._given_up:
+            return "the parameters were not finite any more"
+        if self.rules.forces:
+            return "training ended before the moment that switch_at_epoch or switch_at_step names"
+        seen = f"{self.wait_count} of {self.patience} checks without improvement at the end, best {self.monitor} " + (
+            f"{float(self.best_score):.6g}"
+        )
+        early = self.wait_count >= self.patience and not self.rules.require_negative_curvature
+        return f"{seen}, but min_epochs or min_steps had not been reached" if early else seen
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes our hands off the Trainer; the state stays, for checkpoints saved afterwards."""
