@@ -91,9 +91,9 @@ class AutoPreconditioner(Preconditioner):
         """``D^2 v``."""
         return self.in_use.precondition(vectors)
 
-    def shares(self, steps: Tensor) -> Tensor:
+    def shares(self, steps: Tensor, *, straight: bool = False) -> Tensor:
         """How much of each step may be taken."""
-        return self.in_use.shares(steps)
+        return self.in_use.shares(steps, straight=straight)
 
     def feedback(self, *, accepted: bool, store: BasisStore) -> None:
         """Tells the coordinates that are in use whether their step was taken."""

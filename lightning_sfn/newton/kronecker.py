@@ -134,6 +134,7 @@ class KroneckerFactors(Preconditioner):
         self._excess: list[Excess] = []
         self._roots: list[BlockRoot] = []
         self._allowed: list[float] = []  # largest change of outputs for each layer with two factors
+        self._last_layers: Tensor | None = None
         self._shapes: list[torch.Size] = []
         self._caution, self._shortens = 1.0, False
         self._age = 0
@@ -201,7 +202,7 @@ class KroneckerFactors(Preconditioner):
         alone = self._adopt(self._averaged(blocks))
         for _ in range(self.probes if bent else 0):
             self._probe(alone, operator, generator)
-        self._allowed = self._allowed_shifts(parameters)
+        self._allowed, self._last_layers = self._allowed_shifts(parameters), None
         names = {id(p): name for name, p in self._named}  # made here: copies of model and optimizer have other ids
         self.unfactored = tuple(
             names.get(id(parameters.tensors[block.signature[1]]), f"parameter {block.signature[1]}")
@@ -277,7 +278,7 @@ class KroneckerFactors(Preconditioner):
         without = (root.lessened(1 / each.product) for root, each in zip(self._roots, self._excess, strict=True))
         return self._map(vectors, 2, without if self._excess else self._roots)
 
-    def shares(self, steps: Tensor) -> Tensor:
+    def shares(self, steps: Tensor, *, straight: bool = False) -> Tensor:
         """So much of each step that no hidden layer's outputs change by more than 1, or a tenth of their size.
 
         Longer steps saturate units. Their gradients vanish with them, and no curvature tells the way back. Last layers
@@ -285,14 +286,18 @@ class KroneckerFactors(Preconditioner):
         reached in many small steps, and by hidden units that saturate on the way.
         """
         if not self._allowed:
-            return super().shares(steps)
+            return super().shares(steps, straight=straight)
         shifts = torch.stack(self._shifts(steps)).double().cpu()
         limits = self._caution * torch.tensor(self._allowed, dtype=torch.float64, device="cpu").unsqueeze(1)
         shares = (limits / shifts).amin(0).clamp_max(1.0).unsqueeze(1).to(steps)
         self._shortens = bool((shares < 1).any())
-        return torch.where(self._last_layers(steps.device), 1.0, shares) if self._shortens else shares
+        if straight or not self._shortens:
+            return shares
+        if self._last_layers is None:
+            self._last_layers = self._find_last_layers(steps.device)
+        return torch.where(self._last_layers, 1.0, shares)
 
-    def _last_layers(self, device: torch.device) -> Tensor:
+    def _find_last_layers(self, device: torch.device) -> Tensor:
         """Which parameters belong to layers whose outputs may change by as much as the loss allows, shape ``(n,)``."""
         layers = zip((block for block in self._blocks if block.is_product), self._allowed, strict=True)
         last = {index for block, most in layers if math.isinf(most) for index in block.signature[1:]}

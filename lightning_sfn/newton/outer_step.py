@@ -111,8 +111,7 @@ class Descent:
             step: Shape ``(n,)``, before learning rates.
         """
         change = step * self.learning_rates
-        share = self.preconditioner.shares(change.unsqueeze(0))[0]
-        share = share.amin() if self.straight else share
+        share = self.preconditioner.shares(change.unsqueeze(0), straight=self.straight)[0]
         if self.max_step_norm is not None:
             length = float(norm(change * share))
             share = share * (self.max_step_norm / length) if length > self.max_step_norm else share

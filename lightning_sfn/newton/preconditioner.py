@@ -73,11 +73,12 @@ class Preconditioner(ABC):
         """``D^2 v``: a gradient turned into a step of the length that the curvature suggests."""
         return self.scale(self.scale(vectors))
 
-    def shares(self, steps: Tensor) -> Tensor:
+    def shares(self, steps: Tensor, *, straight: bool = False) -> Tensor:
         """How much of each step may be taken; all of it unless a map knows better.
 
         Args:
             steps: Shape ``(c, n)``, in parameter units.
+            straight: Whether steps keep their direction.
 
         Returns:
             Numbers above 0 and at most 1, shape ``(c, 1)``, or ``(c, n)`` where they differ between parameters; dtype

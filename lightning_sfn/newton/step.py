@@ -255,8 +255,7 @@ class SubspaceModel:
         """
         along = self._along(coordinates, dampings)
         steps = self.in_parameters(self.space.lift(along)) * self.learning_rates
-        shares = self.preconditioner.shares(steps)
-        shares = shares.amin(1, keepdim=True) if self.straight else shares
+        shares = self.preconditioner.shares(steps, straight=self.straight)
         steps = steps * shares
         shrink = torch.ones(len(dampings), dtype=torch.float64, device="cpu")
         if self.max_step_norm is not None:

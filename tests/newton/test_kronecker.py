@@ -497,6 +497,7 @@ def test_a_step_is_shortened_so_that_no_hidden_layers_outputs_change_much(size: 
     shares = factors.shares(steps)
     torch.testing.assert_close(shares, expected)
     assert float(shares[0, 0]) == 1.0 > float(shares[4:, 0].max())
+    torch.testing.assert_close(factors.shares(steps, straight=True), expected[:, :1])
     assert factors.shares(steps[:1]).tolist() == [[1.0]]
     restored = KroneckerFactors(model)
     restored.load_state_dict(copy.deepcopy(factors.state_dict()))

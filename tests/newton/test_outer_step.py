@@ -291,8 +291,8 @@ def test_a_model_is_made_of_what_the_descent_holds() -> None:
 class Sparing(IdentityPreconditioner):
     """Lets the first parameter go the whole way and the others half of it."""
 
-    def shares(self, steps: Tensor) -> Tensor:
-        return torch.tensor([1.0, 0.5, 0.5], dtype=steps.dtype).expand_as(steps)
+    def shares(self, steps: Tensor, *, straight: bool = False) -> Tensor:
+        return torch.tensor([0.5] if straight else [1.0, 0.5, 0.5], dtype=steps.dtype).expand(len(steps), -1)
 
 
 @pytest.mark.parametrize("straight", [False, True])

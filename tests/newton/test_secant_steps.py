@@ -156,7 +156,7 @@ def test_bounds_and_learning_rates_hold() -> None:
 
 def test_layers_that_may_go_the_whole_way_do() -> None:
     class Sparing(IdentityPreconditioner):
-        def shares(self, steps: Tensor) -> Tensor:
+        def shares(self, steps: Tensor, *, straight: bool = False) -> Tensor:
             return torch.tensor([[1.0, 0.5, 1.0]], dtype=steps.dtype)
 
     x = torch.tensor([0.1, 1e-3, 0.0], dtype=D, requires_grad=True)

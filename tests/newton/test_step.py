@@ -539,8 +539,9 @@ class Halving(IdentityPreconditioner):
     def unscale(self, vectors: Tensor) -> Tensor:
         return 2.0 * vectors
 
-    def shares(self, steps: Tensor) -> Tensor:
-        return torch.tensor(self.allowed or [1.0] * len(steps)).to(steps).view(len(steps), -1)
+    def shares(self, steps: Tensor, *, straight: bool = False) -> Tensor:
+        allowed = torch.tensor(self.allowed or [1.0] * len(steps)).to(steps).view(len(steps), -1)
+        return allowed.amin(1, keepdim=True) if straight else allowed
 
 
 @pytest.mark.parametrize(
