@@ -477,9 +477,14 @@ def test_beside_backbone_finetuning() -> None:
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 @pytest.mark.filterwarnings("ignore:SwitchToSFN ignores the learning rate")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:SwitchToSFN begins with a new optimizer")
 @pytest.mark.parametrize("resumes_with_it", [True, False])
 def test_a_checkpoint_beside_backbone_finetuning_resumes(resumes_with_it: bool) -> None:
-    """Also in a Trainer without the switch: the first optimizer has the freed layers as well."""
+    """Also in a Trainer without the switch: the first optimizer has the freed layers as well.
+
+    Lightning (2.6) freezes the backbone again when a run resumes, so that Newton's optimizer has other parameters then.
+    """
     free = {"unfreeze_backbone_at_epoch": 3, "lambda_func": lambda epoch: 1.0, "initial_denom_lr": 1.0}
     saving = ModelCheckpoint("kept", filename="last", save_on_train_epoch_end=True)
     run(ValidatedBackbone(), None, BackboneFinetuning(**free), saving, enable_checkpointing=True)

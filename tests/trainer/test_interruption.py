@@ -332,6 +332,8 @@ def test_sigterm_in_a_replay_ends_the_step_first() -> None:
     assert torch.equal(keeping.at_exception[0], whole.ends[SWITCH + 1][0])
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_checkpoint_of_an_interrupted_newton_step_says_what_it_lacks() -> None:
     class Interrupted(SaddleFreeNewton):
         def step_on(self, *given: Any, **options: Any) -> Any:
@@ -459,7 +461,7 @@ def test_the_rehearsal_leaves_coordinates_and_random_numbers_alone() -> None:
 
 
 def test_memory_does_not_grow(new_tensors: Callable[[], list[Tensor]]) -> None:
-    """Live tensors at every twelfth of 200 Newton steps, window by window: a secant may be there or not."""
+    """Live tensors at every twelfth of 200 Newton steps, window by window: a secant or two may be there or not."""
     counts: list[int] = []
 
     class Counting(Callback):
@@ -474,7 +476,7 @@ def test_memory_does_not_grow(new_tensors: Callable[[], list[Tensor]]) -> None:
     trainer.fit(Fitting(), regression_loader())
     assert callback.report is not None
     assert callback.report.newton_steps > 200
-    assert max(counts[len(counts) // 2 :]) <= max(counts[: len(counts) // 2]) <= min(counts) + 2
+    assert max(counts[len(counts) // 2 :]) <= max(counts[: len(counts) // 2]) <= min(counts) + 4
 
 
 def test_a_return_gives_the_memory_back(new_tensors: Callable[[], list[Tensor]]) -> None:
