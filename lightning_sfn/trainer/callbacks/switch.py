@@ -308,9 +308,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
             return "the parameters were not finite any more"
         if self.rules.forces:
             return "training ended before the moment that switch_at_epoch or switch_at_step names"
-        seen = f"{self.wait_count} of {self.patience} checks without improvement at the end, best {self.monitor} " + (
-            f"{float(self.best_score):.6g}"
-        )
+        best = f"best {self.monitor} {float(self.best_score):.6g}"
+        seen = f"{self.wait_count} of {self.patience} checks without improvement at the end, {best}"
         early = self.wait_count >= self.patience and not self.rules.require_negative_curvature
         return f"{seen}, but min_epochs or min_steps had not been reached" if early else seen
 
