@@ -32,7 +32,7 @@ from lightning_sfn.newton.options import (
     require_seed,
     require_whole,
 )
-from lightning_sfn.newton.outer_step import Descent, Losses, Search, take_outer_step
+from lightning_sfn.newton.outer_step import Descent, Losses, Search, learn_refuted, take_outer_step
 from lightning_sfn.newton.parameters import FlatParameters
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.processes import Processes, ProcessMean
@@ -339,10 +339,8 @@ class SaddleFreeNewton(Optimizer):
         if not waiting.take_back(parameters, objective, loss, losses.same_function):
             return replace(losses, known=known), False, 0
         store = self._store()
-        carried.memory.refute(store.local(known[1]) if known is not None and math.isfinite(loss) else None)
-        if self.trust_region.damped:
-            self.damping.feedback(accepted=False, reduction_ratio=0.0)
-        self.preconditioner.feedback(accepted=False, store=store)
+        gradient = known[1] if known is not None and math.isfinite(loss) else None
+        learn_refuted(carried, gradient, self.damping, self._descent(parameters), store)
         return replace(losses, known=gradient_of(objective, parameters)), True, int(known is not None)
 
     def _with_what_memory_allows(self, parameters: FlatParameters, losses: Losses, start: Tensor) -> StepRecord:
@@ -546,8 +544,7 @@ class SaddleFreeNewton(Optimizer):
         self.damping.load_state_dict(newton["damping"])
         self.preconditioner.load_state_dict(moved_to(*own_kind, newton["preconditioner"]))
         self._carried.load_state_dict(newton, self._store())
-        self._glide = None if self._glide is None else Glide(self._glide.momentum)  # the state may have none
-        self._secants = SecantSteps(self._secants.most)
+        self._glide, self._secants = _anew(self._glide, self._secants)  # the state may have none
         if newton.get("secants") is not None:
             self._secants.load_state_dict(newton["secants"])
         if self._glide is not None and newton.get("glide") is not None:
@@ -561,6 +558,11 @@ def _forgotten(
     """Lets steps forget what belongs to other parameters; returns a new glide, if there is one, and secant steps."""
     carried.forget()
     preconditioner.reset()
+    return _anew(glide, secants)
+
+
+def _anew(glide: Glide | None, secants: SecantSteps) -> tuple[Glide | None, SecantSteps]:
+    """Both with the same options, and nothing learned."""
     return None if glide is None else Glide(glide.momentum), SecantSteps(secants.most)
 
 

@@ -23,7 +23,7 @@ from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.step import StepRecord, SubspaceModel, TrialLoss, build_subspace, take_inner_step
 from lightning_sfn.newton.trust_region import TrustRegion
 
-__all__ = ["Descent", "Losses", "Search", "take_outer_step"]
+__all__ = ["Descent", "Losses", "Search", "learn_refuted", "take_outer_step"]
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Search:
                 if not (finite and loss < before.loss_after):
                     # The trial data promised a decrease that the objective does not show: take the step back.
                     parameters.write(origin)
-                    self._learn_refuted(model, gradient if finite else None, carried, store)
+                    learn_refuted(carried, gradient if finite else None, self.damping, model, store)
                     return spent
                 carried.memory.complete(store.local(gradient))
                 record = replace(record, gradients=spent.gradients, loss_after=loss)
@@ -241,14 +241,23 @@ class Search:
                 carried.unconfirmed = Unconfirmed.after(origin, before.loss_after, parameters)
         return record
 
-    def _learn_refuted(
-        self, model: SubspaceModel, gradient: Tensor | None, carried: Carried, store: BasisStore
-    ) -> None:
-        """What a step that the objective refutes has shown, with the gradient after it if it is finite."""
-        carried.memory.refute(None if gradient is None else store.local(gradient))
-        if model.rule.damped:
-            self.damping.feedback(accepted=False, reduction_ratio=0.0)
-        model.preconditioner.feedback(accepted=False, store=store)
+
+def learn_refuted(
+    carried: Carried, gradient: Tensor | None, damping: Damping, maps: Descent | SubspaceModel, store: BasisStore
+) -> None:
+    """Tells memory, damping and preconditioner of a step that the objective refutes.
+
+    Args:
+        carried: Its memory holds the step.
+        gradient: The gradient after it, shape ``(n,)``, if it is known and finite.
+        damping: Chose the step's damping.
+        maps: Has the preconditioner and the rule.
+        store: How remembered steps are kept.
+    """
+    carried.memory.refute(None if gradient is None else store.local(gradient))
+    if maps.rule.damped:
+        damping.feedback(accepted=False, reduction_ratio=0.0)
+    maps.preconditioner.feedback(accepted=False, store=store)
 
 
 def take_outer_step(
