@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lightning_sfn.newton.autocast import Autocast
+from lightning_sfn.newton.precision import Autocast
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.randomness import RandomState
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.basis import BasisName, BasisStore, check_basis
 from lightning_sfn.newton.carried import Carried, moved_to
 from lightning_sfn.newton.coordinates import make_preconditioner
@@ -34,6 +33,7 @@ from lightning_sfn.newton.options import (
 )
 from lightning_sfn.newton.outer_step import Descent, Losses, Search, learn_refuted, take_outer_step
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.precision import full_precision
 from lightning_sfn.newton.preconditioner import Preconditioner
 from lightning_sfn.newton.processes import Processes, ProcessMean
 from lightning_sfn.newton.reductions import norm
@@ -259,7 +259,7 @@ class SaddleFreeNewton(Optimizer):
         )
         return torch.tensor(record.loss_before, dtype=self._parameters.dtype, device=self._parameters.device)
 
-    @without_autocast()
+    @full_precision()
     def step_on(
         self,
         objective: Objective,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.krylov import lanczos
+from lightning_sfn.newton.precision import full_precision
 from lightning_sfn.newton.reductions import norm
 
 __all__ = ["Outlook", "outlook_of"]
@@ -39,7 +39,7 @@ class Outlook:
         return self.lambda_min < -self.rounding
 
 
-@without_autocast()
+@full_precision(tf32=False)
 def outlook_of(operator: CurvatureOperator, krylov_dim: int, *, seed: int = 0) -> Outlook:
     """Probes a point in a Krylov subspace.
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.curvature import CurvatureOperator
 from lightning_sfn.newton.density import SpectralDensity, spectral_density
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, ProductMethod, make_operator
 from lightning_sfn.newton.options import is_number, is_whole, require_seed
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.precision import full_precision
 from lightning_sfn.newton.reductions import norm
 from lightning_sfn.newton.thick_restart import Ends, RitzValues, extreme_ritz_values
 
@@ -303,13 +303,13 @@ def hessian_spectrum(
         )
     settings = SpectrumSettings(krylov_dim, smallest, largest, tol, max_products, density_probes)
     objective = Objective([closure])
-    with without_autocast():
+    with full_precision(tf32=False):
         operator = make_operator(objective, parameters, curvature, hvp)
         spectrum = spectrum_of(operator, settings, seed=seed, progress=progress)
-    if not spectrum.nonfinite:
-        objective.require_repeatable(spectrum.loss)
-    if spectrum.gradient_norm == 0 and not spectrum.eigenvalues.any():  # flat, or another model's parameters
-        _require_used(objective, parameters)
+        if not spectrum.nonfinite:
+            objective.require_repeatable(spectrum.loss)
+        if spectrum.gradient_norm == 0 and not spectrum.eigenvalues.any():  # flat, or another model's parameters
+            _require_used(objective, parameters)
     return spectrum
 
 
@@ -320,7 +320,7 @@ def _require_used(objective: Objective, parameters: FlatParameters) -> None:
         raise ObjectiveError("The loss depends on none of the parameters: give those of the model that it comes from.")
 
 
-@without_autocast()
+@full_precision(tf32=False)
 def spectrum_of(
     operator: CurvatureOperator,
     settings: SpectrumSettings,

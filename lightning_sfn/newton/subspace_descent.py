@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.curvature import gradient_of
 from lightning_sfn.newton.krylov import Direction, KrylovSubspace, lanczos
 from lightning_sfn.newton.objective import Closure, Objective, ObjectiveError
 from lightning_sfn.newton.operators import CurvatureName, make_operator
 from lightning_sfn.newton.parameters import FlatParameters
+from lightning_sfn.newton.precision import full_precision
 
 __all__ = ["KrylovSubspaceDescent"]
 
@@ -70,7 +70,7 @@ class KrylovSubspaceDescent(Optimizer):
         parameters, objective = FlatParameters.of_groups(self.param_groups), Objective([closure])
         origin = parameters.read()
         try:
-            with torch.no_grad(), without_autocast():
+            with torch.no_grad(), full_precision():
                 loss, space = self._subspace(objective, parameters)
                 after, step = self._minimize(space, objective, parameters, origin)
         except BaseException:

@@ -10,9 +10,9 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sfn.newton.autocast import without_autocast
 from lightning_sfn.newton.optimizer import SaddleFreeNewton
 from lightning_sfn.newton.options import require_positive_or_none
+from lightning_sfn.newton.precision import full_precision
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.budgets import DataBudgets, Reduction
@@ -146,7 +146,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         """
         if not self._drivers:
             self._prepare()
-        with without_autocast():  # Lightning's, around this method: Lanczos amplifies rounding noise
+        with full_precision():  # Lightning's, around this method: Lanczos amplifies rounding noise
             pairs = zip(self._drivers, self.objectives(), strict=True)
             losses = [driver.record(batch, batch_idx, loss) for driver, loss in pairs]
             if self._drivers[0].ready:
@@ -195,7 +195,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         """Ends the window with the epoch, where a hook cut that short, and steps the schedulers of epochs."""
         super().on_train_epoch_end()
         if self._drivers and not self._drivers[0].idle:
-            with without_autocast():
+            with full_precision():
                 self._step_all([None] * len(self._drivers))
         self._step_schedulers("epoch", self.trainer.current_epoch + 1)
 

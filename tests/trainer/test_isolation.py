@@ -155,6 +155,23 @@ def test_where_losses_of_training_are_rounded_in_another_way(
     assert rounds_otherwise(make_trainer(1, precision=precision), module) == otherwise
 
 
+@pytest.mark.parametrize(
+    ("module", "asked", "otherwise"),
+    [
+        (Fitting(nn.Linear(3, 1)), "medium", True),
+        (Fitting(nn.Linear(3, 1)), "high", False),
+        (Fitting(nn.Linear(3, 1).double()), "medium", False),
+        (OnCuda(nn.Linear(3, 1)), "medium", False),  # TF32 there, in replays too
+    ],
+)
+def test_products_in_bfloat16_are_another_rounding(module: Fitting, asked: str, otherwise: bool) -> None:
+    torch.set_float32_matmul_precision(asked)
+    try:
+        assert rounds_otherwise(make_trainer(1), module) == otherwise
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 class LoggingPast(Fitting):
     """Logs past its attribute `log`, as the helper of a base class does."""
 
