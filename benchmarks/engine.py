@@ -5,7 +5,7 @@
 One thread, processor time (on a CUDA device the clock, with the device waited for), the measured things in turns,
 medians. Measured are Hessian-vector products in gradients, both ends of a large spectrum in gradients, orthogonality
 and orthogonalisation, memory beside the byte budget, the parts of a Newton step, growth, and waits for the device.
-Writes `benchmarks/results/engine.json`; with ``--only`` the other parts of that file stay.
+Writes `benchmarks/results/engine.json`, or `engine_cuda.json`; with ``--only`` the other parts of that file stay.
 """
 
 import argparse
@@ -36,24 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if options.quick:
         options.steps, options.reference = 5, 20
     device = torch.device(options.device)
-    content = _earlier(options.folder) if set(options.only) != set(PARTS) else {}
-    content["settings"] = {"device": _name(device), "quick": options.quick, "steps": options.steps}
+    name = record.named("engine", device)
+    content = _earlier(options.folder / f"{name}.json") if set(options.only) != set(PARTS) else {}
+    where = record.processor_of(device)
+    content["settings"] = {"device": where or "cpu", "quick": options.quick, "steps": options.steps}
     for part in tqdm(options.only, desc="engine"):
         content[part] = PARTS[part](device, options)
         content.setdefault("measured", {})[part] = conditions()  # parts may be from different days and processors
-        path = record.write("engine", content, folder=options.folder)
+        path = record.write(name, content, folder=options.folder)
     return path
 
 
-def _earlier(folder: Path) -> dict[str, Any]:
-    path = folder / "engine.json"
+def _earlier(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     content.pop("conditions", None)
     return content
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 PARTS: dict[str, Callable[[torch.device, argparse.Namespace], Any]] = {

@@ -1,12 +1,15 @@
 """Every method on every task of the suite, each with the same seconds from the same start.
 
     python benchmarks/race.py [--seeds 5] [--seconds 5] [--tasks NAME ...] [--methods NAME ...] [--data FOLDER]
+        [--device cuda]
 
-Seconds are those of one thread of this process, evaluations of the full training loss left out. A step that ends after
-the budget does not count. The settings of SGD, Adam, Hessian-free and K-FAC are searched for each task first, on a seed
-that does not race, with a third of the budget for each setting. Every result is written at once to
-`benchmarks/results/race.json` (searches: `race_search.json`), and what is there is not run again, so the race can be
-interrupted and continued. Tasks whose data set is not there are left out. `--quick` is a rehearsal on tiny tasks.
+Seconds are those of one thread of this process (on a CUDA device those of the clock, with the device waited for),
+evaluations of the full training loss left out. A step that ends after the budget does not count. Starts are reached on
+the CPU, so that they are the same everywhere. The settings of SGD, Adam, Hessian-free and K-FAC are searched for each
+task first, on a seed that does not race, with a third of the budget for each setting. Every result is written at once
+to `benchmarks/results/race.json` (searches: `race_search.json`; of a CUDA device: `race_cuda.json` and so on), and what
+is there is not run again, so the race can be interrupted and continued. Tasks whose data set is not there are left out.
+`--quick` is a rehearsal on tiny tasks.
 """
 
 import argparse
@@ -14,13 +17,13 @@ import json
 import math
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
+from engine_parts.timing import now
 from suite.methods import METHODS, OURS, RIVALS, SEARCHED, at_edge
 from suite.tasks import EVERY, STARTS, TASKS, Problem, Task
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -30,6 +33,7 @@ from lightning_sfn.experiments.conditions import conditions
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SEARCH_SEED = 1000
+CPU = torch.device("cpu")
 _QUICK_SECONDS = 0.2
 _POINTS = 12  # of a loss curve
 
@@ -48,6 +52,7 @@ class Course:
         results: Folder of the results files.
         starts: Folder of the starts.
         name: Name of the results file.
+        device: Where methods run.
     """
 
     seconds: float
@@ -55,6 +60,7 @@ class Course:
     results: Path = record.RESULTS
     starts: Path = STARTS
     name: str = "race"
+    device: torch.device = CPU
 
     def load(self, name: str) -> list[dict[str, Any]]:
         """The runs of a results file."""
@@ -64,6 +70,7 @@ class Course:
     def append(self, name: str, run: dict[str, Any]) -> None:
         """Adds a run to a results file, with the date and versions it ran under."""
         where = {key: conditions()[key] for key in ("date", "lightning_sfn", "processor")}
+        where["processor"] = record.processor_of(self.device) or where["processor"]
         with record.alone(self.results):
             record.write(name, {"runs": [*self.load(name), run | where]}, folder=self.results)
 
@@ -79,14 +86,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="processor time of each run (5)")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10 and ptb")
     parser.add_argument("--name", default="race", help="name of the results file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny tasks and budgets, results thrown away")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.device(options.device)
     if not options.quick:
-        race(Course(options.seconds, options.data, name=options.name), options.tasks, options.methods, options.seeds)
+        course = Course(options.seconds, options.data, name=record.named(options.name, device), device=device)
+        race(course, options.tasks, options.methods, options.seeds)
         return
     with tempfile.TemporaryDirectory() as folder:
-        course = Course(_QUICK_SECONDS, options.data, Path(folder), Path(folder))
+        course = Course(_QUICK_SECONDS, options.data, Path(folder), Path(folder), device=device)
         race(course, options.tasks, options.methods, 1, tiny=True)
 
 
@@ -140,7 +150,7 @@ def measure(
 ) -> dict[str, Any]:
     """One run: its start, its end, and the curve between."""
     try:
-        problem = task.start(seed, course.data, course.starts)
+        problem = task.start(seed, course.data, course.starts).to(course.device)
     except FileNotFoundError as error:
         raise _AbsentError(str(error)) from error
     torch.manual_seed(seed)
@@ -150,13 +160,13 @@ def measure(
     origin = end = parameters_to_vector(problem.model.parameters()).detach().clone()
     stepping = METHODS[method](problem, **settings)
     while spent < seconds:
-        begun = time.process_time()
+        begun = now(course.device)
         try:
             next(stepping)
         except (FloatingPointError, torch.linalg.LinAlgError) as failure:  # it diverged: that is its result
             error = str(failure)
             break
-        spent += time.process_time() - begun
+        spent += now(course.device) - begun
         if spent > seconds:
             break
         steps += 1

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_sfn.experiments.conditions import conditions, rounded
 
 try:
@@ -15,6 +17,16 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def named(name: str, device: torch.device) -> str:
+    """What results of a device are called: those of the CPU by their plain name, others beside them."""
+    return name if device.type == "cpu" else f"{name}_{device.type}"
+
+
+def processor_of(device: torch.device) -> str | None:
+    """The name of a CUDA device; ``None`` for the CPU, whose name is among the conditions."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def write(name: str, content: dict[str, Any], *, folder: Path = RESULTS) -> Path:

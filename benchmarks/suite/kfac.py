@@ -114,7 +114,7 @@ def _factors(layer: nn.Module, seen: list[tuple[Tensor, Tensor]], terms: int) ->
     gradients = [g.movedim(1, -1) if isinstance(layer, nn.Conv2d) else g for _, g in seen]
     deltas = torch.cat([g.reshape(-1, g.shape[-1]) for g in gradients])
     if isinstance(layer, nn.LayerNorm):
-        return torch.ones(()), torch.stack([(deltas * inputs).square().sum(0), deltas.square().sum(0)]) / terms
+        return deltas.new_ones(()), torch.stack([(deltas * inputs).square().sum(0), deltas.square().sum(0)]) / terms
     if isinstance(layer, nn.Embedding):
         a = torch.bincount(inputs, minlength=layer.num_embeddings) / inputs.numel()
     else:
@@ -146,7 +146,8 @@ def _damped_inverses(a: Tensor, s: Tensor, damping: float) -> tuple[Tensor, Tens
 def _inverse(factor: Tensor, damping: float) -> Tensor:
     if factor.dim() == 1:
         return 1 / (factor + damping)
-    return torch.cholesky_inverse(torch.linalg.cholesky(factor + damping * torch.eye(len(factor), dtype=factor.dtype)))
+    ones = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(factor + damping * ones))
 
 
 def _diagonal(factor: Tensor) -> Tensor:

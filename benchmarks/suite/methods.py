@@ -24,7 +24,7 @@ _CURVATURE_SHARE, _TRIAL_SHARE = 0.08, 0.1
 
 def _batches(problem: Problem, size: int) -> Iterator[Tensor]:
     while True:
-        yield from torch.randperm(problem.cases).split(size)
+        yield from problem.shuffled().split(size)
 
 
 def _first_order(problem: Problem, optimizer: torch.optim.Optimizer) -> Iterator[None]:

@@ -110,7 +110,16 @@ class Problem:
 
     def some(self, share: float) -> Tensor:
         """Indices of a fresh share of the cases."""
-        return torch.randperm(self.cases)[: max(1, round(share * self.cases))]
+        return self.shuffled()[: max(1, round(share * self.cases))]
+
+    def shuffled(self) -> Tensor:
+        """Indices of all cases in a fresh order."""
+        return torch.randperm(self.cases, device=self.inputs.device)
+
+    def to(self, device: torch.device) -> "Problem":
+        """The same on a device; the network moves, the data is copied."""
+        model = self.model.to(device)
+        return replace(self, model=model, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ class Task:
         return replace(self, data=data, cases=_TINY_CASES, phase=phase, time=min(self.time, 8))
 
     def start(self, seed: int, folder: Path, cache: Path = STARTS) -> Problem:
-        """The network where the first-order phase left it; kept on disk.
+        """The network where the first-order phase left it, on the CPU; kept on disk.
 
         Args:
             seed: Of initialisation and batches.
@@ -184,7 +193,7 @@ def _first_order(problem: Problem, phase: Phase) -> None:
         if phase.decay:
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * (1 - epoch / phase.epochs)
-        for chosen in torch.randperm(problem.cases).split(phase.batch):
+        for chosen in problem.shuffled().split(phase.batch):
             optimizer.zero_grad()
             problem.loss(chosen).backward()
             optimizer.step()

@@ -1,6 +1,8 @@
 """The rivals against dense matrices, and all methods on a small task."""
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from suite.networks import Transformer
 from suite.tasks import TASKS, Problem
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ...newton.elsewhere import DEVICE, elsewhere, move
 
 
 def regression(cases: int = 40, width: int = 4, outputs: int = 3) -> Problem:
@@ -136,3 +140,23 @@ def test_every_method_lowers_a_convex_loss(method: str) -> None:
     reached = float(problem.loss().detach())
     assert least <= reached * (1 + 1e-5)
     assert reached < before - 0.02 * (before - least)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "transformer"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_works_on_another_device(name: str, method: str, tmp_path: Path) -> None:
+    """Nothing of a method stays behind on the CPU, and its losses are the same, where no random numbers decide."""
+    reached = []
+    for there in (False, True):
+        problem = TASKS[name].tiny().start(0, tmp_path, tmp_path)
+        with elsewhere() if there else nullcontext():
+            if there:
+                move(problem.model)
+                problem.inputs, problem.targets = problem.inputs.to(DEVICE), problem.targets.to(DEVICE)
+            torch.manual_seed(0)
+            stepping = METHODS[method](problem, **SEARCHED.get(method, [{}])[0])
+            for _ in range(2):
+                next(stepping)
+            reached.append(float(problem.loss().detach()))
+    assert math.isfinite(reached[0])
+    assert reached[1] == pytest.approx(reached[0], rel=1e-4)
