@@ -21,7 +21,7 @@ FILE ?= trust_region
 TESTS ?= test_$(FILE).py
 # What `make bench` runs, in this order. Not among them: `make bench-peers`, `make paper`, `lightning-sfn reproduce`, and
 # what needs words of its own: benchmarks/sgd_equal_time.py (a finished fig3) and the races of docs/method.md (race_probes, race_secants).
-BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/sharded_basis.py benchmarks/engine.py benchmarks/race.py benchmarks/tables.py
+BENCHMARKS ?= benchmarks/stall_search.py benchmarks/plateau_spectrum.py benchmarks/spectrum_accuracy.py benchmarks/autoencoder_escape.py benchmarks/sharded_basis.py benchmarks/rounded_products.py benchmarks/engine.py benchmarks/race.py benchmarks/tables.py
 
 .PHONY: help setup train test lint coverage oldest newest docs bench clean paper bench-peers mutation
 

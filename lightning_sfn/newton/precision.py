@@ -9,13 +9,14 @@ for by ``torch.set_float32_matmul_precision("high")``, steps are about as good a
 eigenvalues are not, so spectra do without; and bfloat16, which ``"medium"`` means on some processors, serves neither.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["Autocast", "full_precision", "multiplies_in_bfloat16"]
+__all__ = ["Autocast", "full_precision", "rounds_to_bfloat16"]
 
 _KNOWN = ("cpu", "cuda", "xpu", "mps", "hpu")  # to ask which accelerator there is would wake it
 _MATMUL = ("highest", "high", "medium")
@@ -69,33 +70,64 @@ def _float32_products(*, tf32: bool) -> Iterator[None]:
     Torch has an older set of switches and a newer one (2.9), and does not answer by the older where the newer differ.
     So what the older ones have set is set by them here too.
     """
-    operations = [(switch, switch.fp32_precision) for switch in _switches()]
-    matmul, cudnn = _matmul_precision(), not tf32 and _cudnn_allows_tf32()
-    least = "high" if tf32 else "highest"
-    too_coarse = _MATMUL.index(matmul) > _MATMUL.index(least)
+    coarse = ("bf16",) if tf32 else ("tf32", "bf16")
+    switches = [(switch, switch.fp32_precision) for switch in _switches()]
+    if switches and not any(before in coarse for _, before in switches):
+        yield
+        return
     try:
+        with _older_switches(tf32=tf32):
+            for switch, before in switches:
+                _put(switch, ("tf32" if tf32 else "ieee") if before in coarse else before)
+            yield
+    finally:
+        for switch, before in switches:
+            _put(switch, before)
+
+
+@contextmanager
+def _older_switches(*, tf32: bool) -> Iterator[None]:
+    """Sets the older switches for the body, where they allow more rounding than it may have."""
+    least = "high" if tf32 else "highest"
+    with _undeprecated():
+        matmul, cudnn = _matmul_precision(), not tf32 and _cudnn_allows_tf32()
+        too_coarse = _MATMUL.index(matmul) > _MATMUL.index(least)
         if too_coarse:
             torch.set_float32_matmul_precision(least)
         if cudnn:
             torch.backends.cudnn.allow_tf32 = False
-        for switch, before in operations:
-            if before == "bf16" or (before == "tf32" and not tf32):
-                switch.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
         yield
     finally:
-        if too_coarse:
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn:
-            torch.backends.cudnn.allow_tf32 = True
-        for switch, before in operations:
-            if switch.fp32_precision != before:
-                switch.fp32_precision = before
+        with _undeprecated():
+            if too_coarse:
+                torch.set_float32_matmul_precision(matmul)
+            if cudnn:
+                torch.backends.cudnn.allow_tf32 = True
 
 
-def multiplies_in_bfloat16() -> bool:
-    """Whether the process lets products of float32 matrices on the CPU be rounded to bfloat16."""
-    switch = _switch("cpu", "matmul")
-    return bool(getattr(switch, "fp32_precision", None) == "bf16" or _matmul_precision() == "medium")
+@contextmanager
+def _undeprecated() -> Iterator[None]:
+    """Older switches are asked without the warning that some versions of torch have for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def rounds_to_bfloat16() -> bool:
+    """Whether the process lets operations on float32 numbers on the CPU be rounded to bfloat16."""
+    newer = [switch for switch in (_switch("cpu", name) for name in _OPERATIONS) if hasattr(switch, "fp32_precision")]
+    if newer:
+        return any(switch.fp32_precision == "bf16" for switch in newer)
+    return _matmul_precision() == "medium"
+
+
+def _put(switch: Any, precision: str) -> None:
+    """Sets a newer switch; one that reads like the switch above it follows that one again."""
+    if switch.fp32_precision != precision:
+        switch.fp32_precision = "none"
+    if switch.fp32_precision != precision:
+        switch.fp32_precision = precision
 
 
 def _cudnn_allows_tf32() -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
-from lightning_sfn.newton.precision import multiplies_in_bfloat16
+from lightning_sfn.newton.precision import rounds_to_bfloat16
 from lightning_sfn.newton.randomness import RandomState
 from lightning_sfn.trainer.held_state import HeldState
 from lightning_sfn.trainer.own_writes import UntrainedParameters
@@ -107,7 +107,7 @@ def rounds_otherwise(trainer: Trainer, module: LightningModule) -> bool:
     """Whether losses of training differ from those of replays by rounding: by autocast, or in float32 products."""
     if is_mixed(trainer):
         return True
-    if module.device.type == "cpu" and multiplies_in_bfloat16():
+    if module.device.type == "cpu" and rounds_to_bfloat16():
         return any(p.dtype == torch.float32 for p in module.parameters())
     if module.device.type != "cuda" or not torch.backends.cudnn.enabled or not _allows_tf32():
         return False

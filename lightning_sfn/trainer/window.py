@@ -289,7 +289,7 @@ class WindowedNewton:
         self._last_step = None
         try:
             with self.session():
-                if doubtful:
+                if doubtful and not rounded:
                     known = self._confirmed(known, objective)
                 self._before_step()
                 record, known = self._step_on(objective, trial_objective, known)
@@ -346,8 +346,8 @@ class WindowedNewton:
 
     def _confirmed(self, known: tuple[float, Tensor] | None, objective: Objective) -> tuple[float, Tensor] | None:
         """Loss and gradient as recorded, if a replay of the window gives the same loss; none from then on if not."""
-        if known is None or rounds_otherwise(self._trainer, self._module):
-            return known
+        if known is None:
+            return None
         recorded, again = known[0], objective.value()
         if math.isfinite(again) and abs(again - recorded) > _ROUNDING * max(abs(recorded), abs(again)):
             self._replays_all = True

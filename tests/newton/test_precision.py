@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sfn.newton import HessianOperator, Objective, SaddleFreeNewton, hessian_spectrum
 from lightning_sfn.newton.outlook import outlook_of
-from lightning_sfn.newton.precision import Autocast, full_precision, multiplies_in_bfloat16
+from lightning_sfn.newton.precision import Autocast, full_precision, rounds_to_bfloat16
 from lightning_sfn.newton.subspace_descent import KrylovSubspaceDescent
 
 
@@ -230,6 +230,7 @@ if hasattr(CUDNN, "conv"):
         by_newer(CPU.matmul, "bf16"),
         by_newer(CUDNN.conv, "ieee"),
         by_newer(CPU.rnn, "bf16"),
+        lambda: (torch.set_float32_matmul_precision("medium"), by_newer(CUDA.matmul, "ieee")()),
     ]
 
 
@@ -244,6 +245,7 @@ def test_switches_of_float32_are_those_of_before(setting: Callable[[], None], tf
             assert read() == inside
         assert read() == inside
     assert "bf16" not in inside
+    assert not any(now == "tf32" and then == "ieee" for now, then in zip(inside, before, strict=False))
     assert tf32 or "tf32" not in inside
     if tf32:
         assert all(now == then for now, then in zip(inside, before, strict=False) if then != "bf16")
@@ -313,11 +315,32 @@ def test_steps_leave_tf32_to_the_process_and_take_no_bfloat16(make: Callable[...
 
 @NEWER
 def test_bfloat16_on_the_cpu_is_noticed_however_it_was_asked_for() -> None:
-    assert not multiplies_in_bfloat16()
-    CPU.matmul.fp32_precision = "bf16"
-    assert multiplies_in_bfloat16()
-    CPU.matmul.fp32_precision = "none"
+    assert not rounds_to_bfloat16()
+    for switch in (CPU.matmul, CPU.conv, CPU.rnn):
+        switch.fp32_precision = "bf16"
+        assert rounds_to_bfloat16()
+        switch.fp32_precision = "none"
     torch.set_float32_matmul_precision("high")
-    assert not multiplies_in_bfloat16()
+    assert not rounds_to_bfloat16()
     torch.set_float32_matmul_precision("medium")
-    assert multiplies_in_bfloat16()
+    assert rounds_to_bfloat16()
+    CPU.matmul.fp32_precision = "ieee"
+    assert not rounds_to_bfloat16()
+
+
+@NEWER
+def test_a_switch_that_follows_another_follows_it_afterwards() -> None:
+    torch.backends.fp32_precision = "tf32"
+    for tf32 in (True, False):
+        with full_precision(tf32=tf32):
+            pass
+    torch.backends.fp32_precision = "ieee"
+    assert CUDA.matmul.fp32_precision == CPU.matmul.fp32_precision == CPU.conv.fp32_precision == "ieee"
+
+
+def test_steps_leave_the_switches_alone_where_nothing_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: asked.append(None) or "highest")
+    with full_precision():
+        pass
+    assert bool(asked) != hasattr(CUDNN, "conv")

@@ -359,6 +359,34 @@ def test_a_loss_rounded_in_another_way_is_no_baseline(monkeypatch: pytest.Monkey
     assert seen[:3] == [(True, not rounded), (False, True), (False, True)]
 
 
+class RoundedInTraining(Fitting):
+    """Its loss is rounded where cuDNN may round, as TF32 does on a GPU, and its gradient with it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1.001 if torch.backends.cudnn.allow_tf32 else 1.0)
+
+
+def test_rounding_in_training_is_no_loss_that_changes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Replays do not round: whether training does is asked before they begin."""
+    known: list[float | None] = []
+
+    class Watching(SaddleFreeNewton):
+        def step_on(self, objective: Any, **given: Any) -> Any:
+            known.append(None if given["loss_and_gradient"] is None else given["loss_and_gradient"][0])
+            return super().step_on(objective, **given)
+
+    monkeypatch.setattr(
+        "lightning_sfn.trainer.window.rounds_otherwise", lambda trainer, module: torch.backends.cudnn.allow_tf32
+    )
+    caplog.set_level("INFO")
+    make_trainer(4, callbacks=[forced(optimizer=Watching)]).fit(RoundedInTraining(), regression_loader(16, 8))
+    assert known
+    assert None not in known
+    assert "in a replay" not in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------ weight decay
 
 
