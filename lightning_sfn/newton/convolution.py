@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from lightning_sfn.newton.transforms import is_transformed
 
-__all__ = ["Geometry", "convolution", "for_each_dimension"]
+__all__ = ["Geometry", "convolution", "for_each_dimension", "padded"]
 
 
 class Geometry(NamedTuple):
@@ -28,6 +28,29 @@ def for_each_dimension(value: Any, count: int) -> tuple[int, ...]:
     """A length that was given as one number or several, as one for each of ``count`` dimensions."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return values * count if len(values) == 1 else values
+
+
+def padded(inputs: Tensor, weight: Tensor, padding: Any, dilation: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Images and their padding in numbers, where it may have been given in a word.
+
+    Args:
+        inputs: Shape ``(B, C, ...)``.
+        weight: Shape ``(O, C / groups, ...)``.
+        padding: Numbers, ``"valid"``, or ``"same"``, which puts what is odd behind the image, as PyTorch does.
+        dilation: One number or several.
+
+    Returns:
+        The images, longer by what is odd, and a number for every spatial dimension.
+    """
+    spatial = weight.dim() - 2
+    if padding != "same":
+        return inputs, for_each_dimension(0 if padding == "valid" else padding, spatial)
+    lengths = zip(for_each_dimension(dilation, spatial), weight.shape[2:], strict=True)
+    total = [step * (size - 1) for step, size in lengths]
+    if any(length % 2 for length in total):
+        behind = [side for length in reversed(total) for side in (0, length % 2)]
+        inputs = torch.nn.functional.pad(inputs, behind)
+    return inputs, tuple(length // 2 for length in total)
 
 
 def convolution(inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sfn.newton.activations import sigmoid, tanh
 from lightning_sfn.newton.affine import affine
-from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension
+from lightning_sfn.newton.convolution import Geometry, convolution, for_each_dimension, padded
 from lightning_sfn.newton.recurrence import tanh_recurrence
 from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
 from lightning_sfn.newton.transforms import is_transformed
@@ -91,11 +91,13 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor | None:
     spatial = weight.dim() - 2
-    if isinstance(padding, str) or input.dim() != weight.dim() or not (input.requires_grad or weight.requires_grad):
+    if input.dim() != weight.dim() or not (input.requires_grad or weight.requires_grad):
         return None
-    each = [for_each_dimension(value, spatial) for value in (stride, padding, dilation)]
-    geometry = Geometry(each[0], each[1], each[2], groups)
-    return convolution(input, weight, bias, geometry)
+    strides = for_each_dimension(stride, spatial)
+    if isinstance(padding, str) and padding != "valid" and not (padding == "same" and set(strides) == {1}):
+        return None  # for torch to refuse
+    image, lengths = padded(input, weight, padding, dilation)
+    return convolution(image, weight, bias, Geometry(strides, lengths, for_each_dimension(dilation, spatial), groups))
 
 
 def _rnn_tanh(*args: Any) -> tuple[Tensor, ...] | None:

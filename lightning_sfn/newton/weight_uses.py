@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_sfn.newton.attention import attended
-from lightning_sfn.newton.convolution import for_each_dimension
+from lightning_sfn.newton.convolution import for_each_dimension, padded
 from lightning_sfn.newton.sampled_targets import ElementwiseLosses
 from lightning_sfn.newton.saved_tensors import saved_tensor_hooks
 from lightning_sfn.newton.unrolled import FUSED, unrolled
@@ -182,13 +182,14 @@ def _of_convolution(
 ) -> _Seen | None:
     """The patches that a convolution multiplies with its weight (Grosse and Martens 2016)."""
     spatial = weight.dim() - 2
-    if groups != 1 or isinstance(padding, str) or spatial not in (1, 2) or input.dim() != weight.dim():
+    if groups != 1 or spatial not in (1, 2) or input.dim() != weight.dim():
         return None
-    lengths = [for_each_dimension(value, spatial) for value in (dilation, padding, stride)]
     flat = spatial == 1  # as an image of height one
 
     def rows() -> Tensor:
-        image = input.detach().unsqueeze(-2) if flat else input.detach()
+        image, around = padded(input.detach(), weight, padding, dilation)
+        image = image.unsqueeze(-2) if flat else image
+        lengths = (for_each_dimension(dilation, spatial), around, for_each_dimension(stride, spatial))
         kernel = (1, *weight.shape[2:]) if flat else tuple(weight.shape[2:])
         fill = [(neutral, *value) if flat else value for neutral, value in zip((1, 0, 1), lengths, strict=True)]
         patches = F.unfold(image, kernel, *fill)

@@ -146,7 +146,7 @@ class SaddleFreeNewtonMixin(LightningModule):
         """
         if not self._drivers:
             self._prepare()
-        with full_precision():  # Lightning's, around this method: Lanczos amplifies rounding noise
+        with full_precision():  # without Lightning's autocast around this method: Lanczos amplifies rounding noise
             pairs = zip(self._drivers, self.objectives(), strict=True)
             losses = [driver.record(batch, batch_idx, loss) for driver, loss in pairs]
             if self._drivers[0].ready:

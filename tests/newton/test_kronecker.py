@@ -107,10 +107,22 @@ def test_a_convolution_over_the_whole_image_has_the_factors_of_a_linear_layer() 
     torch.testing.assert_close(ours.outputs, theirs.outputs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2},
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": 3, "stride": 2, "padding": "valid"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
-def test_convolutions_gather_their_patches(kind: Callable[..., nn.Module]) -> None:
+def test_convolutions_gather_their_patches(kind: Callable[..., nn.Module], options: dict[str, Any]) -> None:
     """The gradient of the weight is the sum over places of output gradient times patch."""
-    layer = kind(2, 3, 3, stride=2, padding=1, dilation=2).double()
+    layer = kind(2, 3, **options).double()
     x = torch.randn(4, 2, *([9] if kind is nn.Conv1d else [9, 7]), dtype=D)
     model = nn.Sequential(layer)
     target = torch.randn_like(model(x))

@@ -1,5 +1,6 @@
 """What is put in place of a model's operations computes the same derivatives, of every order."""
 
+import re
 import warnings
 from collections.abc import Callable
 from unittest import mock
@@ -360,21 +361,39 @@ def test_autocast_functorch_and_constants_are_left_to_torch() -> None:
             assert "_TanhBackward" not in graph_nodes(torch.tanh(x))
         torch.testing.assert_close(torch.func.grad(lambda v: v.tanh().sum())(x.detach()), 1 - x.detach().tanh() ** 2)
         assert torch.tanh(x.detach()).grad_fn is None
-        same = F.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3, requires_grad=True), padding="same")
-        assert "_ConvolutionBackward" not in graph_nodes(same)
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": (1, 0), "dilation": [1, 2], "groups": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": (1, 0), "dilation": [1, 2], "groups": 2},
+        {"padding": "same", "dilation": (3, 1)},  # an odd row
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid", "stride": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")
 @pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)])
 def test_convolutions_are_put_in_place_where_something_has_a_gradient(
     wanted: tuple[bool, bool], options: dict[str, object]
 ) -> None:
     image, weight = torch.randn(2, 4, 6, 7).requires_grad_(wanted[0]), torch.randn(6, 4, 2, 3).requires_grad_(wanted[1])
-    weight = weight[:, :2] if options else weight
+    weight = weight[:, :2] if "groups" in options else weight
     with FastSecondDerivatives():
         output = F.conv2d(image, weight, **options)  # type: ignore[arg-type]
     assert "_ConvolutionBackward" in graph_nodes(output)
     torch.testing.assert_close(output, F.conv2d(image, weight, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"padding": "sane"}, {"padding": "same", "stride": 2}], ids=str)
+def test_wrong_paddings_are_refused_by_torch(wrong: dict[str, object]) -> None:
+    image, weight = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 3, 3, requires_grad=True)
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as by_torch:
+        F.conv2d(image, weight, **wrong)  # type: ignore[arg-type]
+    with FastSecondDerivatives(), pytest.raises(type(by_torch.value), match=re.escape(str(by_torch.value))):
+        F.conv2d(image, weight, **wrong)  # type: ignore[arg-type]
 
 
 def test_convolutions_of_constants_and_of_one_image_are_left_to_torch() -> None:
