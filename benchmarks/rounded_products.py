@@ -4,16 +4,16 @@
 
 On the CPU the rounding is simulated as tensor cores do it: the factors of every matrix product and convolution lose the
 last bits of their mantissas, sums are float32. On a CUDA device TF32 is the device's own, and bfloat16 is left out.
-Eigenvalues are compared with a float64 basis from the same random vector, on a plateau, at the end of a last mile and
-of a recurrent network; steps are those of `default` and `turns` from two of these starts. Writes
-`benchmarks/results/rounded_products.json`, or `rounded_products_cuda.json`.
+Ritz values are compared with those of a float64 basis from the same random vector, at three starts of the race: on a
+plateau, where Adam stalls, and of a recurrent network. Steps are those of `default` and `turns` from two of them.
+Writes `benchmarks/results/rounded_products.json`, or `rounded_products_cuda.json`.
 """
 
 import argparse
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ from tqdm import tqdm
 
 from lightning_sfn.newton import HessianOperator, KrylovSubspace, Objective, lanczos
 
-SPECTRA = {"mnist escape": 100, "mnist last mile": 100, "shakespeare tanh": 100}  # vectors of a basis
+SPECTRA = {"mnist escape": 100, "mnist last mile": 500, "shakespeare tanh": 200}  # vectors of a basis
 STEPS = {"default": 40, "turns": 200}
 TASKS_OF_STEPS = ("mnist escape", "mnist last mile")
 MANTISSA = {"float32": 23, "tf32": 10, "bfloat16": 7}
 ENDS = 3  # eigenvalues looked at on either end
 
 _aten = torch.ops.aten
-_PRODUCTS = {
-    **dict.fromkeys((_aten.mm, _aten.bmm, _aten.convolution, _aten.convolution_backward), 0),
-    **dict.fromkeys((_aten.addmm, _aten.addmm_, _aten.baddbmm), 1),  # what is added first is no factor
+_FACTORS = {  # which arguments are multiplied with each other; what is added is not
+    **dict.fromkeys((_aten.mm, _aten.bmm, _aten.convolution), slice(0, 2)),
+    **dict.fromkeys((_aten.addmm, _aten.addmm_, _aten.baddbmm), slice(1, 3)),
+    _aten.convolution_backward: slice(0, 3),
 }
 
 
@@ -49,9 +50,11 @@ class Rounded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Sees one operation."""
-        first = _PRODUCTS.get(func.overloadpacket)
-        if first is not None:
-            args = (*args[:first], *(self._round(value) for value in args[first:]))
+        factors = _FACTORS.get(func.overloadpacket)
+        if factors is not None:
+            changed = list(args)
+            changed[factors] = [self._round(value) for value in args[factors]]
+            args = tuple(changed)
         return func(*args, **(kwargs or {}))
 
     def _round(self, value: Any) -> Any:
@@ -64,18 +67,17 @@ class Rounded(TorchDispatchMode):
 
 @contextmanager
 def arithmetic(name: str, device: torch.device) -> Iterator[None]:
-    """Runs the body with products in one of the formats of `MANTISSA`."""
-    if name == "float32":
-        yield
-    elif device.type == "cpu":
-        with Rounded(MANTISSA[name]):
+    """Runs the body with products in one of the formats of `MANTISSA`; cuDNN does not round."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" and name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = False
+    simulated = device.type == "cpu" and name != "float32"
+    try:
+        with Rounded(MANTISSA[name]) if simulated else nullcontext():
             yield
-    else:
-        torch.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision("highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -87,7 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--folder", type=Path, default=record.RESULTS, help="where the results go")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # convolutions, which these networks do not have
     device, quick = torch.device(options.device), options.quick
     formats = [name for name in MANTISSA if device.type == "cpu" or name != "bfloat16"]
     with tempfile.TemporaryDirectory() as folder:
@@ -162,12 +163,16 @@ def steps(start: Callable[[str, int], Problem], formats: list[str], seeds: int, 
     return rows
 
 
-def _after(problem: Problem, method: str, count: int, precision: str, seed: int) -> float:
+def _after(problem: Problem, method: str, count: int, precision: str, seed: int) -> float | None:
+    """The loss afterwards; ``None`` where a step failed because something was not finite."""
     torch.manual_seed(seed)
     with arithmetic(precision, problem.inputs.device):
         stepping = METHODS[method](problem)
-        for _ in range(count):
-            next(stepping)
+        try:
+            for _ in range(count):
+                next(stepping)
+        except (FloatingPointError, torch.linalg.LinAlgError):
+            return None
     with torch.no_grad():
         return float(problem.loss())
 

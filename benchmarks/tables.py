@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerator import compared
 from engine_parts.tables import TABLES as ENGINE
 from record import RESULTS
 from suite.methods import METHODS
-from suite.standings import FIRST_ORDER, KFAC_TARGET, TARGETS, Standing, standings
+from suite.standings import FIRST_ORDER, JUDGED, KFAC_TARGET, TARGETS, Standing, standings
 from suite.tasks import EVERY, TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -227,6 +228,55 @@ def _race_of_one_budget(name: str) -> dict[str, Any]:
     return results | {"runs": [run for run in results["runs"] if run["seconds"] == budget]}
 
 
+def accelerator() -> str:
+    """The CPU's figures beside those of a CUDA device."""
+
+    def load(name: str) -> dict[str, Any] | None:
+        if not (RESULTS / f"{name}.json").exists():
+            return None
+        return _race_of_one_budget(name) if name.startswith("race") else _load(name)
+
+    rows = [list(row) for row in compared(load)]
+    on_cuda = [
+        found["settings"]["device"] for name in ("engine", "rounded_products") if (found := load(f"{name}_cuda"))
+    ]
+    return _rows(["what", "target", "CPU", (on_cuda or ["CUDA device"])[0]], rows)
+
+
+def rounded_spectra() -> str:
+    """What rounding of products does to eigenvalues."""
+    results = _load("rounded_products")
+    header = ["start", "products", "smallest eigenvalue", "its error", "its stated residual", "the next two: errors"]
+    header += ["largest eigenvalue", "three largest: errors", "largest entry of VV' - 1"]
+    rows = [
+        [
+            row["task"],
+            row["format"],
+            f"{row['lambda_min']:.2g}",
+            f"{row['smallest_error']:.1g}",
+            f"{row['smallest_residual']:.1g}",
+            ", ".join(f"{error:.0e}" for error in row["smallest_errors"][1:]),
+            f"{row['lambda_max']:.3g}",
+            ", ".join(f"{error:.0e}" for error in row["largest_errors"]),
+            f"{row['deviation']:.0e}",
+        ]
+        for row in results["spectra"]
+    ]
+    return _rows(header, rows) + _measured(results, _ROUNDED)
+
+
+def rounded_steps() -> str:
+    """What rounding of products does to steps."""
+    results = _load("rounded_products")
+    formats = [name for name in results["steps"][0] if name not in ("task", "method", "steps")]
+    rows = [
+        [row["task"], row["method"], str(row["steps"])]
+        + [", ".join("failed" if loss is None else f"{loss:.3g}" for loss in row[name]) for name in formats]
+        for row in results["steps"]
+    ]
+    return _rows(["start", "method", "steps", *formats], rows) + _measured(results, _ROUNDED)
+
+
 def _standings(results: dict[str, Any], *, tuning: bool | None) -> list[Standing]:
     """The tasks of one half (of both and besides for ``None``)."""
     tasks = EVERY if tuning is None else TASKS
@@ -263,14 +313,14 @@ def targets(*, tuning: bool | None, name: str = "race") -> str:
     """The recipe against the targets, where all that they speak of has run."""
     table = []
     for row in _standings(_race_of_one_budget(name), tuning=tuning):
-        if not {_OURS, "kfac", *FIRST_ORDER} <= row.losses.keys():
+        if not {JUDGED, "kfac", *FIRST_ORDER} <= row.losses.keys():
             continue
-        rival, ratio = row.against(_OURS)
-        met, met_kfac = row.reached(_OURS)
+        rival, ratio = row.against(JUDGED)
+        met, met_kfac = row.reached(JUDGED)
         wanted = f"<= {TARGETS['escape']}" if row.kind == "escape" else f">= {TARGETS[row.kind]}"
         what = "loss / Adam's" if row.kind == "escape" else f"decrease / that of {rival}"
         table.append(
-            [row.task, what, f"{ratio:.2f}", wanted, _yes(met), f"{row.against_kfac(_OURS):.2f}", _yes(met_kfac)]
+            [row.task, what, f"{ratio:.2f}", wanted, _yes(met), f"{row.against_kfac(JUDGED):.2f}", _yes(met_kfac)]
         )
     header = ["task", "what", "measured", "target", "reached", "decrease / K-FAC's", f"reached {KFAC_TARGET}"]
     return _rows(header, table)
@@ -347,8 +397,8 @@ def engine(part: str) -> str:
     return _rows(*ENGINE[part](results[part])) + note
 
 
-_OURS = "turns"  # what the targets are for
 _PEERS = "make bench-peers"
+_ROUNDED = "python benchmarks/rounded_products.py"
 _SECANTS = "python benchmarks/race.py --name race_secants --seeds 3 --seconds 8 --methods subspaces default"
 _PROBES = (
     "python benchmarks/race.py --name race_probes --seeds 3 --seconds 12 --methods factors default "
@@ -371,6 +421,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets_tuning": partial(targets, tuning=True),
     "targets_held_out": partial(targets, tuning=False),
     "searched": searched,
+    "accelerator": accelerator,
+    "rounded_spectra": rounded_spectra,
+    "rounded_steps": rounded_steps,
     "peers": peers,
     "peer_spectra": peer_spectra,
 }

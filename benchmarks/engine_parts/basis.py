@@ -1,5 +1,6 @@
 """Orthogonality of a float32 basis, the time of orthogonalisation beside the products, and waits for the device."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from .networks import Case, autoencoder, perceptron
 from .timing import Clock, now
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"}
+COPIES = {"_to_copy", "copy_"}
 TARGET_ORTHOGONALITY, TARGET_TIME = 2e-6, 1.2
 
 
@@ -78,8 +80,16 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Sees one operation."""
-        self.count += func.overloadpacket.__name__ in WAITS
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.count += name in WAITS or (name in COPIES and _leaves(args, result))
+        return result
+
+
+def _leaves(args: Sequence[Any], result: Any) -> bool:
+    """Whether a copy leads from another device to the CPU."""
+    origins = [value.device.type for value in args if isinstance(value, Tensor)]
+    return bool(result.device.type == "cpu" and any(kind != "cpu" for kind in origins))
 
 
 def waits(device: torch.device, dim: int) -> int:

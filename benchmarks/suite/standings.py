@@ -5,7 +5,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FIRST_ORDER", "Standing", "standings"]
+__all__ = ["FIRST_ORDER", "JUDGED", "KFAC_TARGET", "TARGETS", "Standing", "standings"]
+
+JUDGED = "turns"
+"""The method that the targets are for."""
 
 FIRST_ORDER = ("sgd", "adam", "lbfgs")
 """Rivals of the targets for the last mile and for recurrent networks."""

@@ -65,6 +65,15 @@ def test_waits_do_not_grow_with_the_basis() -> None:
     assert len({basis.waits(CPU, dim) for dim in (8, 32, 128)}) == 1
 
 
+def test_a_copy_from_another_device_is_a_wait() -> None:
+    with basis.Waits() as counter:
+        torch.ones(3).double()
+        torch.ones(3).to("meta")
+    assert counter.count == 0
+    assert basis._leaves((torch.ones(3, device="meta"),), torch.ones(3))
+    assert not basis._leaves((torch.ones(3),), torch.ones(3))
+
+
 def test_allocations_are_those_of_the_allocator() -> None:
     kept: list[torch.Tensor] = []
 
