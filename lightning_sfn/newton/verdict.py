@@ -1,6 +1,5 @@
 """What a spectrum says, in words: saddle, minimum, slope, or not known. Never more than its error bounds allow."""
 
-import math
 from dataclasses import dataclass
 
 from lightning_sfn.newton.objective import Objective
@@ -10,7 +9,7 @@ from lightning_sfn.newton.spectrum import Spectrum
 
 __all__ = ["NewtonTrial", "try_newton_step", "verdict"]
 
-_STATIONARY = 1e-2  # share of the loss that a gradient step may still gain at what is called a critical point
+_STATIONARY = 1e-2  # share of the loss that one step may still gain at what is called a critical point
 _FLAT = 1e-3  # of the largest eigenvalue: curvature below this is zero to tolerance
 
 
@@ -57,10 +56,13 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
     """Names the kind of point that a spectrum was taken at.
 
     The point counts as critical if a gradient step of the length that the largest eigenvalue allows gains less than a
-    hundredth of the loss. The smallest eigenvalue is negative for certain if its estimate is, beyond rounding, since
-    that is an upper bound on it; it counts as zero to tolerance if its error bound cannot take it below a thousandth
-    of the largest. Where gradient and curvature are both exactly zero, the kind of point is unknown: second derivatives
-    do not tell.
+    hundredth of the loss, and an SFN step no more by its quadratic model: along directions of little curvature a
+    gradient step gains next to nothing, however far the minimum is. If the step has gained more than that, the point is
+    no minimum; it may be a saddle, from which one step can lead far away.
+
+    The smallest eigenvalue is negative for certain if its estimate is, beyond rounding, since that is an upper bound on
+    it; it counts as zero to tolerance if its error bound cannot take it below a thousandth of the largest. Where
+    gradient and curvature are both exactly zero, the kind of point is unknown: second derivatives do not tell.
 
     Args:
         spectrum: The spectrum.
@@ -78,21 +80,23 @@ def verdict(spectrum: Spectrum, trial: NewtonTrial | None = None) -> str:
     scale = max(abs(lowest), abs(spectrum.lambda_max))
     if scale == spectrum.gradient_norm == 0:
         return "unknown: gradient and curvature are zero, which a minimum, a plateau and a saddle of high order share."
-    gain = spectrum.gradient_norm**2 / (2 * scale) if scale > 0 else math.inf
-    critical = gain <= _STATIONARY * abs(spectrum.loss)
+    negative = spectrum.has_negative_curvature
+    little = _STATIONARY * abs(spectrum.loss)
+    steep = scale == 0 or spectrum.gradient_norm**2 / (2 * scale) > little
+    gain = 0.0 if trial is None else trial.predicted if negative else max(trial.predicted, trial.measured)
     facts = (
         f"the smallest eigenvalue is {lowest:.3g} (+- {bound:.1g}), the largest {spectrum.lambda_max:.3g}, "
         f"the gradient norm {spectrum.gradient_norm:.3g}"
     )
-    negative = spectrum.has_negative_curvature
     if not negative and lowest - bound < -_FLAT * scale:
         return (
             f"not converged: {facts}, so its sign is open; allow more products, or more vectors (krylov_dim)."
             + _newton(trial)
         )
-    if not critical:
+    if steep or gain > little:
         kind = "slope, with negative curvature" if negative else "slope"
-        return f"{kind}: {facts}; the gradient is not small, so this is no critical point yet." + _newton(trial)
+        why = "the gradient is not small" if steep else "a Newton step gains more than a hundredth of the loss"
+        return f"{kind}: {facts}; {why}, so this is no critical point yet." + _newton(trial)
     if negative:
         return f"saddle: {facts}, so this is no minimum." + _newton(trial)
     return (

@@ -1,5 +1,6 @@
 """Data budgets: how much of a window's data each ingredient of a Newton step sees, and what each batch counts."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,8 +21,8 @@ class DataBudgets:
     """How much data each ingredient of a step sees.
 
     Attributes:
-        gradient_batches: Loader batches that the gradient is accumulated over before an update, or ``"epoch"``. A
-            window never crosses the end of an epoch.
+        gradient_batches: Loader batches that the gradient is accumulated over before an update at most, or ``"epoch"``.
+            A window never crosses the end of an epoch: an epoch is shared out evenly over as few windows as that takes.
         curvature_fraction: Share of the window's batches that Hessian-vector products see, at least four batches.
         trial_fraction: Share of the window's batches that trial losses see, at least four; others than those of the
             curvature as far as possible.
@@ -54,6 +55,34 @@ class DataBudgets:
     def largest_growth(self) -> float:
         """Growth at which both parts are the whole window."""
         return 1 / min(self.curvature_fraction, self.trial_fraction)
+
+    def windows(self, of: float) -> int:
+        """Over how many windows an epoch of so many batches is shared out; it must have an end."""
+        return 1 if self.gradient_batches == "epoch" else math.ceil(of / self.gradient_batches)
+
+    def ends(self, begin: int, end: int, of: float) -> bool:
+        """Whether a window is complete.
+
+        Args:
+            begin: Batches of the epoch before it.
+            end: Batches of the epoch so far.
+            of: Batches of the epoch; infinite where nobody knows.
+        """
+        if math.isinf(of):
+            return self.gradient_batches != "epoch" and end - begin >= self.gradient_batches
+        return end * self.windows(of) // of > begin * self.windows(of) // of
+
+    def is_whole(self, begin: int, end: int, of: float) -> bool:
+        """Whether a window that has ended is one of those that an epoch is shared out over; arguments as in `ends`."""
+        if math.isinf(of):
+            return begin == 0 if self.gradient_batches == "epoch" else end - begin >= self.gradient_batches
+        return (begin == 0 or self.ends(begin - 1, begin, of)) and self.ends(end - 1, end, of)
+
+    def is_enough(self, begin: int, end: int, of: float) -> bool:
+        """Whether a window has half of the batches of a whole one, as far as that is known; arguments as in `ends`."""
+        if math.isinf(of):
+            return self.gradient_batches == "epoch" or 2 * (end - begin) >= self.gradient_batches
+        return 2 * (end - begin) * self.windows(of) >= of
 
     def choose(self, count: int, growth: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Draws the batches of the curvature and of the trial losses.

@@ -43,8 +43,8 @@ class SaddleFreeNewtonMixin(LightningModule):
 
     Args:
         args: Arguments of the next class.
-        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
-            ``"epoch"``. They are kept on the device until then.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update at
+            most, over which an epoch is shared out evenly; or ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
@@ -299,6 +299,7 @@ class _ManualNewton(WindowedNewton):
         """Evaluates a batch for the first time, and adds it to the window."""
         kept, state = own_copies((batch, batch_idx)), RandomState.capture(self._module.device)
         value = _require_loss(loss(batch), type(self._module).__name__).detach()
+        self._note_begin(1)
         if self._held is None:
             self._collect([RecordedStep(kept, {"replayed": self._index}, state, value)])
         return value

@@ -22,7 +22,7 @@ from lightning_sfn.newton.spectrum import Spectrum, SpectrumSettings, spectrum_o
 from lightning_sfn.newton.verdict import NewtonTrial, try_newton_step, verdict
 from lightning_sfn.trainer.batches import cases_of
 from lightning_sfn.trainer.checks import misconfigured, require_choice, require_count
-from lightning_sfn.trainer.handover import resting_groups
+from lightning_sfn.trainer.handover import coupled_decay, resting_groups
 from lightning_sfn.trainer.held_state import HeldState
 from lightning_sfn.trainer.kept_steps import is_plain
 from lightning_sfn.trainer.own_writes import ParameterCopies, foreseen
@@ -258,7 +258,7 @@ class Probe:
                 return try_newton_step(objective, parameters)
 
         trial = foreseen(trainer, attempt)
-        return verdict(spectrum, trial), trial
+        return verdict(spectrum, trial) + _of_what(trainer), trial
 
     @contextmanager
     def _posed(
@@ -296,6 +296,14 @@ def _trained(trainer: Trainer) -> Iterator[Tensor]:
         for group, rests in zip(optimizer.param_groups, resting_groups(optimizer), strict=True):
             if not rests:
                 yield from group["params"]
+
+
+def _of_what(trainer: Trainer) -> str:
+    """A sentence where what is trained is more than the loss that a spectrum is of."""
+    decays = {decay for optimizer in trainer.optimizers for _, decay in coupled_decay(optimizer) if decay}
+    if not decays:
+        return ""
+    return f" That is the loss alone: the optimizer adds weight decay ({', '.join(f'{d:g}' for d in sorted(decays))})."
 
 
 def _mean_over_cases(trainer: Trainer, cases: float) -> ProcessMean | None:

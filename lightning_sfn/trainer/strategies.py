@@ -170,8 +170,8 @@ class SFNStrategy(_NewtonStrategy, SingleDeviceStrategy):
     Args:
         optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
             ``class_path`` and ``init_args`` in YAML.
-        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
-            ``"epoch"``. They are kept on the device until then.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update at
+            most, over which an epoch is shared out evenly; or ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
@@ -210,8 +210,8 @@ class SFNDDPStrategy(_NewtonStrategy, DDPStrategy):
     Args:
         optimizer: Makes the optimizer from parameter groups: `SaddleFreeNewton`, a `functools.partial` of it, or
             ``class_path`` and ``init_args`` in YAML.
-        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
-            ``"epoch"``. They are kept on the device until then.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update at
+            most, over which an epoch is shared out evenly; or ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.

@@ -88,7 +88,7 @@ class WindowedNewton:
         self._recorder = StepRecorder(trainer, module.device)
         self._window = Batches()
         self._held: Batches | None = None
-        self._joined_late = trainer.fit_loop.epoch_loop.batch_idx > 0  # the epoch's first batches were not seen
+        self._begin: int | None = None  # batches of the epoch before those of the window
         self._unfinished = 0  # batches of the step that is being taken
         self._isolation: Isolation | None = None
         self.steps_taken = 0
@@ -99,7 +99,7 @@ class WindowedNewton:
         self._after_backward: Tensor | None = None
         self._compared = False  # whether it has been seen, once, if hooks change it
         self._trained: list[int] | None = None  # identities of the parameters that the last batch trained
-        self._warned = self._warned_of_layers = self._told_of_rejections = False
+        self._warned = self._warned_of_layers = self._told_of_rejections = self._told_of_rest = False
         self._rejected = 0  # Newton steps since the last one that was taken
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
@@ -119,7 +119,7 @@ class WindowedNewton:
             What the closure returned.
         """
         result = closure() if closure is not None else None
-        recorded = [step for step in self._recorder.take() if step.loss is not None]
+        recorded = self._taken()
         if self._trainer.fit_loop._skip_backward:
             return result  # weight averaging passes over the data for batch norm's statistics alone
         self.batch_gradients += len(recorded)
@@ -138,13 +138,14 @@ class WindowedNewton:
         Returns:
             The mean loss of the window, where this step completed it, and it was a whole one.
         """
-        recorded = [step for step in self._recorder.take() if step.loss is not None]
+        recorded = self._taken()
         if recorded:
             self._collect(recorded)
         if not self._window.steps or not self._complete():
             return None
-        window, self._window = self._window, Batches()
-        return self._objective(window, range(len(window.steps))) if self._is_whole(window) else None
+        whole = self._is_whole()
+        window = self._cut()
+        return self._objective(window, range(len(window.steps))) if whole else None
 
     def note_backward(self) -> None:
         """Keeps the gradient that `backward` has just made, to see once whether hooks change it."""
@@ -158,15 +159,54 @@ class WindowedNewton:
         self._unclipped = self._parameters().gradients()
 
     def end_window(self) -> None:
-        """Takes the step of a window, if there is one: it is complete, or a hook has ended its epoch unannounced."""
-        window, self._window = self._window, Batches()
-        if not window.steps:
+        """Takes the step of a window, if there is one: it is complete, or a hook has ended its epoch unannounced.
+
+        What is left over where a run or an epoch is cut short, or where SFN took over inside one, is let go if it has
+        less than half of a window's batches: a step that few cases decide about would harm all others.
+        """
+        if not self._window.steps:
+            self._begin = None
             return
-        if self._is_whole(window) and self._budgets.hold:
+        whole, enough = self._is_whole(), self._budgets.is_enough(*self._extent())
+        window = self._cut()
+        if not enough:
+            self._tell_of_rest(len(window.steps))
+            return
+        if whole and self._budgets.hold:
             self._held = window
         self._unfinished = len(window.steps)
         self._newton_step(window, self._loss_and_gradient(window))
         self._unfinished = 0
+
+    def _taken(self) -> list[RecordedStep]:
+        """The batches since the last call that have a loss."""
+        recorded = self._recorder.take()
+        self._note_begin(len(recorded))
+        return [step for step in recorded if step.loss is not None]
+
+    def _note_begin(self, count: int) -> None:
+        """Notes where in the epoch a window begins, with so many batches."""
+        if self._begin is None:
+            self._begin = self._trainer.fit_loop.epoch_loop.batch_idx + 1 - count
+
+    def _extent(self) -> tuple[int, int, float]:
+        """Batches of the epoch before the window and up to its end, and all of them."""
+        end = self._trainer.fit_loop.epoch_loop.batch_idx + 1
+        return end if self._begin is None else self._begin, end, self._trainer.num_training_batches
+
+    def _cut(self) -> Batches:
+        """The window as it is; the next one begins behind it."""
+        window, self._window, self._begin = self._window, Batches(), None
+        return window
+
+    def _tell_of_rest(self, count: int) -> None:
+        if not self._told_of_rest:
+            self._told_of_rest = True
+            say(
+                self._trainer,
+                f"No Newton step was taken on the last {count} batch(es), since a window has more than twice as many "
+                "and was cut short: what few cases say would harm all others.",
+            )
 
     def detach(self, *, keep: bool = False) -> None:
         """Gives Lightning's `training_step` and the optimizer's `step` back, and the memory that held the window.
@@ -209,11 +249,15 @@ class WindowedNewton:
         if self._window.gradient is not None and (
             self._window.gradient.numel() != gradient.numel() or before not in (None, self._trained)
         ):
-            self._drop_window()
+            self._drop_window(len(recorded))
         self._window.add(recorded, weights, loss, gradient)
 
-    def _drop_window(self) -> None:
-        """Forgets the batches of a window, whose gradients are of other parameters than those that are trained now."""
+    def _drop_window(self, count: int) -> None:
+        """Forgets the batches of a window, whose gradients are of other parameters than those that are trained now.
+
+        Args:
+            count: Batches that begin a new one.
+        """
         if not self._warned_of_layers:
             rank_zero_warn(
                 f"{len(self._window.steps)} batch(es) that waited for a Newton step are left out, since other "
@@ -222,7 +266,8 @@ class WindowedNewton:
                 "and free layers at the start of an epoch."
             )
             self._warned_of_layers = True
-        self._window = Batches()
+        self._cut()
+        self._note_begin(count)
 
     def _admit(self, recorded: Sequence[RecordedStep], *, finite: bool) -> BatchWeights | None:
         """Weights of some batches; none, and a warning once, where a process saw a number that is not finite."""
@@ -263,15 +308,11 @@ class WindowedNewton:
         return self._with_decay(whole, gradient) if self._decay else (whole, gradient)
 
     def _complete(self) -> bool:
-        epoch_over = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        budget = self._budgets.gradient_batches
-        return epoch_over or (budget != "epoch" and len(self._window.steps) >= budget)
+        return self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or self._budgets.ends(*self._extent())
 
-    def _is_whole(self, window: Batches) -> bool:
+    def _is_whole(self) -> bool:
         """Whether a window that is complete holds what it shall: the first one may begin inside an epoch."""
-        budget, late = self._budgets.gradient_batches, self._joined_late
-        self._joined_late = late and not self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return not late or (budget != "epoch" and len(window.steps) >= budget)
+        return self._budgets.is_whole(*self._extent())
 
     def _newton_step(self, window: Batches, known: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
@@ -392,7 +433,7 @@ class WindowedNewton:
             "replays_all": self._replays_all,
             "last_step": self._last_step,
             "holds": self._held is not None,
-            "joined_late": self._joined_late,
+            "begin": self._begin,
             "waiting": len(self._window.steps) + self._unfinished,
             "window": self._window.state_dict() if alone and not self._unfinished else None,
             "held": self._held.state_dict() if alone and self._held is not None else None,
@@ -410,7 +451,7 @@ class WindowedNewton:
         if held is not None:
             self._held = Batches.from_state(held, self._module.device)
         missing = state["waiting"] if window is None else 0
-        self._joined_late = bool(missing) or state.get("joined_late", False)
+        self._begin = None if missing else state.get("begin", 0)  # older checkpoints do not say
         if missing or (state["holds"] and held is None):
             rank_zero_warn(
                 "The checkpoint was written while batches waited for a Newton step, and it could not hold them "

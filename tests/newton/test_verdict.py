@@ -118,8 +118,46 @@ def test_the_tried_step_is_told_as_measured(trial: NewtonTrial, words: str, spec
     told = verdict(spectrum, trial)
     assert words in told
     assert told.endswith(".")
-    assert told.startswith(verdict(spectrum))
+    assert told.count("the smallest eigenvalue is") == told.count("SFN") == 1
     assert ".  " not in told
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "trial", "start", "why"),
+    [
+        (measured([0.5, 50.0], [0.1, 0.1]), NewtonTrial(1.0, 0.0101, 0.0), "slope: ", "a Newton step gains more"),
+        (measured([0.5, 50.0], [0.1, 0.1]), NewtonTrial(1.0, 0.0, 0.0101), "slope: ", "a Newton step gains more"),
+        (measured([0.5, 50.0], [0.1, 0.1]), NewtonTrial(1.0, 0.0099, 0.0099), "minimum to tolerance: ", "no direction"),
+        (measured([0.5, 50.0], [0.1, 0.1], 1.1), NewtonTrial(1.0, 0.5, 0.5), "slope: ", "the gradient is not small"),
+        (measured([-3.0, 50.0], [0.1, 0.1]), NewtonTrial(1.0, 0.0101, 0.2), "slope, with negative", "a Newton step"),
+        (measured([-3.0, 50.0], [0.1, 0.1]), NewtonTrial(1.0, 0.0099, 0.2), "saddle: ", "so this is no minimum"),
+        (measured([0.5, 50.0], [0.6, 0.1]), NewtonTrial(1.0, 0.2, 0.2), "not converged: ", "its sign is open"),
+    ],
+)
+def test_where_a_newton_step_gains_much_there_is_no_minimum(
+    spectrum: Spectrum, trial: NewtonTrial, start: str, why: str
+) -> None:
+    told = verdict(spectrum, trial)
+    assert told.startswith(start), told
+    assert why in told
+
+
+def test_a_long_valley_is_no_minimum() -> None:
+    """The gradient is small because curvature is: a Newton step goes to the minimum at once."""
+    scales = torch.tensor([1e2, 1.0, 1e-3], dtype=torch.float64)
+    x = torch.tensor([0.0, 0.0, 10.0], dtype=torch.float64, requires_grad=True)
+
+    def loss() -> Tensor:
+        return (scales * x**2).sum()
+
+    spectrum = hessian_spectrum(loss, [x])
+    trial = try_newton_step(Objective([loss]), FlatParameters([x]))
+    assert verdict(spectrum).startswith("minimum to tolerance: ")  # as far as a gradient step tells
+    assert verdict(spectrum, trial).startswith("slope: ")
+    with torch.no_grad():
+        x.zero_()
+    x_there = try_newton_step(Objective([lambda: 1 + loss()]), FlatParameters([x]))
+    assert verdict(hessian_spectrum(lambda: 1 + loss(), [x]), x_there).startswith("minimum to tolerance: ")
 
 
 @pytest.mark.parametrize(("gradient_norm", "start"), [(0.0999, "minimum to tolerance: "), (0.1001, "slope: ")])

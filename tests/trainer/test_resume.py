@@ -194,7 +194,7 @@ class Boxed(Random):
 
 
 def test_batches_that_cannot_be_stored_are_collected_anew_with_a_warning() -> None:
-    options = {"gradient_batches": 4, "check_every_n_steps": None, "switch_at_step": 6}
+    options = {"check_every_n_steps": None, "switch_at_step": 6}
     train(switch(**options), loader=StatefulLoader(Box), module=Boxed())
     callback = switch(**options)
     with pytest.warns(UserWarning, match="could not hold them .*collected anew"):

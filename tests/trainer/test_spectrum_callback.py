@@ -1144,3 +1144,18 @@ def test_a_failure_costs_the_verdict_only_where_it_is_the_last(epochs: set[int],
     assert sum("could not take" in str(warning.message) for warning in caught) == 1
     assert [step for step, _ in callback.history] == steps
     assert bool(callback.verdict) == (2 not in epochs)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.05), None),
+        (lambda p: torch.optim.SGD(p, 0.05, weight_decay=0.25), "the optimizer adds weight decay (0.25)."),
+        (lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.25), None),  # beside the gradient, not in it
+    ],
+)
+def test_a_verdict_says_what_it_leaves_out(make: Any, said: str | None) -> None:
+    spectrum = HessianSpectrum(num_batches=2, log=False)
+    make_trainer(1, callbacks=[spectrum]).fit(Fitting(optimizer=make), regression_loader(16, 4))
+    assert ("weight decay" in spectrum.verdict) == (said is not None)
+    assert said is None or spectrum.verdict.endswith(said)

@@ -333,14 +333,62 @@ def test_held_data_stay_what_they_were_while_the_loader_goes_on() -> None:
         assert call.loss != pytest.approx(loss, rel=1e-3)
 
 
-@pytest.mark.parametrize(("options", "held"), [({}, 4), ({"gradient_batches": 2}, 2), ({"gradient_batches": 9}, 4)])
-def test_what_is_held_is_a_whole_window(options: dict[str, Any], held: int) -> None:
-    """The switch falls before the fourth batch of an epoch of four: what is left of it is stepped on, and not held."""
+@pytest.mark.parametrize(
+    ("at", "options", "sizes"),
+    [
+        (7, {}, [4, 4]),  # one of four is too few for a step
+        (7, {"gradient_batches": 9}, [4, 4]),
+        (6, {}, [2, 4, 4]),  # two are stepped on, and not held
+        (7, {"gradient_batches": 2}, [1, 2, 2]),
+        (6, {"gradient_batches": 3}, [2, 2, 2]),  # a whole one: four batches make two windows
+    ],
+)
+def test_what_is_held_is_a_whole_window(at: int, options: dict[str, Any], sizes: list[int]) -> None:
+    """The switch falls inside an epoch of four batches."""
     calls: list[NewtonCall] = []
     optimizer = partial(Noting, calls=calls)
-    switch = SwitchToSFN(switch_at_step=7, optimizer=optimizer, hold=True, probe_dim=0, **options)
+    switch = SwitchToSFN(switch_at_step=at, optimizer=optimizer, hold=True, probe_dim=0, **options)
     make_trainer(4, callbacks=[switch]).fit(Fitting(), regression_loader(16, 4))
-    assert [call.sizes[0] for call in calls[:3]] == [1, held, held]
+    assert [call.sizes[0] for call in calls[: len(sizes)]] == sizes
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes"),
+    [("epoch", [7]), (7, [7]), (8, [7]), (6, [4, 3]), (4, [4, 3]), (3, [3, 2, 2]), (2, [2, 2, 2, 1]), (1, 7 * [1])],
+)
+def test_an_epoch_is_shared_out_evenly(budget: Any, sizes: list[int]) -> None:
+    """No window is larger than asked for, and none is a small rest."""
+    calls: list[NewtonCall] = []
+    run(regression_loader(14, 2), calls, gradient_batches=budget)
+    assert [call.sizes[0] for call in calls[: len(sizes)]] == sizes
+
+
+@pytest.mark.parametrize(("batches", "sizes"), [(9, [5, 4, 5, 4]), (8, [5, 3, 5, 3]), (7, [5, 5]), (6, [5, 5])])
+def test_a_small_rest_of_a_stream_is_let_go(batches: int, sizes: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody knows how long it is, so that it cannot be shared out."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([regression_data(14)[row] for row in range(batches)])
+
+    caplog.set_level("INFO")
+    calls: list[NewtonCall] = []
+    run(DataLoader(Stream(), batch_size=1), calls, gradient_batches=5)
+    assert [call.sizes[0] for call in calls[: len(sizes)]] == sizes
+    assert caplog.text.count("No Newton step was taken on the last") == (len(sizes) == 2)
+
+
+@pytest.mark.parametrize(("more", "steps"), [(3, 1), (4, 2)])
+def test_a_run_that_is_cut_short_does_not_end_with_a_step_on_a_few_batches(
+    more: int, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One epoch of SGD, one of SFN, and then less or no less than half of one."""
+    caplog.set_level("INFO")
+    calls: list[NewtonCall] = []
+    switch = SwitchToSFN(switch_at_epoch=1, optimizer=partial(Noting, calls=calls), probe_dim=0)
+    make_trainer(9, max_steps=8 + 8 + more, callbacks=[switch]).fit(Fitting(), regression_loader(16, 2))
+    assert [call.sizes[0] for call in calls] == [8, 4][:steps]
+    assert caplog.text.count("No Newton step was taken on the last 3 batch(es)") == 2 - steps
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -440,17 +488,17 @@ def test_a_window_that_layers_were_frozen_in_is_left_out_with_one_warning(same_s
 
     class Alternating(Fitting):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.net[0].requires_grad_(batch_idx % 2 == 0)
+            self.net[0].requires_grad_(batch_idx < 2)
             if same_size:
-                self.net[1].requires_grad_(batch_idx % 2 == 1)
+                self.net[1].requires_grad_(batch_idx >= 2)
             return super().training_step(batch, batch_idx)
 
     calls: list[NewtonCall] = []
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
-    with pytest.warns(UserWarning, match=r"1 batch\(es\) that waited for a Newton step are left out") as caught:
+    with pytest.warns(UserWarning, match=r"2 batch\(es\) that waited for a Newton step are left out") as caught:
         run(regression_loader(16, 4), calls, module=Alternating(net))
     assert sum("left out" in str(warning.message) for warning in caught) == 1
-    assert {call.sizes[0] for call in calls} == {1}
+    assert {call.sizes[0] for call in calls} == {2}
 
 
 # ------------------------------------------------------------------------------------------------ other batches

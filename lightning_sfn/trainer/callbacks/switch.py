@@ -97,8 +97,8 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         momentum: ``"keep"`` or ``"reset"``: what becomes of the first optimizer's state on return.
         schedulers: Whether its learning rate schedulers ``"rest"`` while SFN trains and go on where they were, or
             ``"step"`` on (schedules that end with the training).
-        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update, or
-            ``"epoch"``. They are kept on the device until then.
+        gradient_batches: Loader batches (of each process) that the gradient is accumulated over before an update at
+            most, over which an epoch is shared out evenly; or ``"epoch"``. They are kept on the device until then.
         curvature_fraction: Share of those batches that Hessian-vector products see.
         trial_fraction: Share of those batches that trial losses see.
         adaptive: Whether both shares double where steps achieve little (up to everything) and halve where they do well.
