@@ -324,6 +324,17 @@ def test_everything_that_the_monitor_of_learning_rates_logs() -> None:
         assert {value for _, value in logger.values(name)} == {1.0}
 
 
+def test_a_group_that_is_added_while_sfn_trains_may_have_what_the_first_optimizer_has() -> None:
+    class Freeing(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                added = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.2}
+                trainer.optimizers[0].add_param_group(added)
+
+    trainer = fit(Reading(), Freeing(), switching())
+    assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0.1, 0.1, 0.2]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_trainer_finds_its_own_early_stopping(first: bool) -> None:
     """`SwitchToSFN` is an `EarlyStopping` for Lightning; each callback is set up once, in whichever order they come."""
