@@ -467,10 +467,12 @@ def test_each_newton_step_is_logged() -> None:
         rows = np.isfinite(table[f"sfn/{name}"])
         np.testing.assert_allclose(table[f"sfn/{name}"][rows], expected, rtol=1e-6)
         assert table["step"][rows].tolist() == [9, 11, 13, 15]  # as Lightning counts: the step before this one's end
+        assert table["epoch"][rows].tolist() == [2, 2, 3, 3]
         points = events.Scalars(f"sfn/{name}")
         np.testing.assert_allclose([point.value for point in points], expected, rtol=1e-5)
         # Lightning's own epoch mean of the last epoch.
         assert float(trainer.callback_metrics[f"sfn/{name}"]) == pytest.approx(sum(expected[-2:]) / 2, rel=1e-5)
+    assert table["epoch"][np.isfinite(table["sfn/paid"])].tolist() == [3]  # the report, after the last epoch
 
 
 def test_report_adds_up(caplog: pytest.LogCaptureFixture) -> None:
