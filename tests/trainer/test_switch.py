@@ -106,11 +106,19 @@ def test_after_the_switch_lightning_steps_the_newton_optimizer() -> None:
 
 def test_metric_that_is_not_a_number_never_switches_and_is_said_once() -> None:
     callback = SwitchToSFN(monitor="metric", patience=1, probe_dim=0)
-    with pytest.warns(UserWarning, match="metric is nan: SwitchToSFN does not switch on it") as caught:
+    with pytest.warns(UserWarning, match="^metric is nan: SwitchToSFN passes over such checks.$") as caught:
         make_trainer(5, callbacks=[callback]).fit(Scripted([NAN, NAN, math.inf, NAN, NAN]), regression_loader())
-    assert sum("does not switch" in str(warning.message) for warning in caught) == 1
+    assert sum("passes over" in str(warning.message) for warning in caught) == 1
     assert not callback.switched
     assert callback.wait_count == 0
+
+
+def test_metric_that_is_not_a_number_after_the_switch_is_not_said_to_prevent_one() -> None:
+    callback = SwitchToSFN(monitor="metric", patience=1, probe_dim=0)
+    with pytest.warns(UserWarning, match="metric is nan: ") as caught:
+        make_trainer(3, callbacks=[callback]).fit(Scripted([3.0, 3.0, NAN]), regression_loader())
+    assert callback.switched
+    assert not any("does not switch" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.filterwarnings("ignore:metric is nan")
