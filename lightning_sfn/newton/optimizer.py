@@ -1,5 +1,6 @@
 """`SaddleFreeNewton`: Algorithm 1 of the paper as a `torch.optim.Optimizer`: options, bookkeeping and state."""
 
+import inspect
 import math
 import warnings
 import zlib
@@ -26,6 +27,7 @@ from lightning_sfn.newton.operators import CurvatureName, ProductMethod, check_c
 from lightning_sfn.newton.options import (
     is_number,
     require_at_least,
+    require_group_entries,
     require_krylov_dim,
     require_positive_or_none,
     require_seed,
@@ -64,7 +66,7 @@ class SaddleFreeNewton(Optimizer):
     ``heavy_ball`` allows momentum steps.
 
     Args:
-        params: Parameters or parameter groups; groups may differ in ``lr``.
+        params: Parameters or parameter groups; groups may differ in ``lr`` alone.
         lr: Factor on each step. Newton steps have a natural length of 1.
         krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
             When left out, 4 in Kronecker-factored coordinates as long as the subspace shows negative curvature of at
@@ -105,7 +107,8 @@ class SaddleFreeNewton(Optimizer):
         seed: Seed of the optimizer's own random generator; the global ones are left alone.
 
     Raises:
-        ValueError: An argument is out of its range, or the parameters are not of one real dtype on one device.
+        ValueError: An argument is out of its range, a group has another option than ``lr``, or the parameters are not
+            of one real dtype on one device.
 
     Example:
         >>> import torch
@@ -212,9 +215,13 @@ class SaddleFreeNewton(Optimizer):
             param_group: ``params``, and ``lr`` if it is another than that of the optimizer.
 
         Raises:
-            ValueError: The learning rate is no number of at least zero.
+            ValueError: The learning rate is no number of at least zero, or the group has an option of the whole
+                optimizer, a weight decay, or ``maximize=True``.
         """
-        rate = param_group.get("lr", 0.0) if isinstance(param_group, dict) else 0.0
+        given = param_group if isinstance(param_group, dict) else {}  # anything else torch refuses
+        rate = given.get("lr", 0.0)
+        # `lr` has a default, and so have entries of an optimizer whose place this one took: others read them.
+        require_group_entries({k: v for k, v in given.items() if k not in self.defaults}, _OPTIONS)
         require_at_least("lr", rate.item() if isinstance(rate, Tensor) else rate, 0.0)
         super().add_param_group(param_group)
 
@@ -572,3 +579,6 @@ def _take_over(generator: torch.Generator, state: Tensor) -> None:
         generator.set_state(state)
     else:
         generator.manual_seed(zlib.crc32(state.numpy().tobytes()))
+
+
+_OPTIONS = set(inspect.signature(SaddleFreeNewton).parameters) - {"params", "lr"}  # of the optimizer, not of a group

@@ -5,6 +5,7 @@ Options that name something are checked where the names are: `operators`, `basis
 """
 
 import math
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard
 
@@ -12,6 +13,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "require_at_least",
+    "require_group_entries",
     "require_krylov_dim",
     "require_positive_or_none",
     "require_seed",
@@ -84,6 +86,34 @@ def require_positive_or_none(name: str, value: float | None) -> float | None:
     if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{name} is {value!r}, but a positive number or None is expected.")
     return None if value is None else float(value)
+
+
+def require_group_entries(entries: Mapping[str, Any], options: Collection[str]) -> None:
+    """Refuses entries of a parameter group that look as if they changed something, and would not.
+
+    Args:
+        entries: What the group holds.
+        options: Names of the options that hold for all groups alike.
+
+    Raises:
+        ValueError: One of them is among the entries, or the group asks for another objective than the loss.
+    """
+    misplaced = ", ".join(f"{name}={value!r}" for name, value in entries.items() if name in options)
+    if misplaced:
+        raise ValueError(
+            f"A parameter group has {misplaced}, but groups may differ in lr alone: write "
+            f"SaddleFreeNewton(params, {misplaced})."
+        )
+    if decay := entries.get("weight_decay"):
+        raise ValueError(
+            f"A parameter group has weight_decay={decay!r}, but saddle-free Newton minimizes the loss alone: add "
+            "weight_decay / 2 times the sum of squares to the loss, and leave weight_decay out."
+        )
+    if maximize := entries.get("maximize"):
+        raise ValueError(
+            f"A parameter group has maximize={maximize!r}, but saddle-free Newton minimizes: negate the loss, and "
+            "leave maximize out."
+        )
 
 
 def require_krylov_dim(krylov_dim: int | Literal["full"] | None, size: int) -> int | Literal["full"] | None:

@@ -62,11 +62,13 @@ class Handover:
             newton: The other one, over the same parameters.
 
         Returns:
-            What became of parameter groups and schedulers, as sentences to append; empty if there is nothing to say.
+            What became of parameter groups, weight decay and schedulers, as sentences to append; empty if there is
+            nothing to say.
         """
         strategy = self._trainer.strategy
         resting = sum(resting_groups(self.base))
         groups = f" {resting} parameter group(s) with learning rate 0 stay as they are." if resting else ""
+        groups += _about_decay(self.base)
         self._configs = list(strategy.lr_scheduler_configs)
         # The setter rebuilds Lightning's wrappers; changing the list in place would leave the old optimizer stepping.
         strategy.optimizers = [newton]
@@ -220,9 +222,29 @@ def coupled_decay(optimizer: Optimizer) -> list[tuple[Sequence[Tensor], float]]:
     That of AdamW, Adafactor and Muon is not: it shrinks weights beside the gradient step. Of other classes that do so,
     groups with ``decoupled_weight_decay`` are known.
     """
+    return [
+        (group["params"], 0.0 if _is_decoupled(optimizer, group) else _decay_of(group))
+        for group in optimizer.param_groups
+    ]
 
-    def decay(group: dict[str, Any]) -> float:
-        decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, _DECOUPLED)
-        return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
 
-    return [(group["params"], decay(group)) for group in optimizer.param_groups]
+def _about_decay(optimizer: Optimizer) -> str:
+    """That weight decay beside the gradient step is left out, as a sentence to append; empty if there is none."""
+    trained = [
+        group
+        for group, rests in zip(optimizer.param_groups, resting_groups(optimizer), strict=True)
+        if group["params"] and not rests
+    ]
+    decays = {_decay_of(group) for group in trained if _is_decoupled(optimizer, group)} - {0.0}
+    if not decays:
+        return ""
+    values = ", ".join(f"{decay:g}" for decay in sorted(decays))
+    return f" The weight decay of {type(optimizer).__name__} ({values}) rests: it is no part of the loss."
+
+
+def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, _DECOUPLED)
+
+
+def _decay_of(group: dict[str, Any]) -> float:
+    return float(group.get("weight_decay", 0.0))

@@ -62,7 +62,8 @@ class NewtonPhase:
             handover: Knows the first optimizer.
 
         Returns:
-            What became of parameter groups and schedulers, as sentences to append; empty if there is nothing to say.
+            What became of parameter groups, weight decay and schedulers, as sentences to append; empty if there is
+            nothing to say.
         """
         take_clipping(trainer, self.newton, "SwitchToSFN")
         self.newton.attach(self.driver)

@@ -161,7 +161,7 @@ class PlateauWatch(EarlyStopping):
             self._require_metric(trainer)
         elif self.check_finite and not bool(torch.isfinite(value)):
             if not self._warned:
-                rank_zero_warn(f"{self.monitor} is {float(value)}: SwitchToSFN does not switch on it.")
+                rank_zero_warn(f"{self.monitor} is {float(value)}: SwitchToSFN passes over such checks.")
                 self._warned = True
             value = None
         plateau = value is not None and self._is_plateau(value)

@@ -45,7 +45,16 @@ def log_step(trainer: Trainer, module: LightningModule, record: StepRecord, pref
     module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
 
 
-def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Writes numbers to all loggers at the present step."""
+def log_metrics(trainer: Trainer, metrics: dict[str, float], step: int | None = None) -> None:
+    """Writes numbers to all loggers, with the epoch beside them, as Lightning does.
+
+    Args:
+        trainer: The Trainer.
+        metrics: The numbers.
+        step: Where they stand on the loggers' time axis; the present step if left out.
+    """
+    loop = trainer.fit_loop
+    # Not `current_epoch`, which has gone past the last epoch when training ends.
+    row = metrics | {"epoch": loop.epoch_progress.current.ready - 1}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(row, step=loop.epoch_loop._batches_that_stepped if step is None else step)

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import itertools
 import math
 import pickle
@@ -445,6 +446,67 @@ def test_a_learning_rate_is_checked_in_groups_that_are_added_too(rate: Any) -> N
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [y], "lr": 0.5})
     assert optimizer.param_groups[1]["lr"] == 0.5
+
+
+OPTIONS_OF_ALL = [name for name in inspect.signature(SaddleFreeNewton).parameters if name not in ("params", "lr")]
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        (
+            {"max_step_norm": 0.5, "krylov_dim": 3, "name": "last"},
+            "A parameter group has max_step_norm=0.5, krylov_dim=3, but groups may differ in lr alone: write "
+            "SaddleFreeNewton(params, max_step_norm=0.5, krylov_dim=3).",
+        ),
+        (
+            {"weight_decay": 0.5, "lr": 0.5},
+            "A parameter group has weight_decay=0.5, but saddle-free Newton minimizes the loss alone: add "
+            "weight_decay / 2 times the sum of squares to the loss, and leave weight_decay out.",
+        ),
+        (
+            {"weight_decay": 0.0, "maximize": True},
+            "A parameter group has maximize=True, but saddle-free Newton minimizes: negate the loss, and leave "
+            "maximize out.",
+        ),
+        *(
+            ({name: None}, f"A parameter group has {name}=None, but groups may differ in lr alone")
+            for name in OPTIONS_OF_ALL
+        ),
+    ],
+    ids=str,
+)
+def test_entries_of_a_group_that_would_do_nothing_are_refused(entries: dict[str, Any], sentence: str) -> None:
+    x, y = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        SaddleFreeNewton([{"params": [x]}, {"params": [y]} | entries])
+    optimizer = SaddleFreeNewton([x])
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        optimizer.add_param_group({"params": [y]} | entries)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_other_entries_of_a_group_are_kept() -> None:
+    x, y = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    entries = {"name": "first", "initial_lr": 0.5, "betas": (0.9, 0.999), "momentum": 0.9, "lr": 0.5}
+    entries |= {"weight_decay": 0.0, "maximize": False}
+    optimizer = SaddleFreeNewton([{"params": [x]} | entries])
+    optimizer.add_param_group({"params": [y]} | entries)
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in entries} == entries
+
+
+def test_a_state_whose_groups_have_a_weight_decay_is_taken() -> None:
+    """States of optimizers that took the place of others hold the others' entries."""
+    x = torch.ones(2, requires_grad=True)
+    optimizer = SaddleFreeNewton([x])
+    optimizer.step(lambda: x.square().sum())
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= {"weight_decay": 0.5, "damping": 1.0}
+    again = SaddleFreeNewton([x])
+    again.load_state_dict(state)
+    assert again.param_groups[0]["weight_decay"] == 0.5
+    assert len(again.memory) == len(optimizer.memory) > 0
 
 
 def test_options_may_be_numbers_of_numpy() -> None:

@@ -253,12 +253,12 @@ def run(callbacks: list[Callback], kind: type[LightningModule] = Untidy, **optio
     module, logger = kind(), MemoryLogger()
     trainer = make_trainer(3, callbacks=callbacks, logger=logger, **({"accumulate_grad_batches": 2} | options))
     trainer.fit(module, regression_loader(20, 4, shuffle=True))
-    rows = [(step, {k: v for k, v in row.items() if not k.startswith(OURS)}) for step, row in logger.rows]
+    rows = [(step, row) for step, row in logger.rows if not any(name.startswith(OURS) for name in row)]
     metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith(OURS)}
     parameters, gradients = plain(module.state_dict()), plain([p.grad for p in module.parameters()])
     return {
         "parameters": parameters,
-        "rows": [row for row in rows if row[1]],
+        "rows": rows,
         "written": logger.written,
         "traces": module.float().traces() if isinstance(module, Untidy) else None,
         "gradients": gradients,
@@ -668,6 +668,15 @@ def test_csv_logger_gets_the_scalars() -> None:
         values = column[np.isfinite(column)]
         assert len(values) == 2
         assert values[-1] == pytest.approx(float(getattr(spectrum.last, name)))
+
+
+@pytest.mark.parametrize(("every", "epochs"), [({"every_n_steps": 5}, [1, 2, 2]), ({"every_n_epochs": 2}, [1, 2])])
+def test_each_row_has_its_epoch(every: dict[str, int], epochs: list[int]) -> None:
+    """The last spectrum is taken after the last epoch, which Lightning has counted by then."""
+    spectrum, logger = HessianSpectrum(krylov_dim=2, groups={"first": "net.0.*"}, **every), MemoryLogger()
+    make_trainer(3, callbacks=[spectrum], logger=logger).fit(Fitting(), regression_loader())
+    for prefix in ("hessian", "hessian_first"):
+        assert [row["epoch"] for _, row in logger.rows if f"{prefix}/loss" in row] == epochs
 
 
 def test_every_logger_is_served() -> None:

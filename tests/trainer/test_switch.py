@@ -106,11 +106,19 @@ def test_after_the_switch_lightning_steps_the_newton_optimizer() -> None:
 
 def test_metric_that_is_not_a_number_never_switches_and_is_said_once() -> None:
     callback = SwitchToSFN(monitor="metric", patience=1, probe_dim=0)
-    with pytest.warns(UserWarning, match="metric is nan: SwitchToSFN does not switch on it") as caught:
+    with pytest.warns(UserWarning, match="^metric is nan: SwitchToSFN passes over such checks.$") as caught:
         make_trainer(5, callbacks=[callback]).fit(Scripted([NAN, NAN, math.inf, NAN, NAN]), regression_loader())
-    assert sum("does not switch" in str(warning.message) for warning in caught) == 1
+    assert sum("passes over" in str(warning.message) for warning in caught) == 1
     assert not callback.switched
     assert callback.wait_count == 0
+
+
+def test_metric_that_is_not_a_number_after_the_switch_is_not_said_to_prevent_one() -> None:
+    callback = SwitchToSFN(monitor="metric", patience=1, probe_dim=0)
+    with pytest.warns(UserWarning, match="metric is nan: ") as caught:
+        make_trainer(3, callbacks=[callback]).fit(Scripted([3.0, 3.0, NAN]), regression_loader())
+    assert callback.switched
+    assert not any("does not switch" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.filterwarnings("ignore:metric is nan")
@@ -467,10 +475,12 @@ def test_each_newton_step_is_logged() -> None:
         rows = np.isfinite(table[f"sfn/{name}"])
         np.testing.assert_allclose(table[f"sfn/{name}"][rows], expected, rtol=1e-6)
         assert table["step"][rows].tolist() == [9, 11, 13, 15]  # as Lightning counts: the step before this one's end
+        assert table["epoch"][rows].tolist() == [2, 2, 3, 3]
         points = events.Scalars(f"sfn/{name}")
         np.testing.assert_allclose([point.value for point in points], expected, rtol=1e-5)
         # Lightning's own epoch mean of the last epoch.
         assert float(trainer.callback_metrics[f"sfn/{name}"]) == pytest.approx(sum(expected[-2:]) / 2, rel=1e-5)
+    assert table["epoch"][np.isfinite(table["sfn/paid"])].tolist() == [3]  # the report, after the last epoch
 
 
 def test_report_adds_up(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """What code that was written for the first optimizer meets when Newton's has taken its place."""
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -324,6 +325,17 @@ def test_everything_that_the_monitor_of_learning_rates_logs() -> None:
         assert {value for _, value in logger.values(name)} == {1.0}
 
 
+def test_a_group_that_is_added_while_sfn_trains_may_have_what_the_first_optimizer_has() -> None:
+    class Freeing(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                added = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.2}
+                trainer.optimizers[0].add_param_group(added)
+
+    trainer = fit(Reading(), Freeing(), switching())
+    assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0.1, 0.1, 0.2]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_trainer_finds_its_own_early_stopping(first: bool) -> None:
     """`SwitchToSFN` is an `EarlyStopping` for Lightning; each callback is set up once, in whichever order they come."""
@@ -379,3 +391,58 @@ def test_decay_beside_the_gradient_step_is_no_penalty(name: str) -> None:
     shrunk = torch.allclose(weight.detach(), torch.full((2, 2), 1 - 0.5 * 0.1))
     assert shrunk
     assert coupled_decay(optimizer) == [([weight], 0.1 if name == "SGD" else 0.0)]
+
+
+def decaying(kind: Any, *decays: float, **options: Any) -> Fitting:
+    """A module whose layers have a weight decay each."""
+
+    class Decaying(Fitting):
+        def configure_optimizers(self) -> Any:
+            layers = [self.net[0], self.net[2]]
+            return kind(
+                [{"params": layer.parameters(), "weight_decay": d} for layer, d in zip(layers, decays, strict=True)],
+                lr=0.01,
+                **options,
+            )
+
+    return Decaying()
+
+
+@pytest.mark.parametrize("strategy", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "decays", "options", "said"),
+    [
+        (torch.optim.AdamW, (0.5, 0.5), {}, "AdamW (0.5)"),
+        (torch.optim.AdamW, (0.5, 0.0), {}, "AdamW (0.5)"),
+        (torch.optim.AdamW, (0.5, 0.01), {}, "AdamW (0.01, 0.5)"),
+        (torch.optim.AdamW, (0.0, 0.0), {}, None),
+        (torch.optim.NAdam, (0.5, 0.5), {"decoupled_weight_decay": True}, "NAdam (0.5)"),
+        (torch.optim.NAdam, (0.5, 0.5), {}, None),
+        (torch.optim.SGD, (0.5, 0.5), {}, None),
+    ],
+)
+def test_decay_that_is_left_out_is_told_of(
+    kind: Any, decays: Any, options: Any, said: str | None, strategy: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(
+            decaying(kind, *decays, **options),
+            *([] if strategy else [switching()]),
+            epochs=2,
+            **({"strategy": "sfn"} if strategy else {}),
+        )
+    if said is None:
+        assert "weight decay" not in caplog.text
+    else:
+        assert caplog.text.count(f" The weight decay of {said} rests: it is no part of the loss.") == 1
+
+
+def test_decay_of_a_group_that_rests_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Resting(Fitting):
+        def configure_optimizers(self) -> Any:
+            first = {"params": self.net[0].parameters(), "lr": 0.0, "weight_decay": 0.5}
+            return torch.optim.AdamW([first, {"params": self.net[2].parameters(), "weight_decay": 0.25}], lr=0.01)
+
+    with caplog.at_level(logging.INFO):
+        fit(Resting(), switching(), epochs=2)
+    assert "The weight decay of AdamW (0.25) rests" in caplog.text

@@ -24,6 +24,7 @@ from lightning_sfn.trainer.misplaced import NamesMisplacedOptions
 from lightning_sfn.trainer.pictures import log_histogram, log_picture, takes_pictures
 from lightning_sfn.trainer.precision import widened_stand_ins
 from lightning_sfn.trainer.probe import Probe, ProbeBatches, trained_names, warn_of_unregistered
+from lightning_sfn.trainer.step_log import log_metrics
 from lightning_sfn.trainer.support import SPECTRUM_BY_HAND, is_dry_run, require_replayable
 
 __all__ = ["HessianSpectrum"]
@@ -297,8 +298,8 @@ class HessianSpectrum(NamesMisplacedOptions, Callback):
                 f"{prefix}/density_negative_fraction_error": error,
             }
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        log_metrics(trainer, metrics, place)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=place)
             if trainer.is_global_zero and len(spectrum.eigenvalues):
                 log_histogram(logger, f"{prefix}/eigenvalues", spectrum.eigenvalues, place)
                 log_histogram(logger, f"{prefix}/eigenvalues_signed_log", _signed_log(spectrum.eigenvalues), place)
