@@ -215,14 +215,14 @@ def test_speed_by_the_clock_and_by_data() -> None:
 
 
 def test_a_window_is_used_up_before_the_return() -> None:
-    """The third Newton step was asked for; its window ends with the epoch."""
+    """The third Newton step was asked for; its window is the first half of an epoch of four batches."""
     calls: list[NewtonCall] = []
     callback = forced(calls, gradient_batches=3, return_when=3)
     trainer = make_trainer(6, callbacks=[callback])
     trainer.fit(Fitting(), regression_loader(16, 4))
-    assert [call.sizes[0] for call in calls[:3]] == [3, 1, 3]
+    assert [call.sizes[0] for call in calls[:3]] == [2, 2, 2]
     assert callback.report is not None
-    assert callback.report.phases[1].gradients >= 7
+    assert callback.report.phases[1].gradients >= 6
     assert [phase.steps for phase in callback.report.phases][1] == 3
 
 
@@ -291,9 +291,9 @@ def test_the_gate_is_open_for_a_promise(
         callback, seen = run(
             module(), 8, patience=1, require_negative_curvature=True, min_predicted_decrease=share, gradient_batches=3
         )
-    # a plateau after the second epoch; the next three batches are the window of the probe
+    # a plateau after the second epoch; the next two of four batches are the window of the probe
     assert callback.switched == switches
-    assert callback.switched_at_step == (11 if switches else None)
+    assert callback.switched_at_step == (10 if switches else None)
     if not switches:
         assert set(seen.names) == {"SGD"}
         assert caplog.text.count("no switch, the probe found neither a way out nor a good step") >= 2
@@ -309,13 +309,13 @@ def test_the_gate_is_open_for_negative_curvature() -> None:
 
 
 def test_the_gate_switches_between_accumulation_windows() -> None:
-    """The probe's three batches end in the middle of one."""
+    """An epoch of four batches has two windows of the probe, as of a step that accumulates two."""
     calls: list[NewtonCall] = []
     options: dict[str, Any] = {"require_negative_curvature": True, "min_predicted_decrease": 0.0}
     callback = forced(calls, monitor="metric", patience=1, min_delta=0.0, gradient_batches=3, **options)
     make_trainer(6, callbacks=[callback], accumulate_grad_batches=2).fit(Bowl(), regression_loader())
-    assert callback.switched_at_step == 6
-    assert [call.sizes[0] for call in calls] == [4, 4, 4]
+    assert callback.switched_at_step == 5
+    assert {call.sizes[0] for call in calls} == {2}
 
 
 def test_a_probe_leaves_no_trace() -> None:
