@@ -70,6 +70,13 @@ def hessian_free(problem: Problem, damping: float) -> Iterator[None]:
         yield
 
 
+def trust_krylov(problem: Problem, radius: float) -> Iterator[None]:
+    """Scipy's `trust-krylov` on all data."""
+    from suite.trust_krylov import trust_krylov as minimizer  # scipy is for this rival alone
+
+    yield from minimizer(problem, radius)
+
+
 def kfac(problem: Problem, lr: float, damping: float, share: float, kl_clip: float) -> Iterator[None]:
     """K-FAC on batches of a share of the data."""
     optimizer = KFAC(problem.model, lr, damping, kl_clip=kl_clip)
@@ -165,6 +172,7 @@ RIVALS: dict[str, Method] = {
     "adam": adam,
     "lbfgs": lbfgs,
     "hessian_free": hessian_free,
+    "trust_krylov": trust_krylov,
     "kfac": kfac,
 }
 """Other people's methods."""
@@ -187,6 +195,7 @@ SEARCHED: dict[str, list[dict[str, Any]]] = {
     "sgd": _grid(lr=(3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
     "adam": _grid(lr=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)),
     "hessian_free": _grid(damping=(1e-4, 1e-2, 1.0)),
+    "trust_krylov": _grid(radius=(0.1, 1.0, 10.0)),
     "kfac": [
         *_grid(lr=(0.1, 0.3), damping=(1e-2, 0.1, 1.0), share=(0.1,), kl_clip=(1e-3,)),
         *_grid(lr=(0.3,), damping=(0.1,), share=(0.1,), kl_clip=(1e-2,)),
