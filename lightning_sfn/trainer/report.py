@@ -235,7 +235,7 @@ def _is_known(phase: Phase) -> bool:
 
 
 def _shown(metric: float) -> str:
-    return "-" if math.isnan(metric) else f"{metric:.4f}"  # not logged yet
+    return "-" if math.isnan(metric) else f"{metric:.6g}"  # not logged yet
 
 
 def _balance(spectrum: Spectrum) -> float:

@@ -110,6 +110,17 @@ def test_table_is_aligned_and_holds_every_cell() -> None:
     assert "curvature" not in made.table()
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(108632056.0, "1.08632e+08"), (1e-9, "1e-09"), (2.302585, "2.30259"), (0.0, "0"), (math.nan, "-")],
+)
+def test_metrics_of_any_size_are_shown_in_six_digits(value: float, shown: str) -> None:
+    made = report()
+    made.phases[0].before = value
+    assert made.rows()[0][5] == shown
+    assert len({len(line) for line in made.table().splitlines()[:6]}) == 1
+
+
 def test_spectra_are_shown_when_both_are_known() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
