@@ -75,10 +75,12 @@ class Ledger:
         """Notes time and metric at the end of a phase."""
         self._tick()
         self.phase.after = float(trainer.callback_metrics.get(self.report.monitor, math.nan))
+        self._see(self.phase.after)
 
     def note(self, trainer: Trainer, value: float) -> None:
         """Notes a check."""
         self._tick()
+        self._see(value)
         if self.phase.newton and self._is_older(trainer):
             # The metric at the switch was collected while the first optimizer moved: this is what it had come to.
             self.report.phases[-2].after = self.phase.before = value
@@ -126,6 +128,9 @@ class Ledger:
         if not self.phase.taken:
             return True
         return self.phase.first_taken_at == now and is_of_training(trainer, self.report.monitor)
+
+    def _see(self, value: float) -> None:
+        self.report.lowest = min(self.report.lowest, value)  # NaN is not less
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -52,6 +52,7 @@ class SwitchReport:
         phases: One optimizer after the other, the first one first.
         last_speed: Improvement per second that the first optimizer still made over the checks before the last switch.
         checks: How many checks these were; 0 if the metric had not been seen twice.
+        lowest: The lowest value of the metric that was seen.
         last_step: The loss on its window before and after the last Newton step, which the metric may not know yet: what
             an epoch logs is computed before the step at its end.
         spectrum_at_switch: Spectrum on the curvature batches of the first Newton step.
@@ -63,6 +64,7 @@ class SwitchReport:
     phases: list[Phase] = field(default_factory=list)
     last_speed: float = 0.0
     checks: int = 0
+    lowest: float = math.inf
     last_step: tuple[float, float] | None = None
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
@@ -136,6 +138,19 @@ class SwitchReport:
         """Whether SFN improved the metric, and faster than the first optimizer did just before the switch."""
         return self.speed(newton=True) > max(self.last_speed, 0.0)
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether SFN improved the metric, and slower only than at a rate that cannot have lasted.
+
+        A metric that is to fall and was never negative is taken to be bounded by zero. The first optimizer's last rate
+        cannot have lasted where, kept up for as long as SFN trained, it leads below zero from wherever SFN began. Of
+        metrics that are to rise no bound is known.
+        """
+        if self.paid or self.gain(self._of(newton=True)) <= 0 or self.sign > 0 or self.lowest < 0:
+            return False
+        reach = self.last_speed * self.newton_seconds
+        return all(phase.before < reach for phase in self._of(newton=True))
+
     def verdict(self) -> str:
         """Whether SFN was worth its time, in one sentence."""
         gain, speed = self.gain(self._of(newton=True)), self.speed(newton=True)
@@ -151,13 +166,20 @@ class SwitchReport:
                 f"SFN improved {self.monitor} by {gain:.4g}, {speed:.3g} per second; there is nothing to compare with."
             )
         checks = "last check" if self.checks == 1 else f"last {self.checks} checks"
-        return (
-            f"SFN {'paid' if self.paid else 'did not pay'}: it improved {self.monitor} by {gain:.4g}, {speed:.3g} per "
-            f"second; {self.first_optimizer} had last made {self.last_speed:.3g} per second ({checks})."
+        both = (
+            f"improved {self.monitor} by {gain:.4g}, {speed:.3g} per second; {self.first_optimizer} had last made "
+            f"{self.last_speed:.3g} per second ({checks})"
         )
+        if self.is_undecided:
+            return (
+                f"SFN {both}, a rate that cannot have lasted (it leads below zero within SFN's "
+                f"{self.newton_seconds:.4g} seconds), so the two cannot be compared by it."
+            )
+        return f"SFN {'paid' if self.paid else 'did not pay'}: it {both}."
 
     def metrics(self) -> dict[str, float]:
-        """The sums as they are logged."""
+        """The sums as they are logged; without ``sfn/paid`` where the two cannot be compared."""
+        paid = {} if self.is_undecided else {"sfn/paid": float(self.paid)}
         return {
             "sfn/seconds": self.newton_seconds,
             "sfn/first_seconds": self.first_seconds,
@@ -167,7 +189,7 @@ class SwitchReport:
             "sfn/batch_gradients": float(sum(phase.gradients for phase in self._of(newton=True))),
             "sfn/first_batch_gradients": float(sum(phase.gradients for phase in self._of(newton=False))),
             "sfn/total_products": float(self.products),
-            "sfn/paid": float(self.paid),
+            **paid,
         }
 
     # ------------------------------------------------------------------------------------------------ text

@@ -10,9 +10,10 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 from lightning_sfn import HessianSpectrum
 from lightning_sfn.newton.spectrum import Spectrum
+from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.report import Phase, SwitchReport
 
-from .modules import Fitting, forced, make_trainer, regression_loader
+from .modules import Fitting, Scripted, forced, make_trainer, regression_loader
 
 
 def spectrum(low: float, high: float) -> Spectrum:
@@ -63,6 +64,67 @@ def test_verdict(made: SwitchReport, paid: bool, text: str) -> None:
     assert made.paid == paid
     assert text in made.verdict()
     assert made.verdict() in made.table()
+
+
+def slower_than_ever(last_speed: float = 0.0275, sign: int = -1, **after: float) -> SwitchReport:
+    """SFN makes 1.087 in 100 seconds; at the last rate of SGD it would be 2.75, of 1.287 that there were."""
+    phases = [
+        Phase("SGD", False, before=2.3, after=1.287, seconds=10.0, steps=40),
+        Phase("SaddleFreeNewton", True, before=1.287, after=1.287 + sign * 1.087, seconds=100.0, steps=3, taken=3),
+        *(Phase("SaddleFreeNewton", True, before=before, after=before) for before in after.values()),
+    ]
+    return SwitchReport("train_loss", sign, phases, last_speed=last_speed, checks=1, lowest=0.0)
+
+
+def test_a_rate_that_leads_below_zero_is_not_compared_with() -> None:
+    made = slower_than_ever()
+    assert made.verdict() == (
+        "SFN improved train_loss by 1.087, 0.0109 per second; SGD had last made 0.0275 per second (last check), a rate "
+        "that cannot have lasted (it leads below zero within SFN's 100 seconds), so the two cannot be compared by it."
+    )
+    assert "sfn/paid" not in made.metrics()
+
+
+def was_negative(made: SwitchReport) -> SwitchReport:
+    made.lowest = -0.001
+    return made
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        slower_than_ever(last_speed=0.01287),  # just to zero
+        slower_than_ever(sign=1),  # a metric that is to rise
+        was_negative(slower_than_ever()),
+        slower_than_ever(again=2.8),  # not below zero from where SFN began again
+        slower_than_ever(unknown=math.nan),
+    ],
+)
+def test_a_rate_that_may_have_lasted_is_compared_with(made: SwitchReport) -> None:
+    assert made.verdict().startswith("SFN did not pay: it improved train_loss by 1.087, 0.0109 per second; SGD had")
+    assert made.metrics()["sfn/paid"] == 0.0
+
+
+def test_no_improvement_does_not_pay_whatever_the_rate() -> None:
+    made = slower_than_ever()
+    made.phases[-1].after = 1.3
+    assert made.verdict() == "SFN did not pay: train_loss did not improve with it."
+    assert made.metrics()["sfn/paid"] == 0.0
+
+
+def test_the_lowest_value_that_any_check_saw_is_known() -> None:
+    callback = forced(monitor="metric", check_finite=False)
+    make_trainer(4, callbacks=[callback]).fit(Scripted([3.0, 2.5, -0.5, math.nan]), regression_loader())
+    assert callback.report is not None
+    assert callback.report.lowest == -0.5
+
+
+def test_a_value_that_no_check_saw_is_known_at_the_end() -> None:
+    ledger, trainer = Ledger("metric", -1, 1), make_trainer(1)
+    ledger.start(trainer, "SGD")
+    trainer.callback_metrics["metric"] = torch.tensor(-0.5)
+    ledger.close(trainer)
+    assert ledger.report.lowest == -0.5
 
 
 def newton_phase(before: float, after: float, steps: int, taken: int) -> SwitchReport:
@@ -133,10 +195,12 @@ def test_spectra_are_shown_when_both_are_known() -> None:
 def test_a_report_survives_a_checkpoint() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
+    made.lowest = -1.0
     torch.save(made.state_dict(), "report.pt")
     restored = SwitchReport.from_state(torch.load("report.pt", weights_only=True))
     assert restored.phases == made.phases
     assert restored.table() == made.table()
+    assert restored.lowest == -1.0
     assert restored.spectrum_at_end is None
     assert restored.spectrum_at_switch is not None
     assert restored.spectrum_at_switch.to_dict() == made.spectrum_at_switch.to_dict()
