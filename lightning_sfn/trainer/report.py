@@ -55,6 +55,9 @@ class SwitchReport:
         lowest: The lowest value of the metric that was seen.
         last_step: The loss on its window before and after the last Newton step, which the metric may not know yet: what
             an epoch logs is computed before the step at its end.
+        estimated_from: What the second of these may be an estimate from; empty where all batches of the window were
+            evaluated after the step.
+        has_penalty: Whether both contain weight decay, as part of the objective.
         spectrum_at_switch: Spectrum on the curvature batches of the first Newton step.
         spectrum_at_end: Spectrum on those of the last one, at the final parameters.
     """
@@ -66,6 +69,8 @@ class SwitchReport:
     checks: int = 0
     lowest: float = math.inf
     last_step: tuple[float, float] | None = None
+    estimated_from: str = ""
+    has_penalty: bool = False
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
 
@@ -224,7 +229,9 @@ class SwitchReport:
         if self.last_step is None:
             return []
         before, after = self.last_step
-        return [f"last Newton step: loss {before:.6g} to {after:.6g} on its batches ({self.monitor} may be older)"]
+        loss = "loss and weight decay" if self.has_penalty else "loss"
+        where = f", perhaps an estimate from {self.estimated_from}" if self.estimated_from else " on its batches"
+        return [f"last Newton step: {loss} {before:.6g} to {after:.6g}{where} ({self.monitor} may be older)"]
 
     def _curvature(self) -> list[str]:
         at_switch, at_end = self.spectrum_at_switch, self.spectrum_at_end

@@ -2,18 +2,21 @@
 
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
+from torch.utils.data import DataLoader
 
 from lightning_sfn import HessianSpectrum
 from lightning_sfn.newton.spectrum import Spectrum
+from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.report import Phase, SwitchReport
 
-from .modules import Fitting, Scripted, forced, make_trainer, regression_loader
+from .modules import Fitting, Scripted, forced, make_trainer, regression_data, regression_loader, sgd
 
 
 def spectrum(low: float, high: float) -> Spectrum:
@@ -183,6 +186,81 @@ def test_metrics_of_any_size_are_shown_in_six_digits(value: float, shown: str) -
     assert len({len(line) for line in made.table().splitlines()[:6]}) == 1
 
 
+@pytest.mark.parametrize(
+    ("estimated_from", "has_penalty", "said"),
+    [
+        ("", False, "last Newton step: loss 0.75 to 0.5 on its batches (val_loss may be older)"),
+        (
+            "its trial batches",
+            True,
+            "last Newton step: loss and weight decay 0.75 to 0.5, perhaps an estimate from its trial batches "
+            "(val_loss may be older)",
+        ),
+    ],
+)
+def test_the_last_step_is_told_as_it_was_measured(estimated_from: str, has_penalty: bool, said: str) -> None:
+    made = report()
+    made.last_step, made.estimated_from, made.has_penalty = (0.75, 0.5), estimated_from, has_penalty
+    assert said in made.table().splitlines()
+
+
+ONE_INNER = {"secant_steps": 0, "inner_steps": 1}
+FACTORED = {"preconditioner": "kronecker"}
+
+
+@pytest.mark.parametrize(
+    ("newton", "share", "steps", "estimated_from"),
+    [
+        (ONE_INNER, 1.0, 2, ""),
+        (ONE_INNER, 0.25, 2, "its trial batches"),
+        (FACTORED, 0.25, 1, ""),  # quasi-Newton steps evaluate all batches
+        (FACTORED | {"heavy_ball": 0.9}, 1.0, 2, "the slope"),  # the second step is one of momentum
+        ({"lr": 0.0}, 0.25, 2, ""),  # no step is taken
+    ],
+)
+def test_where_the_loss_after_the_last_step_comes_from(
+    newton: dict[str, Any], share: float, steps: int, estimated_from: str
+) -> None:
+    torch.manual_seed(0)
+    module, data = Fitting(torch.nn.Linear(3, 1), sgd(weight_decay=0.1)), regression_data(32)
+    callback = forced(newton=newton, trial_fraction=share, curvature_fraction=0.25)
+    make_trainer(2 + steps, callbacks=[callback]).fit(module, DataLoader(data, batch_size=2))
+    made = callback.report
+    assert made is not None
+    assert made.last_step is not None
+    assert (made.estimated_from, made.has_penalty) == (estimated_from, True)
+    x, y = data.tensors
+    with torch.no_grad():
+        penalty = sum(0.05 * p.square().sum() for p in module.parameters())
+        exact = float((module.net(x) - y).square().mean() + penalty)
+    assert (made.last_step[1] == pytest.approx(exact, rel=1e-5)) == (estimated_from == "")
+
+
+@pytest.mark.parametrize(
+    ("secant_gradients", "estimated_from"), [(0, "its trial batches"), (1, "its trial batches"), (2, "")]
+)
+def test_a_gradient_that_refutes_the_step_is_no_measure_of_it(secant_gradients: int, estimated_from: str) -> None:
+    """The first gradient after a subspace tells whether quasi-Newton steps follow, the second that one did."""
+    record = StepRecord(2.0, 1.0, gradient_norm=0.5, accepted=True, secant_gradients=secant_gradients)
+    assert counted(record).estimated_from == estimated_from
+
+
+def counted(record: StepRecord) -> SwitchReport:
+    ledger = Ledger("metric", -1, 1)
+    ledger.report.phases.append(Phase("SaddleFreeNewton", True))
+    driver = SimpleNamespace(batch_gradients=1, whole_trials=False, has_penalty=False)
+    newton: Any = SimpleNamespace(driver=driver)
+    ledger.count_step(make_trainer(1), record, newton)
+    return ledger.report
+
+
+def test_without_weight_decay_there_is_no_penalty() -> None:
+    callback = forced()
+    make_trainer(3, callbacks=[callback]).fit(Fitting(), regression_loader())
+    assert callback.report is not None
+    assert not callback.report.has_penalty
+
+
 def test_spectra_are_shown_when_both_are_known() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
@@ -195,7 +273,7 @@ def test_spectra_are_shown_when_both_are_known() -> None:
 def test_a_report_survives_a_checkpoint() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
-    made.lowest = -1.0
+    made.last_step, made.estimated_from, made.has_penalty, made.lowest = (0.75, 0.5), "the slope", True, -1.0
     torch.save(made.state_dict(), "report.pt")
     restored = SwitchReport.from_state(torch.load("report.pt", weights_only=True))
     assert restored.phases == made.phases
