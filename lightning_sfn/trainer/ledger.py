@@ -115,13 +115,14 @@ class Ledger:
             record: Its record.
             newton: What took it.
         """
-        driver = newton.driver
+        driver, limit = newton.driver, newton.newton.max_grad_norm
         self.phase.steps += 1
         if record.accepted and not self.phase.taken:
             self.phase.first_taken_at, self.phase.unseen = trainer.fit_loop.epoch_loop.total_batch_idx, True
         self.phase.taken += record.accepted - record.taken_back
         self.phase.products += record.products
         self.phase.gradients = driver.batch_gradients
+        self.phase.clipped += limit is not None and record.gradient_norm > limit
         self.report.last_step = (record.loss_before, record.loss_after)
         self.report.estimated_from = _estimated_from(record, whole_trials=driver.whole_trials)
         self.report.has_penalty = driver.has_penalty

@@ -25,6 +25,7 @@ class Phase:
         taken: Steps that changed the parameters.
         gradients: Gradients of one loader batch; for SFN, those of Newton steps included.
         products: Hessian-vector products.
+        clipped: Newton steps that began with a gradient longer than ``max_grad_norm``.
         first_taken_at: In which training batch (counted over all epochs) the first Newton step was taken.
         unseen: Whether the metric has not been seen since, so that what SFN gained is not known.
     """
@@ -38,6 +39,7 @@ class Phase:
     taken: int = 0
     gradients: int = 0
     products: int = 0
+    clipped: int = 0
     first_taken_at: int | None = None
     unseen: bool = False
 
@@ -221,9 +223,8 @@ class SwitchReport:
         rows = [header, *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join(
-            [lines[0], "-" * len(lines[0]), *lines[1:], *self._last_step(), *self._curvature(), self.verdict()]
-        )
+        notes = [*self._last_step(), *self._clipping(), *self._curvature(), self.verdict()]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
     def _last_step(self) -> list[str]:
         if self.last_step is None:
@@ -232,6 +233,10 @@ class SwitchReport:
         loss = "loss and weight decay" if self.has_penalty else "loss"
         where = f", perhaps an estimate from {self.estimated_from}" if self.estimated_from else " on its batches"
         return [f"last Newton step: {loss} {before:.6g} to {after:.6g}{where} ({self.monitor} may be older)"]
+
+    def _clipping(self) -> list[str]:
+        clipped = sum(phase.clipped for phase in self.phases)
+        return [f"gradient clipped in {clipped} of {self.newton_steps} Newton steps (max_grad_norm)"] if clipped else []
 
     def _curvature(self) -> list[str]:
         at_switch, at_end = self.spectrum_at_switch, self.spectrum_at_end

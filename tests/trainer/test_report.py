@@ -16,7 +16,7 @@ from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.report import Phase, SwitchReport
 
-from .modules import Fitting, Scripted, forced, make_trainer, regression_data, regression_loader, sgd
+from .modules import Fitting, NewtonCall, Scripted, forced, make_trainer, regression_data, regression_loader, sgd
 
 
 def spectrum(low: float, high: float) -> Spectrum:
@@ -245,13 +245,18 @@ def test_a_gradient_that_refutes_the_step_is_no_measure_of_it(secant_gradients: 
     assert counted(record).estimated_from == estimated_from
 
 
-def counted(record: StepRecord) -> SwitchReport:
+def counted(record: StepRecord, max_grad_norm: float | None = None) -> SwitchReport:
     ledger = Ledger("metric", -1, 1)
     ledger.report.phases.append(Phase("SaddleFreeNewton", True))
     driver = SimpleNamespace(batch_gradients=1, whole_trials=False, has_penalty=False)
-    newton: Any = SimpleNamespace(driver=driver)
+    newton: Any = SimpleNamespace(driver=driver, newton=SimpleNamespace(max_grad_norm=max_grad_norm))
     ledger.count_step(make_trainer(1), record, newton)
     return ledger.report
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(None, 0), (0.5, 0), (0.49, 1)])
+def test_a_gradient_as_long_as_the_bound_is_not_clipped(limit: float | None, clipped: int) -> None:
+    assert counted(StepRecord(2.0, 1.0, gradient_norm=0.5), limit).phases[0].clipped == clipped
 
 
 def test_without_weight_decay_there_is_no_penalty() -> None:
@@ -259,6 +264,26 @@ def test_without_weight_decay_there_is_no_penalty() -> None:
     make_trainer(3, callbacks=[callback]).fit(Fitting(), regression_loader())
     assert callback.report is not None
     assert not callback.report.has_penalty
+
+
+@pytest.mark.parametrize("bound", ["none", "tiny", "between", "huge"])
+def test_steps_whose_gradient_was_clipped_are_counted(bound: str) -> None:
+    norms = sorted(clipped_run(None)[1])
+    limit = {"none": None, "tiny": norms[0] / 1e3, "between": 0.9 * norms[-1], "huge": 2 * norms[-1]}[bound]
+    made, norms = clipped_run(limit)
+    clipped = sum(limit is not None and norm > limit for norm in norms)
+    assert clipped in {"none": [0], "tiny": [4], "between": [1, 2, 3], "huge": [0]}[bound]
+    said = f"gradient clipped in {clipped} of 4 Newton steps (max_grad_norm)"
+    assert [line for line in made.table().splitlines() if "clipped" in line] == [said] * (clipped > 0)
+
+
+def clipped_run(limit: float | None) -> tuple[SwitchReport, list[float]]:
+    torch.manual_seed(0)
+    calls: list[NewtonCall] = []
+    callback = forced(calls)
+    make_trainer(6, callbacks=[callback], gradient_clip_val=limit).fit(Fitting(), regression_loader())
+    assert callback.report is not None
+    return callback.report, [float(call.gradient.norm()) for call in calls]
 
 
 def test_spectra_are_shown_when_both_are_known() -> None:
