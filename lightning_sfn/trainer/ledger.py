@@ -8,6 +8,7 @@ from pytorch_lightning import Trainer
 
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.metric_source import is_of_training
+from lightning_sfn.trainer.newton_phase import NewtonPhase
 from lightning_sfn.trainer.progress import Progress
 from lightning_sfn.trainer.report import Phase, SwitchReport
 
@@ -75,10 +76,12 @@ class Ledger:
         """Notes time and metric at the end of a phase."""
         self._tick()
         self.phase.after = float(trainer.callback_metrics.get(self.report.monitor, math.nan))
+        self._see(self.phase.after)
 
     def note(self, trainer: Trainer, value: float) -> None:
         """Notes a check."""
         self._tick()
+        self._see(value)
         if self.phase.newton and self._is_older(trainer):
             # The metric at the switch was collected while the first optimizer moved: this is what it had come to.
             self.report.phases[-2].after = self.phase.before = value
@@ -104,21 +107,25 @@ class Ledger:
         """Counts a gradient of the first optimizer."""
         self.phase.gradients += 1
 
-    def count_step(self, trainer: Trainer, record: StepRecord, batch_gradients: int) -> None:
+    def count_step(self, trainer: Trainer, record: StepRecord, newton: NewtonPhase) -> None:
         """Counts a Newton step.
 
         Args:
             trainer: The Trainer.
             record: Its record.
-            batch_gradients: Gradients of single batches since the switch.
+            newton: What took it.
         """
+        driver, limit = newton.driver, newton.newton.max_grad_norm
         self.phase.steps += 1
         if record.accepted and not self.phase.taken:
             self.phase.first_taken_at, self.phase.unseen = trainer.fit_loop.epoch_loop.total_batch_idx, True
         self.phase.taken += record.accepted - record.taken_back
         self.phase.products += record.products
-        self.phase.gradients = batch_gradients
+        self.phase.gradients = driver.batch_gradients
+        self.phase.clipped += limit is not None and record.gradient_norm > limit
         self.report.last_step = (record.loss_before, record.loss_after)
+        self.report.estimated_from = _estimated_from(record, whole_trials=driver.whole_trials)
+        self.report.has_penalty = driver.has_penalty
 
     def _is_older(self, trainer: Trainer) -> bool:
         """Whether a metric that is seen now was collected before SFN's first step."""
@@ -126,6 +133,9 @@ class Ledger:
         if not self.phase.taken:
             return True
         return self.phase.first_taken_at == now and is_of_training(trainer, self.report.monitor)
+
+    def _see(self, value: float) -> None:
+        self.report.lowest = min(self.report.lowest, value)  # NaN is not less
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -147,3 +157,13 @@ class Ledger:
         self.report = SwitchReport.from_state(state["report"])
         self.progress.load_state_dict(state["progress"])
         self.first_speed = state["first_speed"]
+
+
+def _estimated_from(record: StepRecord, *, whole_trials: bool) -> str:
+    """What the loss after a step may be an estimate from; empty where it was surely measured on the whole window."""
+    # Quasi-Newton steps evaluate the window after each of them; the first such gradient is the subspace step's test.
+    if not record.accepted or record.secant_gradients > 1:
+        return ""
+    if record.kind == "momentum":
+        return "the slope"
+    return "" if whole_trials else "its trial batches"

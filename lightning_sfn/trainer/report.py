@@ -25,6 +25,7 @@ class Phase:
         taken: Steps that changed the parameters.
         gradients: Gradients of one loader batch; for SFN, those of Newton steps included.
         products: Hessian-vector products.
+        clipped: Newton steps that began with a gradient longer than ``max_grad_norm``.
         first_taken_at: In which training batch (counted over all epochs) the first Newton step was taken.
         unseen: Whether the metric has not been seen since, so that what SFN gained is not known.
     """
@@ -38,6 +39,7 @@ class Phase:
     taken: int = 0
     gradients: int = 0
     products: int = 0
+    clipped: int = 0
     first_taken_at: int | None = None
     unseen: bool = False
 
@@ -52,8 +54,12 @@ class SwitchReport:
         phases: One optimizer after the other, the first one first.
         last_speed: Improvement per second that the first optimizer still made over the checks before the last switch.
         checks: How many checks these were; 0 if the metric had not been seen twice.
+        lowest: The lowest value of the metric that was seen.
         last_step: The loss on its window before and after the last Newton step, which the metric may not know yet: what
             an epoch logs is computed before the step at its end.
+        estimated_from: What the second of these may be an estimate from; empty where all batches of the window were
+            evaluated after the step.
+        has_penalty: Whether both contain weight decay, as part of the objective.
         spectrum_at_switch: Spectrum on the curvature batches of the first Newton step.
         spectrum_at_end: Spectrum on those of the last one, at the final parameters.
     """
@@ -63,7 +69,10 @@ class SwitchReport:
     phases: list[Phase] = field(default_factory=list)
     last_speed: float = 0.0
     checks: int = 0
+    lowest: float = math.inf
     last_step: tuple[float, float] | None = None
+    estimated_from: str = ""
+    has_penalty: bool = False
     spectrum_at_switch: Spectrum | None = field(default=None, repr=False)
     spectrum_at_end: Spectrum | None = field(default=None, repr=False)
 
@@ -136,6 +145,19 @@ class SwitchReport:
         """Whether SFN improved the metric, and faster than the first optimizer did just before the switch."""
         return self.speed(newton=True) > max(self.last_speed, 0.0)
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether SFN improved the metric, and slower only than at a rate that cannot have lasted.
+
+        A metric that is to fall and was never negative is taken to be bounded by zero. The first optimizer's last rate
+        cannot have lasted where, kept up for as long as SFN trained, it leads below zero from wherever SFN began. Of
+        metrics that are to rise no bound is known.
+        """
+        if self.paid or self.gain(self._of(newton=True)) <= 0 or self.sign > 0 or self.lowest < 0:
+            return False
+        reach = self.last_speed * self.newton_seconds
+        return all(phase.before < reach for phase in self._of(newton=True))
+
     def verdict(self) -> str:
         """Whether SFN was worth its time, in one sentence."""
         gain, speed = self.gain(self._of(newton=True)), self.speed(newton=True)
@@ -151,13 +173,20 @@ class SwitchReport:
                 f"SFN improved {self.monitor} by {gain:.4g}, {speed:.3g} per second; there is nothing to compare with."
             )
         checks = "last check" if self.checks == 1 else f"last {self.checks} checks"
-        return (
-            f"SFN {'paid' if self.paid else 'did not pay'}: it improved {self.monitor} by {gain:.4g}, {speed:.3g} per "
-            f"second; {self.first_optimizer} had last made {self.last_speed:.3g} per second ({checks})."
+        both = (
+            f"improved {self.monitor} by {gain:.4g}, {speed:.3g} per second; {self.first_optimizer} had last made "
+            f"{self.last_speed:.3g} per second ({checks})"
         )
+        if self.is_undecided:
+            return (
+                f"SFN {both}, a rate that cannot have lasted (it leads below zero within SFN's "
+                f"{self.newton_seconds:.4g} seconds), so the two cannot be compared by it."
+            )
+        return f"SFN {'paid' if self.paid else 'did not pay'}: it {both}."
 
     def metrics(self) -> dict[str, float]:
-        """The sums as they are logged."""
+        """The sums as they are logged; without ``sfn/paid`` where the two cannot be compared."""
+        paid = {} if self.is_undecided else {"sfn/paid": float(self.paid)}
         return {
             "sfn/seconds": self.newton_seconds,
             "sfn/first_seconds": self.first_seconds,
@@ -167,7 +196,7 @@ class SwitchReport:
             "sfn/batch_gradients": float(sum(phase.gradients for phase in self._of(newton=True))),
             "sfn/first_batch_gradients": float(sum(phase.gradients for phase in self._of(newton=False))),
             "sfn/total_products": float(self.products),
-            "sfn/paid": float(self.paid),
+            **paid,
         }
 
     # ------------------------------------------------------------------------------------------------ text
@@ -194,15 +223,20 @@ class SwitchReport:
         rows = [header, *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join(
-            [lines[0], "-" * len(lines[0]), *lines[1:], *self._last_step(), *self._curvature(), self.verdict()]
-        )
+        notes = [*self._last_step(), *self._clipping(), *self._curvature(), self.verdict()]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
     def _last_step(self) -> list[str]:
         if self.last_step is None:
             return []
         before, after = self.last_step
-        return [f"last Newton step: loss {before:.6g} to {after:.6g} on its batches ({self.monitor} may be older)"]
+        loss = "loss and weight decay" if self.has_penalty else "loss"
+        to = f"about {after:.6g}, by {self.estimated_from}" if self.estimated_from else f"{after:.6g} on its batches"
+        return [f"last Newton step: {loss} {before:.6g} to {to} ({self.monitor} may be older)"]
+
+    def _clipping(self) -> list[str]:
+        clipped = sum(phase.clipped for phase in self.phases)
+        return [f"gradient clipped in {clipped} of {self.newton_steps} Newton steps (max_grad_norm)"] if clipped else []
 
     def _curvature(self) -> list[str]:
         at_switch, at_end = self.spectrum_at_switch, self.spectrum_at_end
@@ -235,7 +269,7 @@ def _is_known(phase: Phase) -> bool:
 
 
 def _shown(metric: float) -> str:
-    return "-" if math.isnan(metric) else f"{metric:.4f}"  # not logged yet
+    return "-" if math.isnan(metric) else f"{metric:.6g}"  # not logged yet
 
 
 def _balance(spectrum: Spectrum) -> float:

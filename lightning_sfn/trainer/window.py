@@ -67,6 +67,7 @@ class WindowedNewton:
         batch_gradients: Gradients of single batches so far, Lightning's own included.
         growth: Present factor on the shares of the window that curvature and trials see.
         last_curvature: The objective that the products of the last (or coming) step see.
+        whole_trials: Whether the trial losses of the last (or coming) step are those of the objective itself.
     """
 
     def __init__(
@@ -103,6 +104,12 @@ class WindowedNewton:
         self._rejected = 0  # Newton steps since the last one that was taken
         self._last_step: tuple[float, float, bool] | None = None  # loss before, promised decrease, accepted
         self.last_curvature: Objective | None = None
+        self.whole_trials = False
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether weight decay is part of the objective."""
+        return bool(self._decay)
 
     @property
     def idle(self) -> bool:
@@ -323,8 +330,8 @@ class WindowedNewton:
         self.last_curvature = objective if len(curvature) == len(everything) else self._objective(window, curvature)
         # Trial losses are replays: a loss that training rounded in another way is none that they are compared with.
         rounded = known is not None and rounds_otherwise(self._trainer, self._module)
-        on_all = len(trial) == len(everything) and not rounded
-        trial_objective = objective if on_all else self._objective(window, trial)
+        self.whole_trials = len(trial) == len(everything) and not rounded
+        trial_objective = objective if self.whole_trials else self._objective(window, trial)
         self.steps_taken += 1
         doubtful = self._last_step is None
         self._last_step = None
@@ -344,7 +351,7 @@ class WindowedNewton:
         own_gradients = record.gradients - (known is not None)
         self.batch_gradients += own_gradients * len(window.steps)
         beside_trials = record.gradients - record.secant_gradients if record.kind == "subspace" else 0  # see TrialLoss
-        self.batch_gradients += 0 if on_all else beside_trials * len(trial)
+        self.batch_gradients += 0 if self.whole_trials else beside_trials * len(trial)
         self._on_step(record)
 
     def _note_rejection(self, record: StepRecord) -> None:

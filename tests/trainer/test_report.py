@@ -2,17 +2,21 @@
 
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
+from torch.utils.data import DataLoader
 
 from lightning_sfn import HessianSpectrum
 from lightning_sfn.newton.spectrum import Spectrum
+from lightning_sfn.newton.step import StepRecord
+from lightning_sfn.trainer.ledger import Ledger
 from lightning_sfn.trainer.report import Phase, SwitchReport
 
-from .modules import Fitting, forced, make_trainer, regression_loader
+from .modules import Fitting, NewtonCall, Scripted, forced, make_trainer, regression_data, regression_loader, sgd
 
 
 def spectrum(low: float, high: float) -> Spectrum:
@@ -65,6 +69,67 @@ def test_verdict(made: SwitchReport, paid: bool, text: str) -> None:
     assert made.verdict() in made.table()
 
 
+def slower_than_ever(last_speed: float = 0.0275, sign: int = -1, **after: float) -> SwitchReport:
+    """SFN makes 1.087 in 100 seconds; at the last rate of SGD it would be 2.75, of 1.287 that there were."""
+    phases = [
+        Phase("SGD", False, before=2.3, after=1.287, seconds=10.0, steps=40),
+        Phase("SaddleFreeNewton", True, before=1.287, after=1.287 + sign * 1.087, seconds=100.0, steps=3, taken=3),
+        *(Phase("SaddleFreeNewton", True, before=before, after=before) for before in after.values()),
+    ]
+    return SwitchReport("train_loss", sign, phases, last_speed=last_speed, checks=1, lowest=0.0)
+
+
+def test_a_rate_that_leads_below_zero_is_not_compared_with() -> None:
+    made = slower_than_ever()
+    assert made.verdict() == (
+        "SFN improved train_loss by 1.087, 0.0109 per second; SGD had last made 0.0275 per second (last check), a rate "
+        "that cannot have lasted (it leads below zero within SFN's 100 seconds), so the two cannot be compared by it."
+    )
+    assert "sfn/paid" not in made.metrics()
+
+
+def was_negative(made: SwitchReport) -> SwitchReport:
+    made.lowest = -0.001
+    return made
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        slower_than_ever(last_speed=0.01287),  # just to zero
+        slower_than_ever(sign=1),  # a metric that is to rise
+        was_negative(slower_than_ever()),
+        slower_than_ever(again=2.8),  # not below zero from where SFN began again
+        slower_than_ever(unknown=math.nan),
+    ],
+)
+def test_a_rate_that_may_have_lasted_is_compared_with(made: SwitchReport) -> None:
+    assert made.verdict().startswith("SFN did not pay: it improved train_loss by 1.087, 0.0109 per second; SGD had")
+    assert made.metrics()["sfn/paid"] == 0.0
+
+
+def test_no_improvement_does_not_pay_whatever_the_rate() -> None:
+    made = slower_than_ever()
+    made.phases[-1].after = 1.3
+    assert made.verdict() == "SFN did not pay: train_loss did not improve with it."
+    assert made.metrics()["sfn/paid"] == 0.0
+
+
+def test_the_lowest_value_that_any_check_saw_is_known() -> None:
+    callback = forced(monitor="metric", check_finite=False)
+    make_trainer(4, callbacks=[callback]).fit(Scripted([3.0, 2.5, -0.5, math.nan]), regression_loader())
+    assert callback.report is not None
+    assert callback.report.lowest == -0.5
+
+
+def test_a_value_that_no_check_saw_is_known_at_the_end() -> None:
+    ledger, trainer = Ledger("metric", -1, 1), make_trainer(1)
+    ledger.start(trainer, "SGD")
+    trainer.callback_metrics["metric"] = torch.tensor(-0.5)
+    ledger.close(trainer)
+    assert ledger.report.lowest == -0.5
+
+
 def newton_phase(before: float, after: float, steps: int, taken: int) -> SwitchReport:
     phases = [
         Phase("SGD", False, before=4.5, after=2.5, seconds=10.0, steps=40, gradients=80),
@@ -110,6 +175,116 @@ def test_table_is_aligned_and_holds_every_cell() -> None:
     assert "curvature" not in made.table()
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(108632056.0, "1.08632e+08"), (1e-9, "1e-09"), (2.302585, "2.30259"), (0.0, "0"), (math.nan, "-")],
+)
+def test_metrics_of_any_size_are_shown_in_six_digits(value: float, shown: str) -> None:
+    made = report()
+    made.phases[0].before = value
+    assert made.rows()[0][5] == shown
+    assert len({len(line) for line in made.table().splitlines()[:6]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("estimated_from", "has_penalty", "said"),
+    [
+        ("", False, "last Newton step: loss 0.75 to 0.5 on its batches (val_loss may be older)"),
+        (
+            "its trial batches",
+            True,
+            "last Newton step: loss and weight decay 0.75 to about 0.5, by its trial batches (val_loss may be older)",
+        ),
+    ],
+)
+def test_the_last_step_is_told_as_it_was_measured(estimated_from: str, has_penalty: bool, said: str) -> None:
+    made = report()
+    made.last_step, made.estimated_from, made.has_penalty = (0.75, 0.5), estimated_from, has_penalty
+    assert said in made.table().splitlines()
+
+
+ONE_INNER = {"secant_steps": 0, "inner_steps": 1}
+FACTORED = {"preconditioner": "kronecker"}
+
+
+@pytest.mark.parametrize(
+    ("newton", "share", "steps", "estimated_from"),
+    [
+        (ONE_INNER, 1.0, 2, ""),
+        (ONE_INNER, 0.25, 2, "its trial batches"),
+        (FACTORED, 0.25, 1, ""),  # quasi-Newton steps evaluate all batches
+        (FACTORED | {"heavy_ball": 0.9}, 1.0, 2, "the slope"),  # the second step is one of momentum
+        ({"lr": 0.0}, 0.25, 2, ""),  # no step is taken
+    ],
+)
+def test_where_the_loss_after_the_last_step_comes_from(
+    newton: dict[str, Any], share: float, steps: int, estimated_from: str
+) -> None:
+    torch.manual_seed(0)
+    module, data = Fitting(torch.nn.Linear(3, 1), sgd(weight_decay=0.1)), regression_data(32)
+    callback = forced(newton=newton, trial_fraction=share, curvature_fraction=0.25)
+    make_trainer(2 + steps, callbacks=[callback]).fit(module, DataLoader(data, batch_size=2))
+    made = callback.report
+    assert made is not None
+    assert made.last_step is not None
+    assert (made.estimated_from, made.has_penalty) == (estimated_from, True)
+    x, y = data.tensors
+    with torch.no_grad():
+        penalty = sum(0.05 * p.square().sum() for p in module.parameters())
+        exact = float((module.net(x) - y).square().mean() + penalty)
+    assert (made.last_step[1] == pytest.approx(exact, rel=1e-5)) == (estimated_from == "")
+
+
+@pytest.mark.parametrize(
+    ("secant_gradients", "estimated_from"), [(0, "its trial batches"), (1, "its trial batches"), (2, "")]
+)
+def test_a_gradient_that_refutes_the_step_is_no_measure_of_it(secant_gradients: int, estimated_from: str) -> None:
+    """The first gradient after a subspace tells whether quasi-Newton steps follow, the second that one did."""
+    record = StepRecord(2.0, 1.0, gradient_norm=0.5, accepted=True, secant_gradients=secant_gradients)
+    assert counted(record).estimated_from == estimated_from
+
+
+def counted(record: StepRecord, max_grad_norm: float | None = None) -> SwitchReport:
+    ledger = Ledger("metric", -1, 1)
+    ledger.report.phases.append(Phase("SaddleFreeNewton", True))
+    driver = SimpleNamespace(batch_gradients=1, whole_trials=False, has_penalty=False)
+    newton: Any = SimpleNamespace(driver=driver, newton=SimpleNamespace(max_grad_norm=max_grad_norm))
+    ledger.count_step(make_trainer(1), record, newton)
+    return ledger.report
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(None, 0), (0.5, 0), (0.49, 1)])
+def test_a_gradient_as_long_as_the_bound_is_not_clipped(limit: float | None, clipped: int) -> None:
+    assert counted(StepRecord(2.0, 1.0, gradient_norm=0.5), limit).phases[0].clipped == clipped
+
+
+def test_without_weight_decay_there_is_no_penalty() -> None:
+    callback = forced()
+    make_trainer(3, callbacks=[callback]).fit(Fitting(), regression_loader())
+    assert callback.report is not None
+    assert not callback.report.has_penalty
+
+
+@pytest.mark.parametrize("bound", ["none", "tiny", "between", "huge"])
+def test_steps_whose_gradient_was_clipped_are_counted(bound: str) -> None:
+    norms = sorted(clipped_run(None)[1])
+    limit = {"none": None, "tiny": norms[0] / 1e3, "between": 0.9 * norms[-1], "huge": 2 * norms[-1]}[bound]
+    made, norms = clipped_run(limit)
+    clipped = sum(limit is not None and norm > limit for norm in norms)
+    assert clipped in {"none": [0], "tiny": [4], "between": [1, 2, 3], "huge": [0]}[bound]
+    said = f"gradient clipped in {clipped} of 4 Newton steps (max_grad_norm)"
+    assert [line for line in made.table().splitlines() if "clipped" in line] == [said] * (clipped > 0)
+
+
+def clipped_run(limit: float | None) -> tuple[SwitchReport, list[float]]:
+    torch.manual_seed(0)
+    calls: list[NewtonCall] = []
+    callback = forced(calls)
+    make_trainer(6, callbacks=[callback], gradient_clip_val=limit).fit(Fitting(), regression_loader())
+    assert callback.report is not None
+    return callback.report, [float(call.gradient.norm()) for call in calls]
+
+
 def test_spectra_are_shown_when_both_are_known() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
@@ -122,10 +297,12 @@ def test_spectra_are_shown_when_both_are_known() -> None:
 def test_a_report_survives_a_checkpoint() -> None:
     made = report()
     made.spectrum_at_switch = spectrum(-3.0, 10.0)
+    made.last_step, made.estimated_from, made.has_penalty, made.lowest = (0.75, 0.5), "the slope", True, -1.0
     torch.save(made.state_dict(), "report.pt")
     restored = SwitchReport.from_state(torch.load("report.pt", weights_only=True))
     assert restored.phases == made.phases
     assert restored.table() == made.table()
+    assert restored.lowest == -1.0
     assert restored.spectrum_at_end is None
     assert restored.spectrum_at_switch is not None
     assert restored.spectrum_at_switch.to_dict() == made.spectrum_at_switch.to_dict()

@@ -433,7 +433,7 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
         self._steps.note(record)
         self._failures = 0
         assert self._trainer is not None
-        self._ledger.count_step(self._trainer, record, self._phase.driver.batch_gradients)
+        self._ledger.count_step(self._trainer, record, self._phase)
         steps = self._ledger.phase.steps
         if is_whole(self.rules.return_when) and steps >= self.rules.return_when:
             self._return_reason = f"{steps} Newton steps were asked for"
