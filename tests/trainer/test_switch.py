@@ -480,7 +480,7 @@ def test_each_newton_step_is_logged() -> None:
         np.testing.assert_allclose([point.value for point in points], expected, rtol=1e-5)
         # Lightning's own epoch mean of the last epoch.
         assert float(trainer.callback_metrics[f"sfn/{name}"]) == pytest.approx(sum(expected[-2:]) / 2, rel=1e-5)
-    assert table["epoch"][np.isfinite(table["sfn/paid"])].tolist() == [3]  # the report, after the last epoch
+    assert table["epoch"][np.isfinite(table["sfn/total_products"])].tolist() == [3]  # the report, after the last epoch
 
 
 def test_report_adds_up(caplog: pytest.LogCaptureFixture) -> None:
