@@ -166,6 +166,8 @@ def measure(
         begun = now(course.device)
         try:
             next(stepping)
+        except StopIteration:  # it can do no more
+            break
         except (FloatingPointError, torch.linalg.LinAlgError) as failure:  # it diverged: that is its result
             error = str(failure)
             break

@@ -33,9 +33,8 @@ def trust_krylov(problem: Problem, radius: float) -> Iterator[None]:
         while (event := solver.events.get()) is None:
             yield
             solver.turns.put(True)
-        while event is _CONVERGED:
-            yield
-        raise event
+        if event is not _CONVERGED:
+            raise event
     finally:
         solver.turns.put(False)
         thread.join()
@@ -81,6 +80,7 @@ class _Solver:
             self._forget()
 
     def _write(self, point: np.ndarray[Any, Any]) -> None:
+        self._forget()  # its graph is of the weights that were there
         like = self._parameters.read()
         self._parameters.write(torch.from_numpy(point.copy()).to(like))
 
@@ -88,12 +88,13 @@ class _Solver:
         self._write(point)
         loss, gradient = gradient_of(self._objective, self._parameters)
         if not math.isfinite(loss):
-            raise FloatingPointError("The loss is not finite.")
+            if self._at is None:
+                raise FloatingPointError("The loss is not finite.")
+            return math.inf, np.zeros_like(point)  # the step is not taken, and the radius shrinks
         return loss, gradient.double().cpu().numpy()
 
     def _product(self, point: np.ndarray[Any, Any], vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if self._operator is None or not np.array_equal(point, self._at):
-            self._forget()
             self._write(point)
             self._operator, self._at = HessianOperator(self._objective, self._parameters), point.copy()
         like = self._parameters.read()

@@ -56,33 +56,54 @@ class DataBudgets:
         """Growth at which both parts are the whole window."""
         return 1 / min(self.curvature_fraction, self.trial_fraction)
 
-    def windows(self, of: float) -> int:
-        """Over how many windows an epoch of so many batches is shared out; it must have an end."""
-        return 1 if self.gradient_batches == "epoch" else math.ceil(of / self.gradient_batches)
-
-    def ends(self, begin: int, end: int, of: float) -> bool:
-        """Whether a window is complete.
+    def windows(self, batches: int, accumulated: int = 1) -> int:
+        """Over how many windows so many batches of an epoch are shared out evenly.
 
         Args:
-            begin: Batches of the epoch before it.
-            end: Batches of the epoch so far.
-            of: Batches of the epoch; infinite where nobody knows.
+            batches: Batches, one at least.
+            accumulated: Batches that Lightning accumulates for a gradient, which stay together.
         """
-        if math.isinf(of):
-            return self.gradient_batches != "epoch" and end - begin >= self.gradient_batches
-        return end * self.windows(of) // of > begin * self.windows(of) // of
+        if self.gradient_batches == "epoch":
+            return 1
+        return math.ceil(batches / self._most(accumulated))
 
-    def is_whole(self, begin: int, end: int, of: float) -> bool:
-        """Whether a window that has ended is one of those that an epoch is shared out over; arguments as in `ends`."""
-        if math.isinf(of):
-            return begin == 0 if self.gradient_batches == "epoch" else end - begin >= self.gradient_batches
-        return (begin == 0 or self.ends(begin - 1, begin, of)) and self.ends(end - 1, end, of)
+    def target(self, rest: float, accumulated: int = 1) -> float:
+        """How many batches a window takes.
 
-    def is_enough(self, begin: int, end: int, of: float) -> bool:
-        """Whether a window has half of the batches of a whole one, as far as that is known; arguments as in `ends`."""
-        if math.isinf(of):
-            return self.gradient_batches == "epoch" or 2 * (end - begin) >= self.gradient_batches
-        return 2 * (end - begin) * self.windows(of) >= of
+        Args:
+            rest: Batches of the epoch from its first one on; infinite where nobody knows.
+            accumulated: As for `windows`.
+        """
+        if math.isinf(rest):
+            return math.inf if self.gradient_batches == "epoch" else self._most(accumulated)
+        return math.ceil(rest / self.windows(max(int(rest), 1), accumulated))
+
+    def is_enough(self, count: int, epoch: float, accumulated: int = 1) -> bool:
+        """Whether so many batches are half of a window of a whole epoch, as far as its length is known.
+
+        Args:
+            count: Batches.
+            epoch: Batches of the epoch; infinite where nobody knows.
+            accumulated: As for `windows`.
+        """
+        if math.isinf(epoch):
+            return self.gradient_batches == "epoch" or 2 * count >= self._most(accumulated)
+        return 2 * count * self.windows(int(epoch), accumulated) >= epoch
+
+    def is_whole(self, count: int, epoch: float, accumulated: int = 1) -> bool:
+        """Whether so many batches are a window of a whole epoch; arguments as in `is_enough`."""
+        if math.isinf(epoch):
+            return self.gradient_batches != "epoch" and count >= self._most(accumulated)
+        return count > epoch // self.windows(int(epoch), accumulated) - accumulated
+
+    def shared(self, batches: int, accumulated: int = 1) -> int:
+        """Of an epoch whose length nobody knew, so many batches at most count as shared out; they filled windows."""
+        return batches if self.gradient_batches == "epoch" else min(batches, self._most(accumulated))
+
+    def _most(self, accumulated: int) -> int:
+        """Batches of a window at most: as many whole accumulations as fit, but one at least."""
+        assert self.gradient_batches != "epoch"
+        return max(self.gradient_batches - self.gradient_batches % accumulated, accumulated)
 
     def choose(self, count: int, growth: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Draws the batches of the curvature and of the trial losses.

@@ -174,6 +174,8 @@ def _keep_entries(newton: SaddleFreeNewton, base: Optimizer) -> None:
     for group, other in zip(newton.param_groups, base.param_groups, strict=False):
         for name, value in other.items():
             group.setdefault(name, value)
+        if _is_decoupled(base, group):
+            group.setdefault("decoupled_weight_decay", True)  # which the class of Newton's does not tell
         if "param_names" in other:  # one for each parameter
             group["param_names"] = list(other["param_names"]) if group["params"] else []
 

@@ -194,7 +194,9 @@ class SaddleFreeNewtonMixin(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Ends the window with the epoch, where a hook cut that short, and steps the schedulers of epochs."""
         super().on_train_epoch_end()
-        if self._drivers and not self._drivers[0].idle:
+        for driver in self._drivers:
+            driver.note_epoch_end()
+        if not all(driver.idle for driver in self._drivers):
             with full_precision():
                 self._step_all([None] * len(self._drivers))
         self._step_schedulers("epoch", self.trainer.current_epoch + 1)
@@ -299,7 +301,7 @@ class _ManualNewton(WindowedNewton):
         """Evaluates a batch for the first time, and adds it to the window."""
         kept, state = own_copies((batch, batch_idx)), RandomState.capture(self._module.device)
         value = _require_loss(loss(batch), type(self._module).__name__).detach()
-        self._note_begin(1)
+        self._offer(1)
         if self._held is None:
             self._collect([RecordedStep(kept, {"replayed": self._index}, state, value)])
         return value

@@ -258,7 +258,7 @@ class Probe:
                 return try_newton_step(objective, parameters)
 
         trial = foreseen(trainer, attempt)
-        return verdict(spectrum, trial) + _of_what(trainer), trial
+        return verdict(spectrum, trial) + _about_penalty(trainer), trial
 
     @contextmanager
     def _posed(
@@ -298,9 +298,11 @@ def _trained(trainer: Trainer) -> Iterator[Tensor]:
                 yield from group["params"]
 
 
-def _of_what(trainer: Trainer) -> str:
+def _about_penalty(trainer: Trainer) -> str:
     """A sentence where what is trained is more than the loss that a spectrum is of."""
-    decays = {decay for optimizer in trainer.optimizers for _, decay in coupled_decay(optimizer) if decay}
+    decays = {decay for optimizer in trainer.optimizers for tensors, decay in coupled_decay(optimizer) if tensors} - {
+        0.0
+    }
     if not decays:
         return ""
     return f" That is the loss alone: the optimizer adds weight decay ({', '.join(f'{d:g}' for d in sorted(decays))})."

@@ -156,6 +156,7 @@ class _Hooks(Callback):
         self._steps.flush(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._driver.note_epoch_end()
         self._driver.end_window()
         self._steps.flush(trainer, pl_module)
 

@@ -89,7 +89,8 @@ class WindowedNewton:
         self._recorder = StepRecorder(trainer, module.device)
         self._window = Batches()
         self._held: Batches | None = None
-        self._begin: int | None = None  # batches of the epoch before those of the window
+        self._offered = 0  # batches since the last window, those without a loss among them
+        self._epoch_is_over = False
         self._unfinished = 0  # batches of the step that is being taken
         self._isolation: Isolation | None = None
         self.steps_taken = 0
@@ -148,11 +149,11 @@ class WindowedNewton:
         recorded = self._taken()
         if recorded:
             self._collect(recorded)
-        if not self._window.steps or not self._complete():
+        if not self._complete():
             return None
         whole = self._is_whole()
         window = self._cut()
-        return self._objective(window, range(len(window.steps))) if whole else None
+        return self._objective(window, range(len(window.steps))) if window.steps and whole else None
 
     def note_backward(self) -> None:
         """Keeps the gradient that `backward` has just made, to see once whether hooks change it."""
@@ -168,14 +169,13 @@ class WindowedNewton:
     def end_window(self) -> None:
         """Takes the step of a window, if there is one: it is complete, or a hook has ended its epoch unannounced.
 
-        What is left over where a run or an epoch is cut short, or where SFN took over inside one, is let go if it has
-        less than half of a window's batches: a step that few cases decide about would harm all others.
+        What is left over where a run is cut short, or where SFN took over inside an epoch, is let go if it has less
+        than half of a window's batches: a step that few cases decide about would harm all others.
         """
-        if not self._window.steps:
-            self._begin = None
-            return
-        whole, enough = self._is_whole(), self._budgets.is_enough(*self._extent())
+        whole, enough = self._is_whole(), self._is_enough()
         window = self._cut()
+        if not window.steps:
+            return
         if not enough:
             self._tell_of_rest(len(window.steps))
             return
@@ -185,26 +185,44 @@ class WindowedNewton:
         self._newton_step(window, self._loss_and_gradient(window))
         self._unfinished = 0
 
+    def note_epoch_end(self) -> None:
+        """A hook has ended the epoch, perhaps unannounced: the window that waits gets no more batches."""
+        self._epoch_is_over = True
+
+    def drop(self) -> None:
+        """Forgets the batches that wait: a window never crosses the end of an epoch."""
+        self._recorder.take()
+        self._cut()
+
     def _taken(self) -> list[RecordedStep]:
         """The batches since the last call that have a loss."""
         recorded = self._recorder.take()
-        self._note_begin(len(recorded))
+        # Some optimizers evaluate a batch several times, and a skipped step leaves its batches behind.
+        self._offer(min(len(recorded), self._accumulated))
         return [step for step in recorded if step.loss is not None]
 
-    def _note_begin(self, count: int) -> None:
-        """Notes where in the epoch a window begins, with so many batches."""
-        if self._begin is None:
-            self._begin = self._trainer.fit_loop.epoch_loop.batch_idx + 1 - count
-
-    def _extent(self) -> tuple[int, int, float]:
-        """Batches of the epoch before the window and up to its end, and all of them."""
-        end = self._trainer.fit_loop.epoch_loop.batch_idx + 1
-        return end if self._begin is None else self._begin, end, self._trainer.num_training_batches
+    def _offer(self, count: int) -> None:
+        """Counts batches for the window, whatever becomes of them."""
+        self._offered += count if self._held is None else 0
 
     def _cut(self) -> Batches:
         """The window as it is; the next one begins behind it."""
-        window, self._window, self._begin = self._window, Batches(), None
+        window, self._window, self._offered = self._window, Batches(), 0
+        self._epoch_is_over = False
         return window
+
+    @property
+    def _accumulated(self) -> int:
+        return int(self._trainer.accumulate_grad_batches)
+
+    def _epoch(self) -> float:
+        """Batches of the epoch: as it ends what it had, else what is announced, which may be too many or infinite."""
+        loop, announced = self._trainer.fit_loop.epoch_loop, self._trainer.num_training_batches
+        seen, limit = loop.batch_idx + 1, self._trainer.max_steps
+        is_cut = self._trainer.should_stop or (limit is not None and 0 <= limit <= self._trainer.global_step)
+        if not (loop.batch_progress.is_last_batch or (self._epoch_is_over and not is_cut)):
+            return announced
+        return seen if math.isfinite(announced) else self._budgets.shared(seen, self._accumulated)
 
     def _tell_of_rest(self, count: int) -> None:
         if not self._told_of_rest:
@@ -269,12 +287,12 @@ class WindowedNewton:
             rank_zero_warn(
                 f"{len(self._window.steps)} batch(es) that waited for a Newton step are left out, since other "
                 f"parameters are trained from batch {self._trainer.fit_loop.epoch_loop.batch_idx} on (requires_grad "
-                "has changed). So it goes wherever that happens inside a window, and steps see fewer batches: freeze "
-                "and free layers at the start of an epoch."
+                "has changed). So it goes wherever that happens inside a window, and steps see fewer batches, or are "
+                "not taken where less than half of a window is left: freeze and free layers at the start of an epoch."
             )
             self._warned_of_layers = True
         self._cut()
-        self._note_begin(count)
+        self._offer(count)
 
     def _admit(self, recorded: Sequence[RecordedStep], *, finite: bool) -> BatchWeights | None:
         """Weights of some batches; none, and a warning once, where a process saw a number that is not finite."""
@@ -315,11 +333,17 @@ class WindowedNewton:
         return self._with_decay(whole, gradient) if self._decay else (whole, gradient)
 
     def _complete(self) -> bool:
-        return self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or self._budgets.ends(*self._extent())
+        loop = self._trainer.fit_loop.epoch_loop
+        rest = self._trainer.num_training_batches - (loop.batch_idx + 1 - self._offered)
+        return loop.batch_progress.is_last_batch or self._offered >= self._budgets.target(rest, self._accumulated)
 
     def _is_whole(self) -> bool:
         """Whether a window that is complete holds what it shall: the first one may begin inside an epoch."""
-        return self._budgets.is_whole(*self._extent())
+        return self._is_enough() and self._budgets.is_whole(self._offered, self._epoch(), self._accumulated)
+
+    def _is_enough(self) -> bool:
+        """Whether a window has half of the batches that it shall have, those left out not counted."""
+        return self._budgets.is_enough(len(self._window.steps), self._epoch(), self._accumulated)
 
     def _newton_step(self, window: Batches, known: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
@@ -440,7 +464,7 @@ class WindowedNewton:
             "replays_all": self._replays_all,
             "last_step": self._last_step,
             "holds": self._held is not None,
-            "begin": self._begin,
+            "offered": self._offered,
             "waiting": len(self._window.steps) + self._unfinished,
             "window": self._window.state_dict() if alone and not self._unfinished else None,
             "held": self._held.state_dict() if alone and self._held is not None else None,
@@ -458,7 +482,7 @@ class WindowedNewton:
         if held is not None:
             self._held = Batches.from_state(held, self._module.device)
         missing = state["waiting"] if window is None else 0
-        self._begin = None if missing else state.get("begin", 0)  # older checkpoints do not say
+        self._offered = 0 if missing else state.get("offered", len(self._window.steps))  # older ones do not say
         if missing or (state["holds"] and held is None):
             rank_zero_warn(
                 "The checkpoint was written while batches waited for a Newton step, and it could not hold them "

@@ -391,6 +391,54 @@ def test_a_run_that_is_cut_short_does_not_end_with_a_step_on_a_few_batches(
     assert caplog.text.count("No Newton step was taken on the last 3 batch(es)") == 2 - steps
 
 
+@pytest.mark.parametrize("options", [{}, {"hold": True}], ids=str)
+def test_an_epoch_may_be_shorter_than_announced(options: dict[str, Any]) -> None:
+    """A stream of four batches, of which Lightning expects up to a thousand."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([regression_data(8)[row] for row in range(8)])
+
+    calls: list[NewtonCall] = []
+    switch = SwitchToSFN(switch_at_epoch=1, optimizer=partial(Noting, calls=calls), probe_dim=0, **options)
+    trainer = make_trainer(4, limit_train_batches=1000, callbacks=[switch])
+    trainer.fit(Fitting(), DataLoader(Stream(), batch_size=2))
+    assert [call.sizes[0] for call in calls[:3]] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("budget", "sizes"), [(3, [2, 2, 2]), (5, [4, 2]), (6, [6])])
+def test_what_is_accumulated_stays_together(budget: int, sizes: list[int]) -> None:
+    calls: list[NewtonCall] = []
+    switch = SwitchToSFN(
+        switch_at_epoch=1, optimizer=partial(Noting, calls=calls), gradient_batches=budget, probe_dim=0
+    )
+    trainer = make_trainer(2, callbacks=[switch], accumulate_grad_batches=2)
+    trainer.fit(Fitting(), regression_loader(12, 2))
+    assert [call.sizes[0] for call in calls] == sizes
+
+
+@pytest.mark.parametrize(("bad", "taken"), [({0}, 2), ({0, 1, 2}, 0)])
+def test_batches_that_are_left_out_do_not_make_a_window(bad: set[int], taken: int) -> None:
+    class Failing(Fitting):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * (torch.nan if self.current_epoch and batch_idx in bad else 1.0)
+
+    calls: list[NewtonCall] = []
+    switch = SwitchToSFN(switch_at_epoch=1, optimizer=partial(Noting, calls=calls), probe_dim=0)
+    with pytest.warns(UserWarning, match="is not finite"):
+        make_trainer(3, callbacks=[switch]).fit(Failing(), regression_loader(16, 4))
+    assert [call.sizes[0] for call in calls] == taken * [3]
+
+
+def test_a_probe_counts_batches_and_not_their_evaluations() -> None:
+    """L-BFGS evaluates each batch many times; the gate looks at windows of whole epochs."""
+    module = Fitting(optimizer=lambda p: torch.optim.LBFGS(p, 1e-9, max_iter=4, tolerance_grad=0, tolerance_change=0))
+    switch = SwitchToSFN(patience=1, min_delta=1e3, require_negative_curvature=True, min_predicted_decrease=0.0)
+    make_trainer(4, callbacks=[switch]).fit(module, regression_loader(16, 4))
+    assert switch.switched_at_step == 3 * 4
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_loss_rounded_in_another_way_is_no_baseline(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
     """Trials then see an objective of their own, with a loss of its own, unless every loss is a replay's."""

@@ -289,8 +289,11 @@ class SwitchToSFN(NamesMisplacedOptions, PlateauWatch):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the window with the epoch, and checks where `EarlyStopping` would."""
         if self.switched and self._phase is not None:
+            self._phase.driver.note_epoch_end()
             self._phase.driver.end_window()
             self._steps.flush(trainer, pl_module)
+        elif self._phase is not None:
+            self._phase.driver.drop()  # of a probe
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
