@@ -127,7 +127,6 @@ def test_watching_a_batch_norm_counts_its_batch_once() -> None:
 UNSEEN: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "a vector": ((3,), lambda w: F.linear(data(5, 3), w)),
     "groups": ((4, 1, 2, 2), lambda w: F.conv2d(data(2, 2, 4, 4), w, groups=2)),
-    "padding by name": ((4, 2, 3, 3), lambda w: F.conv2d(data(2, 2, 4, 4), w, padding="same")),
     "three dimensions": ((4, 1, 2, 2, 2), lambda w: F.conv3d(data(2, 1, 4, 4, 4), w)),
     "one image": ((4, 2, 3, 3), lambda w: F.conv2d(data(2, 4, 4), w)),
     "one signal": ((4, 2, 3), lambda w: F.conv1d(data(2, 4), w)),

@@ -432,7 +432,7 @@ def test_decay_that_is_left_out_is_told_of(
             **({"strategy": "sfn"} if strategy else {}),
         )
     if said is None:
-        assert "weight decay" not in caplog.text
+        assert "weight decay of" not in caplog.text
     else:
         assert caplog.text.count(f" The weight decay of {said} rests: it is no part of the loss.") == 1
 

@@ -51,8 +51,8 @@ def test_trust_krylov_finds_a_minimum_and_gives_its_errors_back() -> None:
     joined = torch.cat([problem.inputs, torch.ones(40, 1).double()], 1)
     best = torch.linalg.lstsq(joined, problem.targets).solution.T
     stepping = METHODS["trust_krylov"](problem, radius=100.0)
-    for _ in range(20):
-        next(stepping)
+    for _ in zip(range(20), stepping, strict=False):
+        pass
     reached = torch.cat([problem.model.weight, problem.model.bias[:, None]], 1)
     torch.testing.assert_close(reached, best, rtol=1e-4, atol=1e-6)
     stepping.close()
@@ -154,8 +154,8 @@ def test_every_method_lowers_a_convex_loss(method: str) -> None:
     best = torch.linalg.lstsq(joined, problem.targets).solution
     least = float((joined @ best - problem.targets).square().sum() / 40)
     stepping = METHODS[method](problem, **settings)
-    for _ in range(20):
-        next(stepping)
+    for _ in zip(range(20), stepping, strict=False):
+        pass
     reached = float(problem.loss().detach())
     assert least <= reached * (1 + 1e-5)
     assert reached < before - 0.02 * (before - least)
