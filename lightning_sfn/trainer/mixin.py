@@ -295,7 +295,7 @@ class _ManualNewton(WindowedNewton):
     @property
     def ready(self) -> bool:
         """Whether it is time for a step."""
-        return self._held is not None or self._complete()
+        return self._held is not None or self._extent.is_complete
 
     def record(self, batch: Any, batch_idx: int, loss: BatchLoss) -> Tensor:
         """Evaluates a batch for the first time, and adds it to the window."""

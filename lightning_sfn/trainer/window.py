@@ -25,6 +25,7 @@ from lightning_sfn.newton.shortage import is_out_of_memory
 from lightning_sfn.newton.step import StepRecord
 from lightning_sfn.trainer.batches import Batches, BatchWeights, cases_of
 from lightning_sfn.trainer.budgets import DataBudgets
+from lightning_sfn.trainer.extent import Extent
 from lightning_sfn.trainer.gradient_edits import warn_if_edited
 from lightning_sfn.trainer.isolation import Isolation, rounds_otherwise
 from lightning_sfn.trainer.messages import say
@@ -89,8 +90,7 @@ class WindowedNewton:
         self._recorder = StepRecorder(trainer, module.device)
         self._window = Batches()
         self._held: Batches | None = None
-        self._offered = 0  # batches since the last window, those without a loss among them
-        self._epoch_is_over = False
+        self._extent = Extent(trainer, budgets)
         self._unfinished = 0  # batches of the step that is being taken
         self._isolation: Isolation | None = None
         self.steps_taken = 0
@@ -136,7 +136,7 @@ class WindowedNewton:
         else:
             if recorded:
                 self._add(recorded)
-            if self._complete():
+            if self._extent.is_complete:
                 self.end_window()
         return result
 
@@ -149,7 +149,7 @@ class WindowedNewton:
         recorded = self._taken()
         if recorded:
             self._collect(recorded)
-        if not self._complete():
+        if not self._extent.is_complete:
             return None
         whole = self._is_whole()
         window = self._cut()
@@ -172,7 +172,7 @@ class WindowedNewton:
         What is left over where a run is cut short, or where SFN took over inside an epoch, is let go if it has less
         than half of a window's batches: a step that few cases decide about would harm all others.
         """
-        whole, enough = self._is_whole(), self._is_enough()
+        whole, enough = self._is_whole(), self._extent.is_enough(len(self._window.steps))
         window = self._cut()
         if not window.steps:
             return
@@ -187,7 +187,7 @@ class WindowedNewton:
 
     def note_epoch_end(self) -> None:
         """A hook has ended the epoch, perhaps unannounced: the window that waits gets no more batches."""
-        self._epoch_is_over = True
+        self._extent.note_epoch_end()
 
     def drop(self) -> None:
         """Forgets the batches that wait: a window never crosses the end of an epoch."""
@@ -198,31 +198,22 @@ class WindowedNewton:
         """The batches since the last call that have a loss."""
         recorded = self._recorder.take()
         # Some optimizers evaluate a batch several times, and a skipped step leaves its batches behind.
-        self._offer(min(len(recorded), self._accumulated))
+        self._offer(min(len(recorded), self._extent.accumulated))
         return [step for step in recorded if step.loss is not None]
 
     def _offer(self, count: int) -> None:
         """Counts batches for the window, whatever becomes of them."""
-        self._offered += count if self._held is None else 0
+        self._extent.offered += count if self._held is None else 0
 
     def _cut(self) -> Batches:
         """The window as it is; the next one begins behind it."""
-        window, self._window, self._offered = self._window, Batches(), 0
-        self._epoch_is_over = False
+        window, self._window = self._window, Batches()
+        self._extent.begin()
         return window
 
-    @property
-    def _accumulated(self) -> int:
-        return int(self._trainer.accumulate_grad_batches)
-
-    def _epoch(self) -> float:
-        """Batches of the epoch: as it ends what it had, else what is announced, which may be too many or infinite."""
-        loop, announced = self._trainer.fit_loop.epoch_loop, self._trainer.num_training_batches
-        seen, limit = loop.batch_idx + 1, self._trainer.max_steps
-        is_cut = self._trainer.should_stop or (limit is not None and 0 <= limit <= self._trainer.global_step)
-        if not (loop.batch_progress.is_last_batch or (self._epoch_is_over and not is_cut)):
-            return announced
-        return seen if math.isfinite(announced) else self._budgets.shared(seen, self._accumulated)
+    def _is_whole(self) -> bool:
+        """Whether a window that is complete holds what it shall, and few of its batches were left out."""
+        return self._extent.is_whole and self._extent.is_enough(len(self._window.steps))
 
     def _tell_of_rest(self, count: int) -> None:
         if not self._told_of_rest:
@@ -331,19 +322,6 @@ class WindowedNewton:
         whole = float(loss if mean is None else mean(loss))
         gradient = window.gradient / total  # the strategy averaged it over the processes
         return self._with_decay(whole, gradient) if self._decay else (whole, gradient)
-
-    def _complete(self) -> bool:
-        loop = self._trainer.fit_loop.epoch_loop
-        rest = self._trainer.num_training_batches - (loop.batch_idx + 1 - self._offered)
-        return loop.batch_progress.is_last_batch or self._offered >= self._budgets.target(rest, self._accumulated)
-
-    def _is_whole(self) -> bool:
-        """Whether a window that is complete holds what it shall: the first one may begin inside an epoch."""
-        return self._is_enough() and self._budgets.is_whole(self._offered, self._epoch(), self._accumulated)
-
-    def _is_enough(self) -> bool:
-        """Whether a window has half of the batches that it shall have, those left out not counted."""
-        return self._budgets.is_enough(len(self._window.steps), self._epoch(), self._accumulated)
 
     def _newton_step(self, window: Batches, known: tuple[float, Tensor] | None) -> None:
         everything = range(len(window.steps))
@@ -464,7 +442,7 @@ class WindowedNewton:
             "replays_all": self._replays_all,
             "last_step": self._last_step,
             "holds": self._held is not None,
-            "offered": self._offered,
+            "offered": self._extent.offered,
             "waiting": len(self._window.steps) + self._unfinished,
             "window": self._window.state_dict() if alone and not self._unfinished else None,
             "held": self._held.state_dict() if alone and self._held is not None else None,
@@ -482,7 +460,7 @@ class WindowedNewton:
         if held is not None:
             self._held = Batches.from_state(held, self._module.device)
         missing = state["waiting"] if window is None else 0
-        self._offered = 0 if missing else state.get("offered", len(self._window.steps))  # older ones do not say
+        self._extent.offered = 0 if missing else state.get("offered", len(self._window.steps))  # older ones do not say
         if missing or (state["holds"] and held is None):
             rank_zero_warn(
                 "The checkpoint was written while batches waited for a Newton step, and it could not hold them "
