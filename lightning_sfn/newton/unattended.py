@@ -19,6 +19,8 @@ __all__ = ["SECOND_PASS", "Steps", "Watch", "is_invariant", "unattended_steps"]
 
 SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
 _SMALL = 1e-8  # square of the error, in single precision, up to which two steps share an orthogonalisation
+_SPOILT = 1e-7  # from this on the second one's coupling is off by more than rounding: by half of it
+_IMPURE = 2.0  # flag of such a step; others that need a second look have 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Steps:
         sound: How many steps, from the first one on, need no second look.
         leftover: What the last product has outside the basis, shape ``(n,)``, not normalised.
         by_chance: Whether there might as well have been more steps, had the host heard later of what ended them.
+        from_impure: Whether the step that needs a second look went on from a vector before it was orthogonalised, and
+            that changed much: then what it found is not to be mended.
     """
 
     first: int
@@ -40,6 +44,7 @@ class Steps:
     sound: int
     leftover: Tensor
     by_chance: bool = False
+    from_impure: bool = False
 
     def __len__(self) -> int:
         """Number of steps taken."""
@@ -98,7 +103,8 @@ def unattended_steps(
     found = [step for step, flag in enumerate(flags.tolist()) if flag or math.isnan(flag)]
     (sound,) = store.agreed(found[0] if found else len(flags), reduced=True)
     by_chance = len(flags) < last - first and not course.watch.is_prompt
-    return Steps(first, diagonals, couplings, int(sound), course.leftover, by_chance)
+    from_impure = int(sound) < len(flags) and flags[int(sound)] == _IMPURE
+    return Steps(first, diagonals, couplings, int(sound), course.leftover, by_chance, bool(from_impure))
 
 
 class Watch:
@@ -226,7 +232,9 @@ class _Course:
         # What is found is v'Hv' for v' = v + V'c: off from vHv by this, to third order in c.
         diagonal = diagonal - (error @ below + 2 * coupling * error[-1]) / kept
         share = self._left(length, below.square().sum() + between.square())
-        self._note(diagonal, length, torch.where(kept > 1 - _SMALL, share, 0.0))
+        pure = kept > 1 - _SMALL
+        self._note(diagonal, length, torch.where(pure, share, 0.0))
+        self.numbers[-1][2] *= torch.where(kept > 1 - _SPOILT, 1.0, _IMPURE)
         if self.goes_on():
             pair[1].div_(length.to(self.dtype))
             self._advance(pair[1], length)

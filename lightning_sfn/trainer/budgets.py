@@ -81,6 +81,8 @@ class DataBudgets:
     def is_enough(self, count: int, epoch: float, accumulated: int = 1) -> bool:
         """Whether so many batches are half of a window of a whole epoch, as far as its length is known.
 
+        The last accumulation of an epoch may be short, and counts as a full one.
+
         Args:
             count: Batches.
             epoch: Batches of the epoch; infinite where nobody knows.
@@ -88,7 +90,7 @@ class DataBudgets:
         """
         if math.isinf(epoch):
             return self.gradient_batches == "epoch" or 2 * count >= self._most(accumulated)
-        return 2 * count * self.windows(int(epoch), accumulated) >= epoch
+        return 2 * (count + accumulated - 1) * self.windows(int(epoch), accumulated) >= epoch
 
     def is_whole(self, count: int, epoch: float, accumulated: int = 1) -> bool:
         """Whether so many batches are a window of a whole epoch; arguments as in `is_enough`."""

@@ -151,9 +151,9 @@ class WindowedNewton:
             self._collect(recorded)
         if not self._extent.is_complete:
             return None
-        whole = self._is_whole()
+        whole = bool(self._window.steps) and self._is_whole()
         window = self._cut()
-        return self._objective(window, range(len(window.steps))) if window.steps and whole else None
+        return self._objective(window, range(len(window.steps))) if whole else None
 
     def note_backward(self) -> None:
         """Keeps the gradient that `backward` has just made, to see once whether hooks change it."""
@@ -172,10 +172,11 @@ class WindowedNewton:
         What is left over where a run is cut short, or where SFN took over inside an epoch, is let go if it has less
         than half of a window's batches: a step that few cases decide about would harm all others.
         """
+        if not self._window.steps:
+            self._cut()
+            return
         whole, enough = self._is_whole(), self._extent.is_enough(len(self._window.steps))
         window = self._cut()
-        if not window.steps:
-            return
         if not enough:
             self._tell_of_rest(len(window.steps))
             return

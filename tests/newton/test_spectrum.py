@@ -638,3 +638,23 @@ def test_the_default_device_is_the_models_affair() -> None:
         dense = dense_matrix(HessianOperator(Objective([lambda: model(x).square().mean()]), model.parameters()))
     assert elsewhere.to_dict() == plain.to_dict() == again.to_dict()
     assert torch.linalg.eigvalsh(dense)[-1] == pytest.approx(plain.lambda_max, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("seed", range(4))
+def test_error_bounds_hold_where_the_krylov_space_is_almost_invariant(seed: int, scale: float) -> None:
+    """Factors of a matrix near zero: few eigenvalues, each several times; rounding decides what comes after them."""
+    draw = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(30, 3, generator=draw) @ torch.randn(3, 20, generator=draw)
+    left, right = scale * torch.randn(30, 3, generator=draw), scale * torch.randn(3, 20, generator=draw)
+
+    def loss(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v - matrix.to(u.dtype)).square().mean()
+
+    parameters = [left.requires_grad_(), right.requires_grad_()]
+    spectrum = hessian_spectrum(lambda: loss(*parameters), parameters, 64, seed=seed)
+    flat = torch.cat([p.detach().double().flatten() for p in parameters])
+    dense = torch.autograd.functional.hessian(lambda w: loss(w[:90].view(30, 3), w[90:].view(3, 20)), flat)
+    exact = torch.linalg.eigvalsh(dense)
+    nearest = (spectrum.eigenvalues[:, None] - exact).abs().amin(1)
+    assert bool((nearest <= spectrum.residuals).all())

@@ -43,7 +43,7 @@ def test_windows_are_even_and_no_larger_than_asked_for(budget: int, accumulated:
         assert max(sizes) - min(sizes) <= 2 * accumulated - 1 if accumulated > 1 else max(sizes) - min(sizes) <= 1
         assert len(sizes) == budgets.windows(epoch, accumulated)
         assert accumulated > 1 or all(budgets.is_whole(size, epoch) for size in sizes)
-        assert accumulated > 1 or all(budgets.is_enough(size, epoch) for size in sizes)
+        assert all(budgets.is_enough(size, epoch, accumulated) for size in sizes)
         assert any(budgets.is_whole(size, epoch, accumulated) for size in sizes)
 
 

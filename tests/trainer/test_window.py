@@ -417,6 +417,21 @@ def test_what_is_accumulated_stays_together(budget: int, sizes: list[int]) -> No
     assert [call.sizes[0] for call in calls] == sizes
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_batches": 3}, {"hold": True, "gradient_batches": 3}], ids=str)
+def test_an_epoch_without_batches_has_no_step(options: dict[str, Any]) -> None:
+    class Once(DataLoader[Any]):
+        """Has nothing left after its first epoch."""
+
+        def __iter__(self) -> Any:
+            batches, self.left = getattr(self, "left", list(super().__iter__())), []
+            return iter(batches)
+
+    calls: list[NewtonCall] = []
+    switch = SwitchToSFN(switch_at_epoch=0, optimizer=partial(Noting, calls=calls), probe_dim=0, **options)
+    make_trainer(2, callbacks=[switch]).fit(Fitting(), Once(regression_data(12), batch_size=4))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(("bad", "taken"), [({0}, 2), ({0, 1, 2}, 0)])
 def test_batches_that_are_left_out_do_not_make_a_window(bad: set[int], taken: int) -> None:
     class Failing(Fitting):
