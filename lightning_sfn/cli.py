@@ -270,7 +270,8 @@ def _print_spectrum(spectrum: Spectrum, words: str) -> None:
     if spectrum.density is not None:
         share, error = spectrum.density.below(0.0)
         trace, trace_error = spectrum.density.trace
-        table.add_row(f"negative among all {spectrum.size} (density)", f"{share:.1%}", f"{error:.1%}")
+        known = f"{error:.1%}" if error < 1 else "not known"
+        table.add_row(f"negative among all {spectrum.size} (density)", f"{share:.1%}", known)
         table.add_row("trace (density)", f"{trace:.4g}", f"{trace_error:.2g}")
     table.add_row("Hessian-vector products", f"{spectrum.products}")
     if spectrum.converged is not None:

@@ -23,6 +23,7 @@ _NOISE = re.compile(
     r"Does not validate against any of the Union|Subtypes: |Errors:$|Expected a <class 'NoneType'>|Not a valid subclass"
     r"|Subclass types expect|a class path \(str\)|a dict with|Expected a path but"
 )
+_BARE = re.compile(r"^\s*- Expected an? <class '\w+'>$", re.MULTILINE)
 _LONGEST_VALUE = 60
 
 
@@ -39,7 +40,9 @@ def one_sentence(message: str) -> str:
     if not _KEY.match(report) and "Errors:" not in report:
         return _flat(report)
     where = ".".join(_KEY.findall(report))
-    complaint = _first_complaint(_KEY.sub("", report)) or report
+    bare = _KEY.sub("", report)
+    # That a class is no string says nothing where another complaint is about the class itself.
+    complaint = _first_complaint(_BARE.sub("", bare)) or _first_complaint(bare) or report
     given = _GIVEN.search(message)
     sentence = _explain(complaint, given.group(1).strip() if given else "")
     return _flat(f"{where}: {sentence}" if where else sentence)

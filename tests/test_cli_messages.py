@@ -80,3 +80,17 @@ def test_option_without_a_near_miss_lists_what_there_is() -> None:
 )
 def test_other_reports_stay_whole_on_one_line(report: str, expected: str) -> None:
     assert one_sentence(report) == expected
+
+
+def test_a_class_that_refuses_a_value_is_heard_before_the_type_it_is_not() -> None:
+    report = UNION.format(
+        complaint="Does not validate against any of the Union subtypes\n"
+        "      Subtypes: [<class 'str'>, <class 'lightning_sfn.newton.preconditioner.Preconditioner'>]\n"
+        "      Errors:\n"
+        "        - Expected a <class 'str'>\n"
+        "        - probes is -3, but a number of at least 0 is expected.\n"
+        "        - Expected a <class 'NoneType'>"
+    )
+    assert one_sentence(report) == "trainer.callbacks: probes is -3, but a number of at least 0 is expected."
+    alone = UNION.format(complaint="Expected a <class 'str'>")
+    assert one_sentence(alone).startswith("trainer.callbacks: expected str")

@@ -86,7 +86,7 @@ def points_from_trajectory(*, source: str, seed: int, settings: Settings, device
     amplitudes = [NOISE[int(i)] for i in torch.randint(len(NOISE), (len(wanted),), generator=generator)]
     optimizer = SaddleFreeNewton.as_in_paper(
         model.parameters(),
-        krylov_dim="full",  # type: ignore[arg-type]
+        krylov_dim="full",
         inner_steps=1,
     )
     snapshots = [parameters.read()]

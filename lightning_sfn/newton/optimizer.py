@@ -46,6 +46,7 @@ from lightning_sfn.newton.trust_region import trust_region as find_trust_region
 
 __all__ = ["Driver", "SaddleFreeNewton"]
 
+_PAPER_KRYLOV_DIM = 500  # of its experiments
 _SMALL_BUDGET = 2**24  # bytes of kept graphs that are not worth a further try
 _ENTRIES = ("memory", "escape", "bent", "expected", "damping", "coordinates", "preconditioner", "generator", "layout")
 
@@ -67,7 +68,7 @@ class SaddleFreeNewton(Optimizer):
 
     Args:
         params: Parameters or parameter groups; groups may differ in ``lr`` alone.
-        lr: Factor on each step. Newton steps have a natural length of 1.
+        lr: Factor on each step, a number or a tensor of one. Newton steps have a natural length of 1.
         krylov_dim: Number of Lanczos vectors k, or ``"full"`` for the exact method (small networks: ``O(n^3)``).
             When left out, 4 in Kronecker-factored coordinates as long as the subspace shows negative curvature of at
             least a tenth of its largest curvature, else 1; 16 in all other coordinates.
@@ -123,7 +124,7 @@ class SaddleFreeNewton(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         *,
         krylov_dim: int | Literal["full"] | None = None,
         inner_steps: int = 2,
@@ -147,7 +148,7 @@ class SaddleFreeNewton(Optimizer):
         check_ranks: bool = False,
         seed: int = 0,
     ) -> None:
-        lr = require_at_least("lr", lr, 0.0)
+        lr = require_at_least("lr", lr.item() if isinstance(lr, Tensor) else lr, 0.0)
         self.inner_steps = require_whole("inner_steps", inner_steps, 1)
         self.exploration = require_at_least("exploration", exploration, 0.0)
         previous_directions = require_whole("previous_directions", previous_directions, 0)
@@ -183,7 +184,9 @@ class SaddleFreeNewton(Optimizer):
         self.last_step: StepRecord | None = None
 
     @classmethod
-    def as_in_paper(cls, params: Any, lr: float = 1.0, *, krylov_dim: int = 500, **options: Any) -> "SaddleFreeNewton":
+    def as_in_paper(
+        cls, params: Any, lr: float = 1.0, *, krylov_dim: int | Literal["full"] | None = None, **options: Any
+    ) -> "SaddleFreeNewton":
         """The paper's Algorithms 1 and 2 without our additions.
 
         k Lanczos vectors from the gradient, the last update as last vector (one product), the damping grid of Appendix
@@ -192,7 +195,7 @@ class SaddleFreeNewton(Optimizer):
         Args:
             params: Parameters or parameter groups.
             lr: Factor on each step.
-            krylov_dim: The paper's k (500 in its experiments).
+            krylov_dim: The paper's k; 500 as in its experiments (or the number of parameters, if smaller) when left out.
             options: Any other option of the class.
 
         Returns:
@@ -206,7 +209,10 @@ class SaddleFreeNewton(Optimizer):
             "preconditioner": None,
             "exploration": 0.0,
         }
-        return cls(params, lr, krylov_dim=krylov_dim, **(paper | options))
+        optimizer = cls(params, lr, krylov_dim=krylov_dim, **(paper | options))
+        if krylov_dim is None:
+            optimizer.krylov_dim = min(_PAPER_KRYLOV_DIM, optimizer._parameters.size)
+        return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, which the next step trains along with the others.

@@ -38,7 +38,8 @@ class StepRecord:
     Attributes:
         loss_before: The objective before the step.
         loss_after: The objective after the step, as far as trial losses tell (see `TrialLoss`); equal to
-            ``loss_before`` where no step was taken.
+            ``loss_before`` where no step was taken. For a momentum step, which has none, ``loss_before`` less half of
+            what its slope promises: far off where the loss curves much, and perhaps below zero.
         gradient_norm: Norm of the gradient before clipping.
         damping: The last damping that was chosen.
         step_norm: Norm of the whole change of the parameters.

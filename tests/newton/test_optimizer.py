@@ -188,6 +188,10 @@ def test_the_paper_options_left_out_are_those_of_its_algorithms() -> None:
     optimizer = SaddleFreeNewton.as_in_paper([torch.ones(600, requires_grad=True)])
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert (optimizer.krylov_dim, optimizer.exploration) == (500, 0.0)
+    few = SaddleFreeNewton.as_in_paper(iter([torch.ones(3, requires_grad=True)]), torch.tensor(0.5))
+    assert (few.krylov_dim, few.param_groups[0]["lr"]) == (3, 0.5)
+    with pytest.raises(ValueError, match="krylov_dim is 4, but there are only 3"):
+        SaddleFreeNewton.as_in_paper([torch.ones(3, requires_grad=True)], krylov_dim=4)
     assert isinstance(optimizer.preconditioner, IdentityPreconditioner)
     assert kept_of_twelve(optimizer) == 1
     assert optimizer.memory.directions[0].product is None
