@@ -82,7 +82,7 @@ def newton_run(
     model = network(seed, hidden, images.shape[1], device)
     optimizer = SaddleFreeNewton.as_in_paper(
         model.parameters(),
-        krylov_dim="full",  # type: ignore[arg-type]
+        krylov_dim="full",
         inner_steps=1,
         trust_region=method,
     )

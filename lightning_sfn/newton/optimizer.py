@@ -195,7 +195,7 @@ class SaddleFreeNewton(Optimizer):
         Args:
             params: Parameters or parameter groups.
             lr: Factor on each step.
-            krylov_dim: The paper's k; 500 as in its experiments (or the number of parameters, if smaller) when left out.
+            krylov_dim: The paper's k; 500 as in its experiments (or the number of parameters, if fewer) when left out.
             options: Any other option of the class.
 
         Returns:
