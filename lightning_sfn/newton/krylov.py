@@ -270,7 +270,7 @@ def _settled(
             matvec(store.working(basis[last]))  # again, so that the first bad product is the last one
         return leftover, math.nan
     # Heard of too late, the steps since went on from a bad vector; in time by chance, it is done again all the same, so
-    # that the outcome is the same bit for bit. What began at a vector that is another one now is not mended by a pass.
+    # that the outcome is the same bit for bit. What began at a vector that was mostly error is not mended by a pass.
     if count < len(found) or found.by_chance or found.from_impure:
         return lanczos_step(matvec, basis, projected, last, store)
     leftover, coupling = _orthogonalise(leftover, basis[: last + 1], store)

@@ -19,8 +19,7 @@ __all__ = ["SECOND_PASS", "Steps", "Watch", "is_invariant", "unattended_steps"]
 
 SECOND_PASS = 0.707  # Daniel et al. (1976): a pass that removes this much of a vector has to be repeated
 _SMALL = 1e-8  # square of the error, in single precision, up to which two steps share an orthogonalisation
-_SPOILT = 1e-7  # from this on the second one's coupling is off by more than rounding: by half of it
-_IMPURE = 2.0  # flag of such a step; others that need a second look have 1
+_IMPURE = 2.0  # flag of a step from a vector that was mostly error; others that need a second look have 1
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Steps:
         sound: How many steps, from the first one on, need no second look.
         leftover: What the last product has outside the basis, shape ``(n,)``, not normalised.
         by_chance: Whether there might as well have been more steps, had the host heard later of what ended them.
-        from_impure: Whether the step that needs a second look went on from a vector before it was orthogonalised, and
-            that changed much: then what it found is not to be mended.
+        from_impure: Whether the step that needs a second look went on from a vector before it was orthogonalised, which
+            left little of it: then what it found is not to be mended.
     """
 
     first: int
@@ -160,7 +159,7 @@ class _Course:
     A basis is far larger than any cache, so what orthogonalisation costs is to read it, twice for each vector. Two
     steps share that: the first leaves its vector with the rounding error of the three-term recurrence, the second
     takes it from there, and both are orthogonalised together. The error c of the first is known then, and its effect on
-    the second step's diagonal element is taken back, so that two steps together are as accurate as one by one. Where
+    the second step's numbers is taken back, so that two steps together are as accurate as one by one. Where
     it is large, because one eigenvalue exceeds the others by a factor of thousands, the rest are taken one by one.
     """
 
@@ -229,17 +228,19 @@ class _Course:
         between = store.inner(pair[1], pair[0])
         pair[1].addcmul_(pair[0], between.neg().to(self.dtype))
         length = store.length(pair[1])
-        # What is found is v'Hv' for v' = v + V'c: off from vHv by this, to third order in c.
-        diagonal = diagonal - (error @ below + 2 * coupling * error[-1]) / kept
+        # What the second step went on from is u = sqrt(kept) v + V'c. The products of V lie in the span of V and v, so
+        # that they only change what is found inside of it: u'Hu is off from v'Hv by this, and outside of it Hu is Hv
+        # times sqrt(kept).
+        diagonal = diagonal - (error @ below + (1 + kept) * coupling * error[-1]) / kept
         share = self._left(length, below.square().sum() + between.square())
-        pure = kept > 1 - _SMALL
-        self._note(diagonal, length, torch.where(pure, share, 0.0))
-        self.numbers[-1][2] *= torch.where(kept > 1 - _SPOILT, 1.0, _IMPURE)
+        following = length / kept.sqrt()
+        self._note(diagonal, following, torch.where(kept > 1 - _SMALL, share, 0.0))
+        self.numbers[-1][2] *= torch.where(kept > SECOND_PASS**2, 1.0, _IMPURE)
         if self.goes_on():
             pair[1].div_(length.to(self.dtype))
-            self._advance(pair[1], length)
+            self._advance(pair[1], following)
         else:
-            self.leftover.copy_(pair[1])
+            torch.mul(pair[1], kept.rsqrt().to(self.dtype), out=self.leftover)
 
     def _recur(self, out: Tensor) -> Tensor:
         """The three-term recurrence from the present vector; returns its diagonal element."""

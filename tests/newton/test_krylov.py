@@ -621,3 +621,16 @@ def test_whole_vectors_have_the_length_of_the_operator_or_else_of_the_rows() -> 
     assert torch.equal(padded.coordinates(torch.arange(5.0).double()), torch.arange(3.0).double())
     plain = KrylovSubspace(rows, numbers, 0.0, 3, 3, Reversing())
     assert torch.equal(plain.ritz_vector(1), torch.eye(6, dtype=torch.float64)[1].flip(0))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_products_that_are_off_by_more_than_rounding_leave_the_projection_as_right_as_they_are(seed: int) -> None:
+    """Few eigenvalues, so that vectors after the first few are made of what products are off by."""
+    draw = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, generator=draw, dtype=torch.float64))
+    values = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)[torch.randint(0, 3, (16,), generator=draw)]
+    matrix = ((rotation * values) @ rotation.T).float()
+    space = lanczos(lambda v: (matrix @ v).bfloat16().float(), torch.randn(16, generator=draw), 12, generator=draw)
+    basis = space.basis.double()
+    off = (basis @ ((rotation * values) @ rotation.T) @ basis.T - space.projected).abs().max()
+    assert float(off) <= torch.finfo(torch.bfloat16).eps
