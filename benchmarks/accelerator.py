@@ -36,6 +36,14 @@ def engine(found: Results) -> Figures:
         )
         for row in found.get("products", [])
     }
+    figures |= {
+        f"derived anew in one CUDA graph / gradient: {row['case']}, {row['micro_batches']} micro-batches": (
+            f"{row['ratio_captured']:.2f}",
+            "",
+        )
+        for row in found.get("products", [])
+        if "ratio_captured" in row
+    }
     if "spectrum" in found:
         last = found["spectrum"]["rows"][-1]
         right = last["right"] == last["asked"] and last["smallest_right"]

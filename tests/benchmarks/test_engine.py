@@ -9,9 +9,11 @@ from typing import Any
 import engine
 import pytest
 import torch
-from engine_parts import basis, growth, memory, networks
+from engine_parts import basis, growth, memory, networks, products
 from engine_parts.tables import TABLES
 from engine_parts.timing import Clock
+
+from lightning_sfn.newton import HessianOperator, Objective
 
 CPU = torch.device("cpu")
 
@@ -91,6 +93,17 @@ def test_a_clock_counts_the_inner_part_alone() -> None:
     with clock.part("outer"), clock.part("inner"):
         pass
     assert dict(clock.seconds) == {"outer": 6.0, "inner": 3.0}
+
+
+def test_a_product_derived_anew_is_the_operators() -> None:
+    for case in networks.cases(CPU, quick=True):
+        operator = HessianOperator(Objective(case.closures), case.parameters)
+        vector = torch.randn(operator.parameters.size)
+        found = products.one_graph(case, vector)
+        assert found is not None
+        found[0]()
+        torch.testing.assert_close(found[1], operator.matvec(vector), rtol=1e-3, atol=1e-6)
+        operator.close()
 
 
 def test_exponents_are_slopes_of_logarithms() -> None:
