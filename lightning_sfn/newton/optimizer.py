@@ -86,7 +86,8 @@ class SaddleFreeNewton(Optimizer):
             they are worth their gradients; 0 for none (see `SecantSteps`). There are none with ``heavy_ball``, with
             another ``trust_region``, without remembered steps and their secants, or where their basis is sharded.
         heavy_ball: Largest momentum, from 0 (none) to less than 1. Above 0, steps in a subspace and cheap steps with
-            momentum in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`).
+            momentum in the preconditioner's coordinates take turns, by what each kind achieves (see `Glide`). Momentum
+            lets the loss rise for a while, perhaps by the last step of a run: keep the parameters of the lowest loss.
         preconditioner: ``"kronecker"`` (see `KroneckerFactors`), ``"diagonal"`` (equilibration), ``None``, or a
             `Preconditioner`. The default, ``"auto"``, is Kronecker factors where most parameters belong to layers that
             have them, else the diagonal, and none for the exact method (see `AutoPreconditioner`).
