@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from suite.standings import FIRST_ORDER, JUDGED, KFAC_TARGET, TARGETS, standings
+from suite.standings import JUDGED, KFAC_TARGET, standings
 from suite.tasks import TASKS
 
 Results = dict[str, Any]
@@ -29,21 +29,12 @@ def compared(load: Load) -> list[tuple[str, str, str, str]]:
 
 def engine(found: Results) -> Figures:
     """Figures of `engine.py`, each with its target."""
-    figures = {
-        f"product / gradient: {row['case']}, {row['micro_batches']} micro-batches": (
-            f"{row['ratio']:.2f}",
-            f"<= {row['target']:g}",
-        )
-        for row in found.get("products", [])
-    }
-    figures |= {
-        f"derived anew in one CUDA graph / gradient: {row['case']}, {row['micro_batches']} micro-batches": (
-            f"{row['ratio_captured']:.2f}",
-            "",
-        )
-        for row in found.get("products", [])
-        if "ratio_captured" in row
-    }
+    figures: Figures = {}
+    for row in found.get("products", []):
+        case = f"{row['case']}, {row['micro_batches']} micro-batches"
+        figures[f"product / gradient: {case}"] = f"{row['ratio']:.2f}", f"<= {row['target']:g}"
+        if "ratio_captured" in row:
+            figures[f"derived anew in one CUDA graph / gradient: {case}"] = f"{row['ratio_captured']:.2f}", ""
     if "spectrum" in found:
         last = found["spectrum"]["rows"][-1]
         right = last["right"] == last["asked"] and last["smallest_right"]
@@ -82,15 +73,10 @@ def race(found: Results) -> Figures:
     kinds = {task.name: task.kind for task in TASKS.values() if not task.tuning}
     seconds = found["runs"][0]["seconds"]
     for row in standings(found["runs"], kinds):
-        if not {JUDGED, "kfac", *FIRST_ORDER} <= row.losses.keys():
+        if not row.is_judged:
             continue
-        ratio = row.against(JUDGED)[1]
-        wanted = f"<= {TARGETS['escape']}" if row.kind == "escape" else f">= {TARGETS[row.kind]}"
         what = "loss / Adam's" if row.kind == "escape" else "decrease / that of the best of SGD, Adam and L-BFGS"
-        what = f"{row.task}, {seconds:g} s: {what}"
-        figures[what] = f"{ratio:.2f}", wanted
-        figures[f"{row.task}, {seconds:g} s: decrease / K-FAC's"] = (
-            f"{row.against_kfac(JUDGED):.2f}",
-            f">= {KFAC_TARGET}",
-        )
+        course = f"{row.task}, {seconds:g} s"
+        figures[f"{course}: {what}"] = f"{row.against(JUDGED)[1]:.2f}", row.wanted
+        figures[f"{course}: decrease / K-FAC's"] = f"{row.against_kfac(JUDGED):.2f}", f">= {KFAC_TARGET}"
     return figures

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Measures and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    record.add_device(parser)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure")
     parser.add_argument("--steps", type=int, default=400, help="Adam steps before the spectrum is taken")
     parser.add_argument("--reference", type=int, default=220, help="vectors of the float64 reference of the spectrum")
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.set_num_threads(1)
     if options.quick:
         options.steps, options.reference = 5, 20
-    device = torch.device(options.device)
+    device = options.device
     name = record.named("engine", device)
     content = _earlier(options.folder / f"{name}.json") if set(options.only) != set(PARTS) else {}
     where = record.processor_of(device)

@@ -5,10 +5,11 @@
 
 Seconds are those of one thread of this process (on a CUDA device those of the clock, with the device waited for),
 evaluations of the full training loss left out. A step that ends after the budget does not count. Starts are reached on
-the CPU, so that they are the same everywhere. The settings of SGD, Adam, Hessian-free and K-FAC are searched for each
-task first, on a seed that does not race, with a third of the budget for each setting. Every result is written at once
-to `benchmarks/results/race.json` (searches: `race_search.json`; of a CUDA device: `race_cuda.json` and so on), and what
-is there is not run again, so the race can be interrupted and continued. Tasks whose data set is not there are left out.
+the CPU, so that they are the same everywhere. The settings of SGD, Adam, Hessian-free, scipy's and K-FAC are searched
+for each task first, on a seed that does not race, with a third of the budget for each setting. Every result is written
+at once to `benchmarks/results/race.json` (searches: `race_search.json`; of a CUDA device: `race_cuda.json` and so on),
+and what is there is not run again, so the race can be interrupted and continued. Tasks whose data set is not there are
+left out.
 `--quick` is a rehearsal on tiny tasks.
 """
 
@@ -87,11 +88,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="processor time of each run (5)")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10 and ptb")
     parser.add_argument("--name", default="race", help="name of the results file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    record.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="tiny tasks and budgets, results thrown away")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device(options.device)
+    device = options.device
     if not options.quick:
         course = Course(options.seconds, options.data, name=record.named(options.name, device), device=device)
         race(course, options.tasks, options.methods, options.seeds)

@@ -1,5 +1,6 @@
 """What every results file starts with: versions, hardware and date."""
 
+import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +18,19 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``: CUDA where there is any, if left out; what is not there is refused."""
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(name: str) -> torch.device:
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is no device of these benchmarks: give cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no CUDA device here: give cpu, or leave it out")
+    return torch.device(name)
 
 
 def named(name: str, device: torch.device) -> str:

@@ -84,12 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Measures and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    record.add_device(parser)
     parser.add_argument("--seeds", type=int, default=3, help="of the steps")
     parser.add_argument("--folder", type=Path, default=record.RESULTS, help="where the results go")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    device, quick = torch.device(options.device), options.quick
+    device, quick = options.device, options.quick
     formats = [name for name in MANTISSA if device.type == "cpu" or name != "bfloat16"]
     with tempfile.TemporaryDirectory() as folder:
         starts = Path(folder) if quick else STARTS

@@ -21,7 +21,7 @@ from accelerator import compared
 from engine_parts.tables import TABLES as ENGINE
 from record import RESULTS
 from suite.methods import METHODS
-from suite.standings import FIRST_ORDER, JUDGED, KFAC_TARGET, TARGETS, Standing, standings
+from suite.standings import JUDGED, KFAC_TARGET, Standing, standings
 from suite.tasks import EVERY, TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -313,14 +313,13 @@ def targets(*, tuning: bool | None, name: str = "race") -> str:
     """The recipe against the targets, where all that they speak of has run."""
     table = []
     for row in _standings(_race_of_one_budget(name), tuning=tuning):
-        if not {JUDGED, "kfac", *FIRST_ORDER} <= row.losses.keys():
+        if not row.is_judged:
             continue
         rival, ratio = row.against(JUDGED)
         met, met_kfac = row.reached(JUDGED)
-        wanted = f"<= {TARGETS['escape']}" if row.kind == "escape" else f">= {TARGETS[row.kind]}"
         what = "loss / Adam's" if row.kind == "escape" else f"decrease / that of {rival}"
         table.append(
-            [row.task, what, f"{ratio:.2f}", wanted, _yes(met), f"{row.against_kfac(JUDGED):.2f}", _yes(met_kfac)]
+            [row.task, what, f"{ratio:.2f}", row.wanted, _yes(met), f"{row.against_kfac(JUDGED):.2f}", _yes(met_kfac)]
         )
     header = ["task", "what", "measured", "target", "reached", "decrease / K-FAC's", f"reached {KFAC_TARGET}"]
     return _rows(header, table)

@@ -59,6 +59,16 @@ class Standing:
         """Decrease in decreases of K-FAC."""
         return self._times(method, "kfac")
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether all that the targets speak of has run."""
+        return {JUDGED, "kfac", *FIRST_ORDER} <= self.losses.keys()
+
+    @property
+    def wanted(self) -> str:
+        """The target of the kind, in words."""
+        return f"<= {TARGETS['escape']}" if self.kind == "escape" else f">= {TARGETS[self.kind]}"
+
     def reached(self, method: str) -> tuple[bool, bool]:
         """Whether the target of the kind and the one against K-FAC are reached."""
         ratio = self.against(method)[1]

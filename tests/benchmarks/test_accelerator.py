@@ -3,7 +3,11 @@
 from typing import Any
 
 import accelerator
+import engine as engine_script
+import pytest
+import race as race_script
 import record
+import rounded_products
 import torch
 
 Found = dict[str, Any]
@@ -81,6 +85,21 @@ def test_a_race_without_all_rivals_compares_with_none() -> None:
     results = {"race": race(1.0)}
     results["race"]["runs"] = [run for run in results["race"]["runs"] if run["method"] != "lbfgs"]
     assert accelerator.compared(results.get) == []
+
+
+@pytest.mark.parametrize("script", [engine_script, race_script, rounded_products])
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("cud", "argument --device: 'cud' is no device"), ("cuda", "argument --device: there is no CUDA device here")],
+)
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(
+    script: Any, device: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["script", "--device", device])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert said in capsys.readouterr().err
 
 
 def test_results_of_a_device_lie_beside_those_of_the_cpu() -> None:
