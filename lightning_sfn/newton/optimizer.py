@@ -149,7 +149,7 @@ class SaddleFreeNewton(Optimizer):
         check_ranks: bool = False,
         seed: int = 0,
     ) -> None:
-        lr = require_at_least("lr", lr.item() if isinstance(lr, Tensor) else lr, 0.0)
+        lr = require_at_least("lr", _number(lr), 0.0)
         self.inner_steps = require_whole("inner_steps", inner_steps, 1)
         self.exploration = require_at_least("exploration", exploration, 0.0)
         previous_directions = require_whole("previous_directions", previous_directions, 0)
@@ -229,7 +229,7 @@ class SaddleFreeNewton(Optimizer):
         rate = given.get("lr", 0.0)
         # `lr` has a default, and so have entries of an optimizer whose place this one took: others read them.
         require_group_entries({k: v for k, v in given.items() if k not in self.defaults}, _OPTIONS)
-        require_at_least("lr", rate.item() if isinstance(rate, Tensor) else rate, 0.0)
+        require_at_least("lr", _number(rate), 0.0)
         super().add_param_group(param_group)
 
     # ------------------------------------------------------------------------------------------------ stepping
@@ -586,6 +586,11 @@ def _take_over(generator: torch.Generator, state: Tensor) -> None:
         generator.set_state(state)
     else:
         generator.manual_seed(zlib.crc32(state.numpy().tobytes()))
+
+
+def _number(rate: Any) -> Any:
+    """A rate that torch lets be a tensor of one number; anything else as it is, to be judged."""
+    return rate.item() if isinstance(rate, Tensor) and rate.numel() == 1 else rate
 
 
 _OPTIONS = set(inspect.signature(SaddleFreeNewton).parameters) - {"params", "lr"}  # of the optimizer, not of a group

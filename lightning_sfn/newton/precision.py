@@ -71,7 +71,7 @@ def _float32_products(*, tf32: bool) -> Iterator[None]:
     So what the older ones have set is set by them here too.
     """
     coarse = ("bf16",) if tf32 else ("tf32", "bf16")
-    switches = [(switch, switch.fp32_precision) for switch in _switches()]
+    switches = [(switch, switch.fp32_precision) for switch in _switches("cuda", "cpu")]
     if switches and not any(before in coarse for _, before in switches):
         yield
         return
@@ -116,8 +116,7 @@ def _undeprecated() -> Iterator[None]:
 
 def rounds_to_bfloat16() -> bool:
     """Whether the process lets operations on float32 numbers on the CPU be rounded to bfloat16."""
-    newer = [switch for switch in (_switch("cpu", name) for name in _OPERATIONS) if hasattr(switch, "fp32_precision")]
-    if newer:
+    if newer := _switches("cpu"):
         return any(switch.fp32_precision == "bf16" for switch in newer)
     return _matmul_precision() == "medium"
 
@@ -146,9 +145,9 @@ def _matmul_precision() -> str:
         return "highest"
 
 
-def _switches() -> list[Any]:
-    """The newer switches, one for each operation of each library; none before torch 2.9."""
-    found = [_switch(kind, name) for kind in ("cuda", "cpu") for name in _OPERATIONS]
+def _switches(*kinds: str) -> list[Any]:
+    """The newer switches of kinds of devices, one for each operation; none before torch 2.9."""
+    found = [_switch(kind, name) for kind in kinds for name in _OPERATIONS]
     return [switch for switch in found if hasattr(switch, "fp32_precision")]
 
 

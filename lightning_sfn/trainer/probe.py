@@ -300,9 +300,8 @@ def _trained(trainer: Trainer) -> Iterator[Tensor]:
 
 def _about_penalty(trainer: Trainer) -> str:
     """A sentence where what is trained is more than the loss that a spectrum is of."""
-    decays = {decay for optimizer in trainer.optimizers for tensors, decay in coupled_decay(optimizer) if tensors} - {
-        0.0
-    }
+    pairs = [pair for optimizer in trainer.optimizers for pair in coupled_decay(optimizer)]
+    decays = {decay for tensors, decay in pairs if tensors and decay}
     if not decays:
         return ""
     return f" That is the loss alone: the optimizer adds weight decay ({', '.join(f'{d:g}' for d in sorted(decays))})."

@@ -190,6 +190,9 @@ def test_the_paper_options_left_out_are_those_of_its_algorithms() -> None:
     assert (optimizer.krylov_dim, optimizer.exploration) == (500, 0.0)
     few = SaddleFreeNewton.as_in_paper(iter([torch.ones(3, requires_grad=True)]), torch.tensor(0.5))
     assert (few.krylov_dim, few.param_groups[0]["lr"]) == (3, 0.5)
+    for maker in (SaddleFreeNewton, SaddleFreeNewton.as_in_paper):
+        with pytest.raises(ValueError, match=r"^lr is tensor\(\[1., 1.\]\), but a number of at least 0 is expected"):
+            maker([torch.ones(3, requires_grad=True)], torch.ones(2))
     with pytest.raises(ValueError, match="krylov_dim is 4, but there are only 3"):
         SaddleFreeNewton.as_in_paper([torch.ones(3, requires_grad=True)], krylov_dim=4)
     assert isinstance(optimizer.preconditioner, IdentityPreconditioner)
